@@ -1,0 +1,49 @@
+"""multum: much in little. Shrink a pretrained Transformer to a budget, with evidence of what the shrinking cost.
+
+>>> import multum
+>>> from transformers import AutoModelForSequenceClassification
+>>> model = AutoModelForSequenceClassification.from_pretrained("runs/reviews/chosen")  # doctest: +SKIP
+
+Importing multum is cheap: torch and transformers are imported when they are first needed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import _hook
+
+if TYPE_CHECKING:
+    from .core.model import Model
+    from .core.step import Step
+    from .core.task import Task
+    from .errors import MultumError
+    from .measure import measure
+    from .report import report
+    from .run import run
+    from .shrink import shrink
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Model": "core.model",
+    "Step": "core.step",
+    "Task": "core.task",
+    "MultumError": "errors",
+    "measure": "measure",
+    "report": "report",
+    "run": "run",
+    "shrink": "shrink",
+}
+__all__ = ["Model", "MultumError", "Step", "Task", "measure", "report", "run", "shrink"]
+
+_hook.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'multum' has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Tensors and Transformers. Knows no technique and no data set."""

@@ -1,0 +1,78 @@
+"""Folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, MultumError
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of `target`, renamed to `target` when the block ends well and deleted when it does not.
+
+    An existing `target` is replaced, at the moment of the rename. A full disk or a read-only place becomes one clear error.
+    """
+    target = Path(target)
+    work = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        if target.exists():
+            old = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(old)
+            work.rename(target)
+            shutil.rmtree(old)
+        else:
+            work.rename(target)
+    except OSError as error:
+        if error.errno is None:  # raised by a library about something else than the file system
+            raise
+        raise MultumError(f"cannot write {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of either."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise MultumError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def digest(*parts: bytes | str | Path) -> str:
+    """SHA-256 over texts, bytes and the contents of files, in order, 16 hexadecimal digits."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            total.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+    return total.hexdigest()[:16]

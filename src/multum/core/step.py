@@ -1,0 +1,141 @@
+"""Step: a frozen value of hyper-parameters that makes a new Model out of a Model.
+
+In place inside, pure outside: `apply` may do what it likes to the model it is given, because `__call__` gives it a copy.
+The name of a step is the name of its file in `multum.steps`; there is no other registry.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import InputError
+from .model import Model
+from .task import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(ABC):
+    """Base of all techniques. A subclass is a frozen, keyword-only dataclass whose fields carry a docstring each."""
+
+    @abstractmethod
+    def apply(self, model: Model, task: Task) -> Mapping[str, Any] | None:
+        """Change `model` in place.
+
+        Returns:
+            Notes for the history. The key `skipped` may map names of linear layers to the reason they were left alone.
+        """
+
+    def check(self) -> list[str]:
+        """What is wrong with the fields, each in one sentence. Called at construction."""
+        return []
+
+    def __post_init__(self) -> None:
+        if problems := self.check():
+            raise InputError(*(f"{self.name}: {problem}" for problem in problems))
+
+    @property
+    def name(self) -> str:
+        """The name of the file it is defined in."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def __call__(self, model: Model, task: Task) -> Model:
+        """A changed copy of `model`, its history one entry longer. `model` itself is left as it was."""
+        started = time.perf_counter()
+        result = model.copy()
+        notes = dict(self.apply(result, task) or {})
+        result.module.eval()
+        changed, skipped = _account(model, result, notes.pop("skipped", {}))
+        result.history.append(
+            {
+                "step": self.name,
+                "fields": asdict(self),
+                "changed": changed,
+                "skipped": skipped,
+                "parameters": [model.parameters(), result.parameters()],
+                "seconds": round(time.perf_counter() - started, 1),
+                **notes,
+            }
+        )
+        return result
+
+
+def _account(before: Model, after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every linear layer of `before` as changed (new shape, or `weights`) or skipped (and why)."""
+    old, new = before.linears(), after.linears()
+    changed: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    for name, linear in old.items():
+        other = new.get(name)
+        if other is None:
+            changed[name] = "removed"
+        elif other.weight.shape != linear.weight.shape:
+            changed[name] = [list(linear.weight.shape), list(other.weight.shape)]
+        elif not torch.equal(other.weight, linear.weight):
+            changed[name] = "weights"
+        else:
+            skipped[name] = reasons.get(name, "not touched by this step")
+    return changed, skipped
+
+
+def names() -> list[str]:
+    """All steps, found by looking at the files of `multum.steps`."""
+    from .. import steps
+
+    return sorted(info.name for info in pkgutil.iter_modules(steps.__path__) if not info.name.startswith("_"))
+
+
+def find(name: str) -> type[Step]:
+    """The step of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in names():
+        raise InputError(f"no step named {name!r}; there are: {', '.join(names())}")
+    module = import_module(f"multum.steps.{name}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Step) and value.__module__ == module.__name__
+    )
+
+
+def make(name: str, values: Mapping[str, Any]) -> Step:
+    """A step from its name and field values as YAML, JSON or a command line gives them ("2e-5" is a number here).
+
+    Raises:
+        InputError: lists an unknown name and every unknown or unfit field at once.
+    """
+    cls = find(name)
+    known = {field.name for field in fields(cls)}
+    problems = [
+        f"{name}: no field named {key!r}; there are: {', '.join(sorted(known))}" for key in values if key not in known
+    ]
+    try:
+        step = TypeAdapter(cls).validate_python({key: value for key, value in values.items() if key in known})
+    except ValidationError as error:
+        for item in error.errors():
+            where = ".".join(str(part) for part in item["loc"]) or "fields"
+            problems.append(f"{name}: {where}: {item['msg'].lower()} (got {item['input']!r})")
+    except InputError as error:
+        problems.extend(error.problems)
+    if problems:
+        raise InputError(*problems)
+    return step
+
+
+def from_history(entry: Mapping[str, Any]) -> Step:
+    """The step that made a history entry; equal to the one that was applied."""
+    return make(entry["step"], entry["fields"])
+
+
+__all__ = ["Step", "find", "from_history", "make", "names"]

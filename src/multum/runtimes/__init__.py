@@ -1,0 +1,1 @@
+"""One file, one way to execute a model: `export(model, folder)` and `open(folder) -> Predictor`."""

@@ -1,0 +1,1 @@
+"""One file, one task, named as Hugging Face pipelines name it."""
