@@ -7,7 +7,7 @@ matrix of block 3" and never of `encoder.layer.3.attention.output.dense`. Adding
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -46,7 +46,7 @@ class Family:
     head_activation: str = "tanh"
 
 
-_BERT_BLOCK = {
+_BERT_BLOCK: dict[str, Any] = {
     "blocks": "encoder.layer",
     "query": "attention.self.query",
     "key": "attention.self.key",
@@ -61,7 +61,7 @@ _BERT_BLOCK = {
     "token_type_embeddings": "embeddings.token_type_embeddings",
     "embeddings_norm": "embeddings.LayerNorm",
 }
-_ROBERTA_HEAD = {"head_dense": "classifier.dense", "head_output": "classifier.out_proj"}
+_ROBERTA_HEAD: dict[str, Any] = {"head_dense": "classifier.dense", "head_output": "classifier.out_proj"}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -105,9 +105,7 @@ def family_of(module: nn.Module) -> Family:
     """
     model_type = str(getattr(getattr(module, "config", None), "model_type", type(module).__name__))
     if model_type not in FAMILIES:
-        raise InputError(
-            f"models of type {model_type!r} cannot be changed in structure yet; known: {', '.join(sorted(FAMILIES))}"
-        )
+        raise InputError(f"models of type {model_type!r} cannot be changed in structure yet; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]
 
 

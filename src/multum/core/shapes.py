@@ -13,7 +13,7 @@ that such a model loads without multum.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ class ShapesConfig(QuantizationConfigMixin):
     """What `config.json` says about shapes: module name -> (out_features, in_features)."""
 
     def __init__(self, shapes: dict[str, Any] | None = None, **_: Any) -> None:
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.shapes: Shapes = {name: (int(out), int(in_)) for name, (out, in_) in (shapes or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,10 +52,10 @@ class ShapesLoader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        apply_shapes(model, self.quantization_config.shapes)
+        apply_shapes(model, cast(ShapesConfig, self.quantization_config).shapes)
         return model
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # An ordinary model from here on: the Trainer, `.half()` and `.to()` refuse or restrict quantized ones.
         model.is_quantized = False
         model.config._is_quantized = False
@@ -88,7 +88,7 @@ def current_shapes(module: nn.Module) -> Shapes:
     }
 
 
-def stock_shapes(module: nn.Module) -> Shapes:
+def stock_shapes(module: Any) -> Shapes:
     """(out, in) of every linear layer that stock transformers builds from this model's config."""
     config = type(module.config).from_dict(without_shapes(module.config.to_dict()))
     with torch.device("meta"):
@@ -100,7 +100,7 @@ def without_shapes(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
-def record(module: nn.Module) -> bool:
+def record(module: Any) -> bool:
     """Write the model's shapes into its config, so that `save_pretrained` keeps them.
 
     Returns:
@@ -121,9 +121,9 @@ def record(module: nn.Module) -> bool:
     return not changed
 
 
-def _use_uniform_neurons(module: nn.Module) -> None:
+def _use_uniform_neurons(module: Any) -> None:
     down = FAMILIES[module.config.model_type].down
-    counts = {block.get_submodule(down).in_features for block in blocks_of(module)}
+    counts = {cast(int, block.get_submodule(down).in_features) for block in blocks_of(module)}
     if len(counts) == 1 and (count := counts.pop()) > 0:
         # DistilBERT calls it hidden_dim and, unlike num_hidden_layers, gives it no common name.
         name = "hidden_dim" if hasattr(module.config, "hidden_dim") else "intermediate_size"

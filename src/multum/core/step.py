@@ -117,9 +117,7 @@ def make(name: str, values: Mapping[str, Any]) -> Step:
     """
     cls = find(name)
     known = {field.name for field in fields(cls)}
-    problems = [
-        f"{name}: no field named {key!r}; there are: {', '.join(sorted(known))}" for key in values if key not in known
-    ]
+    problems = [f"{name}: no field named {key!r}; there are: {', '.join(sorted(known))}" for key in values if key not in known]
     try:
         step = TypeAdapter(cls).validate_python({key: value for key, value in values.items() if key in known})
     except ValidationError as error:

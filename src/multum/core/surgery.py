@@ -8,6 +8,7 @@ heads or neurons are all gone then adds its bias to the residual stream and cost
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class BiasOnly(nn.Module):
 
 def with_shape(linear: nn.Linear, out_features: int, in_features: int) -> nn.Module:
     """A new, unfilled layer of the given shape, on the device and in the dtype of `linear`."""
-    where = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    where: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     if out_features == 0:
         return nn.Identity()
     if in_features == 0:
@@ -75,11 +76,11 @@ def keep_columns(root: nn.Module, path: str, columns: Sequence[int]) -> None:
             index = torch.as_tensor(columns, dtype=torch.long, device=old.weight.device)
             new.weight.copy_(old.weight[:, index])
         if old.bias is not None:
-            new.bias.copy_(old.bias)
+            cast(nn.Parameter, new.bias).copy_(old.bias)
     swap(root, path, new.train(old.training))
 
 
-def head_size(module: nn.Module) -> int:
+def head_size(module: Any) -> int:
     """Width of one attention head."""
     config = module.config
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -104,25 +105,24 @@ def keep_neurons(block: nn.Module, family: Family, neurons: Sequence[int]) -> No
     keep_columns(block, family.down, neurons)
 
 
+def width(block: nn.Module, path: str) -> int:
+    """Input features of the linear layer at `path`; 0 where it was removed."""
+    return int(cast(Any, block.get_submodule(path)).in_features)
+
+
 def heads_and_neurons(module: nn.Module) -> list[tuple[int, int]]:
     """Per block: how many heads and how many feed-forward neurons it has now."""
     family, size = family_of(module), head_size(module)
-    return [
-        (
-            block.get_submodule(family.attention_output).in_features // size,
-            block.get_submodule(family.down).in_features,
-        )
-        for block in blocks_of(module)
-    ]
+    return [(width(block, family.attention_output) // size, width(block, family.down)) for block in blocks_of(module)]
 
 
-def keep_blocks(module: nn.Module, blocks: Sequence[int]) -> None:
+def keep_blocks(module: Any, blocks: Sequence[int]) -> None:
     """Keep these blocks, in this order, and renumber them (`layer_idx`, the config's layer count)."""
     family, old = family_of(module), blocks_of(module)
     kept = [old[i] for i in blocks]
     for index, block in enumerate(kept):
         for part in block.modules():
             if hasattr(part, "layer_idx"):
-                part.layer_idx = index
+                cast(Any, part).layer_idx = index
     swap(base_of(module), family.blocks, nn.ModuleList(kept))
     module.config.num_hidden_layers = len(kept)

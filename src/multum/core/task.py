@@ -54,6 +54,10 @@ class Task(Protocol):
         """The split as the model reads it: `input_ids`, `attention_mask`, `labels`, ..., one row an example, unpadded."""
         ...
 
+    def encode_texts(self, model: Model, texts: Sequence[Any]) -> Dataset:
+        """Texts without references as the model reads them, one row each, unpadded; `labels` is -100, which losses ignore."""
+        ...
+
     def inputs(self, split: SplitName) -> Sequence[Any]:
         """The split's raw inputs, as a runtime's predictor takes them (a text, or a pair of texts)."""
         ...

@@ -1,0 +1,172 @@
+"""What one head, one neuron, one block costs on this machine, measured once and kept.
+
+Arithmetic predicts a small model's speed badly: a block has a fixed cost whatever its width, and a runtime's kernels come in
+steps. So short stacks of blocks with random weights are timed in the runtime that will serve the model, and the cost of each
+part is read off as a difference. A search for a faster model then adds up costs that were seen, not counted.
+
+The last block that attends is cheaper where the task's head reads the first token only: its queries, its feed-forward and
+everything after are computed for that one token. Its costs stand in columns of their own.
+"""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from .folders import read_json, write_json
+
+Blocks = Sequence[tuple[int, int]]
+"""(heads, neurons) of every block, in order."""
+Timer = Callable[[], float]
+"""One timed pass, in the table's unit."""
+
+STACK = 3
+"""Equal blocks timed together when the cost of one is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatencyTable:
+    """Costs by number of heads and of neurons; counts that were not measured are interpolated between their neighbours."""
+
+    base: float
+    """Embeddings and head, without any block."""
+    attention: Mapping[int, float]
+    attention_last: Mapping[int, float]
+    feed_forward: Mapping[int, float]
+    feed_forward_last: Mapping[int, float]
+    unit: str = "ms"
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Runtime, precision, threads and text lengths it holds for."""
+
+    def block(self, heads: int, neurons: int, *, last: bool = False, after_last: bool = False) -> float:
+        """Cost of one block. One with nothing left costs nothing, because it is dropped.
+
+        Args:
+            heads: heads kept.
+            neurons: feed-forward neurons kept.
+            last: it is the last one that attends.
+            after_last: it stands behind that one, so it has no heads and works on the first token only.
+        """
+        if heads == 0 and neurons == 0:
+            return 0.0
+        attention = 0.0 if after_last else _between(self.attention_last if last else self.attention, heads)
+        return attention + _between(self.feed_forward_last if last or after_last else self.feed_forward, neurons)
+
+    def total(self, blocks: Blocks) -> float:
+        """Cost of a whole model."""
+        last = max((i for i, (heads, _) in enumerate(blocks) if heads), default=-1)
+        return self.base + sum(
+            self.block(heads, neurons, last=i == last, after_last=i > last) for i, (heads, neurons) in enumerate(blocks)
+        )
+
+    def save(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        values = read_json(path)
+        for name in ("attention", "attention_last", "feed_forward", "feed_forward_last"):
+            values[name] = {int(count): float(cost) for count, cost in values[name].items()}
+        return cls(**values)
+
+    @classmethod
+    def by_macs(cls, *, hidden: int, head_size: int, heads: int, neurons: int, tokens: int) -> Self:
+        """Multiply-accumulates per example instead of time: for a machine that cannot be measured."""
+        head = 4 * tokens * hidden * head_size + 2 * tokens**2 * head_size
+        neuron = 2 * tokens * hidden
+        attention = {count: float(count * head) for count in range(heads + 1)}
+        feed_forward = {count: float(count * neuron) for count in (0, neurons)}
+        return cls(
+            base=0.0,
+            attention=attention,
+            attention_last=attention,
+            feed_forward=feed_forward,
+            feed_forward_last=feed_forward,
+            unit="MACs",
+            about={"tokens": tokens},
+        )
+
+    @classmethod
+    def measure(
+        cls,
+        timer: Callable[[Blocks], Timer],
+        *,
+        heads: int,
+        neurons: int,
+        rounds: int = 30,
+        about: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Time stacks of blocks and read off the parts.
+
+        Args:
+            timer: makes a model of these blocks and returns a function that times one pass over it.
+            heads: of the unpruned block.
+            neurons: of the unpruned block.
+            rounds: passes over all stacks, interleaved; medians count.
+            about: what to note beside the figures.
+        """
+        head_grid, neuron_grid = grid(heads), grid(neurons)
+        reference = (head_grid[1], neuron_grid[1])
+        stacks: dict[str, Blocks] = {"base": [], "reference": [reference]}
+        for h in head_grid:
+            stacks[f"attention {h}"] = [(h, 0)] * STACK + [reference]
+            stacks[f"attention_last {h}"] = [(h, 0)]
+        for n in neuron_grid:
+            stacks[f"feed_forward {n}"] = [(0, n)] * STACK + [reference]
+            stacks[f"feed_forward_last {n}"] = [(head_grid[1], n)]
+        time = interleave({name: timer(blocks) for name, blocks in stacks.items()}, rounds)
+        base = time["base"]
+        # A block with only one of its two parts still has the other's residual and norm: half of an empty block each.
+        empty = max(0.0, (time["attention 0"] - time["reference"]) / STACK / 2)
+        one_head = max(0.0, time[f"attention_last {head_grid[1]}"] - base)
+        return cls(
+            base=base,
+            attention=_rising({h: (time[f"attention {h}"] - time["reference"]) / STACK - empty for h in head_grid}),
+            attention_last=_rising({h: time[f"attention_last {h}"] - base for h in head_grid}),
+            feed_forward=_rising({n: (time[f"feed_forward {n}"] - time["reference"]) / STACK - empty for n in neuron_grid}),
+            feed_forward_last=_rising({n: time[f"feed_forward_last {n}"] - base - one_head for n in neuron_grid}),
+            about=dict(about or {}),
+        )
+
+
+def grid(full: int) -> list[int]:
+    """Counts to measure: 0, about a hundredth (what any width costs), and the eighths up to the full count."""
+    return sorted({0, max(1, full // 96), *(max(1, round(full * i / 8)) for i in range(1, 9))})
+
+
+def interleave(timers: Mapping[str, Timer], rounds: int) -> dict[str, float]:
+    """The median of `rounds` passes of every timer, taken in turns so that a disturbance falls on all alike."""
+    for timer in timers.values():
+        timer()
+    seen: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            seen[name].append(timer())
+    return {name: statistics.median(times) for name, times in seen.items()}
+
+
+def _rising(costs: Mapping[int, float]) -> dict[int, float]:
+    """More units never cost less: noise that says otherwise is evened out upwards."""
+    result: dict[int, float] = {}
+    highest = 0.0
+    for count in sorted(costs):
+        highest = max(highest, costs[count])
+        result[count] = highest
+    return result
+
+
+def _between(costs: Mapping[int, float], count: int) -> float:
+    counts = sorted(costs)
+    at = bisect_left(counts, count)
+    if at < len(counts) and counts[at] == count:
+        return costs[count]
+    if at in (0, len(counts)):
+        low, high = (counts[0], counts[1]) if at == 0 else (counts[-2], counts[-1])
+    else:
+        low, high = counts[at - 1], counts[at]
+    share = (count - low) / (high - low)
+    return costs[low] + share * (costs[high] - costs[low])

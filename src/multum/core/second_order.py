@@ -1,0 +1,128 @@
+"""Second-order removal and repair of a matrix's input features: pure numerics, tensors in, tensors out.
+
+For W (hidden, features) fed by x, H = Σ x xᵀ over calibration tokens is the Hessian of ½‖ΔW X‖², the squared error of the output.
+What the least-squares view gives for one removal is exact (Optimal Brain Surgeon, Hassibi & Stork 1993); ZipLM (arXiv:2302.04089)
+writes it for structures of several columns, K-prune (arXiv:2308.03449) for repairing what is left towards another target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which one sublayer loses its structures: `removed[k]` is the k-th group to go."""
+
+    removed: list[list[int]]
+    units: int
+
+    def kept(self, count: int) -> list[int]:
+        """The units left when at most `count` stay, ascending."""
+        gone: set[int] = set()
+        for group in self.removed:
+            if self.units - len(gone) <= count:
+                break
+            gone.update(group)
+        return [unit for unit in range(self.units) if unit not in gone]
+
+    def counts(self) -> list[int]:
+        """Every number of units that can be left, from all to none."""
+        sizes = np.cumsum([0, *(len(group) for group in self.removed)])
+        return [int(self.units - size) for size in sizes]
+
+
+def damped(gram: torch.Tensor, share: float = 0.01) -> torch.Tensor:
+    """H + share · mean(diag H) · I, in double precision, invertible. Dead features count as one damping step."""
+    gram = gram.double()
+    return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (gram.diagonal().mean() * share).clamp_min(1e-8)
+
+
+def removal_order(weight: torch.Tensor, gram: torch.Tensor, size: int, group: int = 1) -> Order:
+    """Greedy removal by ρ, structure by structure (or `group` of them at a time), updating W and H⁻¹ in between.
+
+    Args:
+        weight: W, (hidden, features).
+        gram: H, (features, features).
+        size: features per structure: the head size, or 1 for neurons.
+        group: structures removed between two updates.
+    """
+    w, inverse = weight.double().clone(), torch.linalg.inv(damped(gram))
+    units = weight.shape[1] // size
+    alive = torch.ones(units, dtype=torch.bool)
+    removed: list[list[int]] = []
+    while alive.any():
+        scores = errors_of_removal(w, inverse, size).masked_fill(~alive, torch.inf)
+        chosen = torch.topk(scores, min(group, int(alive.sum())), largest=False).indices.sort().values
+        features = (chosen[:, None] * size + torch.arange(size)).flatten()
+        w, inverse = remove(w, inverse, features)
+        alive[chosen] = False
+        removed.append(chosen.tolist())
+    return Order(removed, units)
+
+
+def errors_of_removal(w: torch.Tensor, inverse: torch.Tensor, size: int) -> torch.Tensor:
+    """ρ for every structure, (units,). A structure already removed has zero weights and scores 0."""
+    units = w.shape[1] // size
+    if size == 1:
+        return w.square().sum(0) / inverse.diagonal().clamp_min(1e-30)
+    blocks = torch.stack([inverse[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(units)])
+    columns = w.T.reshape(units, size, -1)
+    eye = torch.eye(size, dtype=w.dtype) * 1e-12
+    return (columns * torch.linalg.solve(blocks + eye, columns)).sum((1, 2))
+
+
+def remove(w: torch.Tensor, inverse: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W + δW and the H⁻¹ of the rest, after removing `features` (their columns become zero)."""
+    inner = inverse[features][:, features]
+    across = torch.linalg.solve(inner, inverse[features])
+    w = w - w[:, features] @ across
+    inverse = inverse - inverse[:, features] @ across
+    w[:, features] = 0.0
+    inverse[features] = 0.0
+    inverse[:, features] = 0.0
+    return w, inverse
+
+
+def adapted(weight: torch.Tensor, gram: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """W when only these features are left and adapt: least squares, argmin ‖W X - W' X_kept‖², (hidden, features), zeros elsewhere."""
+    h = damped(gram)
+    result = torch.zeros_like(weight, dtype=torch.double)
+    if len(kept):
+        index = torch.as_tensor(kept)
+        result[:, index] = torch.linalg.solve(h[index][:, index], (weight.double() @ h)[:, index].T).T
+    return result.to(weight.dtype)
+
+
+@dataclass
+class Repair:
+    """Streams what a least-squares repair needs: features that are left, and what the output still lacks.
+
+    The lack R is fitted by an affine map of the features C: W <- W + B (S + εI)⁻¹ and b <- b + mean(R) - ΔW mean(C), with S and
+    B the centred Σ C Cᵀ and Σ R Cᵀ. With nothing lacking, nothing changes.
+    """
+
+    tokens: int = 0
+    sums: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, features: torch.Tensor, lack: torch.Tensor) -> None:
+        """Features (tokens, features) and R (tokens, hidden) of one batch."""
+        c, r = features.double(), lack.double()
+        parts = [c.sum(0), r.sum(0), c.T @ c, r.T @ c]
+        self.tokens += len(c)
+        self.sums = [a + b for a, b in zip(self.sums, parts, strict=True)] if self.sums else parts
+
+    def solve(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """ΔW (hidden, features) and Δb (hidden,)."""
+        c, r, cc, rc = self.sums
+        mean_c, mean_r = c / self.tokens, r / self.tokens
+        if len(c) == 0:
+            return rc, mean_r
+        s = cc - self.tokens * torch.outer(mean_c, mean_c)
+        b = rc - self.tokens * torch.outer(mean_r, mean_c)
+        delta = torch.linalg.solve(damped(s), b.T).T
+        return delta, mean_r - delta @ mean_c

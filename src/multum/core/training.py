@@ -1,0 +1,237 @@
+"""fit(): the one training loop, a Hugging Face Trainer that is given a loss.
+
+Techniques own the loss, never the loop, so Accelerate (several processes, FSDP, DeepSpeed), mixed precision, checkpoints and
+resume come with it for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..errors import MultumError
+from .model import Model
+
+Rows = Sequence[Mapping[str, Any]]
+Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+Precision = Literal["auto", "fp32", "bf16"]
+
+progress: ContextVar[Callable[[float], None] | None] = ContextVar("multum_training_progress", default=None)
+"""Called with the fraction done, 0 to 1, after every training step, where somebody wants to know."""
+
+
+def fit(
+    model: Model,
+    rows: Rows,
+    loss: Loss,
+    *,
+    epochs: float,
+    learning_rate: float,
+    batch_size: int = 32,
+    weight_decay: float = 0.01,
+    warmup: float = 0.1,
+    dropout: bool = True,
+    precision: Precision = "auto",
+    seed: int = 0,
+    after_step: Callable[[nn.Module], None] | None = None,
+    checkpoints: Path | None = None,
+) -> dict[str, float]:
+    """Train `model.module` in place with AdamW, linear warm-up and decay, gradients clipped to norm 1.
+
+    Weights that are exactly zero stay so, which is all the mask registry that prune-then-train needs.
+
+    Args:
+        model: changed in place.
+        rows: encoded examples (`input_ids`, `attention_mask`, ...), unpadded.
+        loss: (module, padded batch) -> scalar, a mean over the batch.
+        epochs: passes over `rows`.
+        learning_rate: the highest, reached after the share `warmup` of all steps.
+        dropout: False switches the model's dropout off while training.
+        precision: `bf16` is autocast; `auto` takes it where the processor has instructions for it.
+        after_step: called with the module after every optimizer step.
+        checkpoints: keep one here after each epoch, and go on from the last one found.
+
+    Returns:
+        `loss` (mean over the run) and `seconds`.
+
+    Raises:
+        MultumError: the loss became infinite or not a number.
+    """
+    module = model.module
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _attention_for_training(module),
+        _dropout(module, on=dropout),
+        _zeros_kept(module) as zero_again,
+    ):
+        trainer = _LossTrainer(
+            loss=loss,
+            model=module,
+            args=TrainingArguments(
+                output_dir=str(checkpoints or scratch),
+                num_train_epochs=epochs,
+                learning_rate=learning_rate,
+                per_device_train_batch_size=batch_size,
+                weight_decay=weight_decay,
+                lr_scheduler_type="linear",
+                warmup_steps=warmup,
+                bf16=resolve_precision(precision) == "bf16",
+                train_sampling_strategy="group_by_length",
+                seed=seed,
+                save_strategy="epoch" if checkpoints else "no",
+                save_total_limit=1,
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                remove_unused_columns=False,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            ),
+            train_dataset=_ListDataset(rows),
+            data_collator=lambda features: pad(features, model.tokenizer.pad_token_id),
+            callbacks=[_AfterStep([zero_again, *([after_step] if after_step else [])])],
+        )
+        trainer.remove_callback(PrinterCallback)
+        last = get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
+        result = trainer.train(resume_from_checkpoint=last)
+    if not torch.isfinite(torch.tensor(result.training_loss)):
+        raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
+    module.eval()
+    return {"loss": round(result.training_loss, 4), "seconds": round(result.metrics["train_runtime"], 1)}
+
+
+def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Right-pad token columns to the longest and stack everything: (batch, tokens) or (batch,)."""
+    longest = max(len(feature["input_ids"]) for feature in features)
+    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
+    return {
+        name: torch.tensor(
+            [[*feature[name], *[fill[name]] * (longest - len(feature[name]))] for feature in features]
+            if name in fill
+            else [feature[name] for feature in features]
+        )
+        for name in features[0]
+    }
+
+
+def resolve_precision(precision: Precision) -> Literal["fp32", "bf16"]:
+    """What `auto` means on this machine."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+@contextlib.contextmanager
+def autocast(precision: Precision) -> Iterator[None]:
+    """bf16 autocast where `precision` asks for it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.autocast(device, torch.bfloat16, enabled=resolve_precision(precision) == "bf16"):
+        yield
+
+
+class _LossTrainer(Trainer):
+    def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss = loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        return self.loss(model, inputs)
+
+
+class _ListDataset(torch.utils.data.Dataset):
+    def __init__(self, rows: Rows) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index])
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, actions: Sequence[Callable[[nn.Module], None]]) -> None:
+        self.actions = actions
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for action in self.actions:
+            action(kwargs["model"])
+        if report := progress.get():
+            report(state.global_step / state.max_steps)
+
+
+@contextlib.contextmanager
+def _attention_for_training(module: Any) -> Iterator[None]:
+    """Eager attention on a CPU: the backward pass of its fused kernel takes longer than the rest of a small model."""
+    before = getattr(module.config, "_attn_implementation", None)
+    change = before == "sdpa" and not torch.cuda.is_available()
+    if change:
+        module.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if change:
+            module.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _dropout(module: nn.Module, *, on: bool) -> Iterator[None]:
+    # Attention keeps its rate as a plain number beside the nn.Dropout modules (`dropout_prob` in some families).
+    before = [
+        (part, name, value)
+        for part in module.modules()
+        for name in ("p", "dropout", "dropout_prob", "attention_dropout")
+        if isinstance(value := getattr(part, name, None), float)
+    ]
+    try:
+        if not on:
+            for part, name, _ in before:
+                setattr(part, name, 0.0)
+        yield
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
+
+
+@contextlib.contextmanager
+def _zeros_kept(module: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
+    """Yields a function that sets to zero again what was exactly zero at the start."""
+    zeros = [
+        (part.weight, part.weight == 0)
+        for part in module.modules()
+        if isinstance(part, nn.Linear) and part.weight.numel() and bool((part.weight == 0).any())
+    ]
+
+    @torch.no_grad()
+    def zero_again(_: nn.Module) -> None:
+        for weight, mask in zeros:
+            weight.masked_fill_(mask, 0.0)
+
+    yield zero_again
+
+
+def training_problems(epochs: float, learning_rate: float, batch_size: int, warmup: float) -> list[str]:
+    """What is wrong with the hyper-parameters that every training step has."""
+    problems = []
+    if not epochs > 0:
+        problems.append(f"epochs must be above 0 (got {epochs})")
+    if not 0 < learning_rate < 1:
+        problems.append(f"learning_rate must be between 0 and 1 (got {learning_rate}); 1e-5 to 5e-4 is usual")
+    if batch_size < 1:
+        problems.append(f"batch_size must be at least 1 (got {batch_size})")
+    if not 0 <= warmup < 1:
+        problems.append(f"warmup is a share of all steps, 0 to 1 (got {warmup})")
+    return problems

@@ -1,0 +1,64 @@
+r"""Fine-tuning: all weights, on the task's own labels.
+
+    L(θ) = 1/N Σ_i ℓ(f_θ(x_i), y_i)
+
+ℓ is the task's loss (classification: cross entropy), minimised with AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) under
+a linear warm-up and decay, the usual recipe since BERT (Devlin et al. 2019, arXiv:1810.04805, section A.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.model import Model
+from ..core.step import Step
+from ..core.task import Task
+from ..core.training import Precision, fit, training_problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Step):
+    """Train every weight on the labelled training split."""
+
+    epochs: float = 3
+    """Passes over the training split."""
+    learning_rate: float = 5e-5
+    """The highest learning rate, reached after the warm-up."""
+    batch_size: int = 32
+    """Examples per optimizer step."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay."""
+    warmup: float = 0.1
+    """Share of all steps over which the learning rate rises from zero."""
+    precision: Precision = "auto"
+    """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
+    seed: int = 0
+    """Seeds the order of the examples and the dropout."""
+
+    def check(self) -> list[str]:
+        return training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
+
+    def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            return task.loss(module(**inputs), batch)
+
+        result = fit(
+            model,
+            list(task.encode(model, "train")),
+            loss,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            precision=self.precision,
+            seed=self.seed,
+        )
+        model.new_weights = ()
+        return {"training": result}

@@ -1,0 +1,282 @@
+r"""Structured pruning under a measured latency table: heads, neurons and whole sublayers together.
+
+The second-order view of ZipLM (Kurtic et al. 2023, arXiv:2302.04089), the closed-form repair of K-prune (Park et al. 2024,
+arXiv:2308.03449) and a choice by dynamic programming. For the output matrix W (hidden, features) of a sublayer, with H = Σ x xᵀ
+over calibration tokens x and M the features of one structure (a head, a neuron):
+
+    ρ_M  = Σ_rows W_M ((H⁻¹)_MM)⁻¹ W_Mᵀ             the squared output error of removing M, the others adapting  (ZipLM eq. 2)
+    δW   = -W_M ((H⁻¹)_MM)⁻¹ (H⁻¹)_M,:              how they adapt                                              (ZipLM eq. 3)
+    H⁻¹ <- H⁻¹ - (H⁻¹)_:,M ((H⁻¹)_MM)⁻¹ (H⁻¹)_M,:   the inverse without M
+
+1. Order: per sublayer the structures are removed from the cheapest ρ upwards, giving an adapted W for every count.
+2. Price: what a count costs in quality is measured, not modelled: KL(whole ‖ cut) of the model's own outputs on the
+   calibration texts with that one sublayer cut and all others whole.
+3. Choice: min Σ KL subject to Σ latency <= budget, exactly, over all blocks (dynamic programming on the measured table).
+4. Repair: bottom up, each W is solved again for what really flows into it, towards what the whole model had there:
+   W <- W + R Cᵀ (C Cᵀ + εI)⁻¹, with C the centred features that are left and R what is missing of the whole model's
+   output plus what the residual stream has lost so far. No label is used anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..core.blocks import Block, outputs_from, walk_blocks
+from ..core.families import blocks_of, family_of
+from ..core.latency import LatencyTable
+from ..core.model import Model
+from ..core.second_order import Order, Repair, adapted, removal_order
+from ..core.step import Step
+from ..core.surgery import head_features, head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
+from ..core.task import Batch, Task
+from ..errors import InputError
+
+LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
+"""Shares of a sublayer's units at which the price is measured; counts between are interpolated."""
+BINS = 2000
+"""Steps of the latency axis in the dynamic programme."""
+
+Prices = dict[int, float]
+"""Units kept -> KL of the model's outputs, in nats."""
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The removal order of one sublayer and the price of every count it can be cut to."""
+
+    order: Order
+    prices: Prices
+
+
+def kl(whole: torch.Tensor, cut: torch.Tensor) -> float:
+    """KL(whole ‖ cut) of two sets of logits, (examples, classes), in nats, averaged over the examples."""
+    log_p, log_q = F.log_softmax(whole.double(), -1), F.log_softmax(cut.double(), -1)
+    return float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
+
+
+def choose(sublayers: Sequence[tuple[Prices, Prices]], table: LatencyTable, budget: float) -> list[tuple[int, int]]:
+    """The (heads, neurons) of every block with the least summed price whose latency fits the budget.
+
+    Exact up to the latency axis, which has `BINS` steps, rounded up so that the budget holds. Which block is the last to attend
+    decides what it and those behind it cost, so every choice of that block is tried.
+
+    Args:
+        sublayers: per block the prices of its head counts and of its neuron counts.
+        table: costs.
+        budget: in the table's unit, the base included.
+
+    Raises:
+        InputError: not even one head fits.
+    """
+    best: tuple[float, list[tuple[int, int]]] | None = None
+    for last in range(len(sublayers)):
+        found = _choose_with_last(sublayers, table, budget - table.base, last)
+        if found and (best is None or found[0] < best[0]):
+            best = found
+    if best is None:
+        raise InputError(f"no cut of this model takes {budget:.3g} {table.unit}: embeddings and head alone take {table.base:.3g}")
+    return best[1]
+
+
+def _choose_with_last(
+    sublayers: Sequence[tuple[Prices, Prices]], table: LatencyTable, room: float, last: int
+) -> tuple[float, list[tuple[int, int]]] | None:
+    if room <= 0:
+        return None
+    least = np.full(BINS + 1, np.inf)  # least[b]: the lowest price with a latency of at most b bins
+    least[:] = 0.0
+    picks: list[tuple[np.ndarray, list[tuple[int, int]], np.ndarray]] = []
+    for index, (heads, neurons) in enumerate(sublayers):
+        options = [(h, n) for h in heads for n in neurons if (h > 0 if index == last else h == 0 if index > last else True)]
+        costs = [table.block(h, n, last=index == last, after_last=index > last) for h, n in options]
+        bins = np.ceil(np.asarray(costs) / room * BINS - 1e-9).astype(int)
+        price, pick = np.full(BINS + 1, np.inf), np.full(BINS + 1, -1)
+        for number, ((h, n), bin_) in enumerate(zip(options, bins, strict=True)):
+            if bin_ > BINS:
+                continue
+            new = np.full(BINS + 1, np.inf)
+            new[bin_:] = least[: BINS + 1 - bin_] + heads[h] + neurons[n]
+            better = new < price
+            price[better], pick[better] = new[better], number
+        picks.append((pick, options, bins))
+        least = price
+    if not np.isfinite(least[BINS]):
+        return None
+    at, chosen = BINS, []
+    for pick, options, bins in reversed(picks):
+        chosen.append(options[pick[at]])
+        at -= bins[pick[at]]
+    return float(least[BINS]), chosen[::-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneStructured(Step):
+    """Remove heads, neurons and whole sublayers until the model is faster by a factor, then repair what is left."""
+
+    speedup: float = 1.5
+    """How many times lower the predicted latency becomes."""
+    latency_table: str | None = None
+    """File of a measured latency table; without one multiply-accumulates stand in for time."""
+    samples: int = 512
+    """Training texts (their labels are not used) that activations and prices are taken from."""
+    neuron_group: int = 16
+    """Neurons come and go in groups of this size, which kernels like."""
+    repair: bool = True
+    """Solve the output matrices again after the cut."""
+    seed: int = 0
+    """Seeds the choice of the texts."""
+
+    def check(self) -> list[str]:
+        problems = []
+        if not self.speedup >= 1:
+            problems.append(f"speedup must be at least 1 (got {self.speedup})")
+        if self.samples < 1:
+            problems.append(f"samples must be at least 1 (got {self.samples})")
+        if self.neuron_group < 1:
+            problems.append(f"neuron_group must be at least 1 (got {self.neuron_group})")
+        return problems
+
+    @torch.no_grad()
+    def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        module = model.module.eval()
+        batches = task.calibration(model, self.samples, seed=self.seed)
+        table = self._table(module, batches)
+        before = heads_and_neurons(module)
+        whole = model.copy().module
+        sublayers = price_sublayers(module, batches, self.neuron_group)
+        budget = table.total(before) / self.speedup
+        after = choose([(a.prices, f.prices) for a, f in sublayers], table, budget) if self.speedup > 1 else before
+        kept = cut(module, sublayers, after)
+        if self.repair:
+            repair(whole, module, batches, kept)
+        return {
+            "blocks": [before, [after[i] for i in kept]],
+            "kept_blocks": kept,
+            "predicted": [table.total(before), table.total([after[i] for i in kept])],
+            "unit": table.unit,
+            "skipped": dict.fromkeys(model.linears(), "embeddings and head are not cut by this step"),
+        }
+
+    def _table(self, module: nn.Module, batches: Sequence[Batch]) -> LatencyTable:
+        if self.latency_table is not None:
+            return LatencyTable.load(Path(self.latency_table))
+        heads, neurons = (max(counts) for counts in zip(*heads_and_neurons(module), strict=True))
+        lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).double()
+        hidden = cast(Any, module).config.hidden_size
+        return LatencyTable.by_macs(
+            hidden=hidden, head_size=head_size(module), heads=heads, neurons=neurons, tokens=round(float(lengths.mean()))
+        )
+
+
+def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: int) -> list[tuple[Sublayer, Sublayer]]:
+    """Removal order and prices of every block's attention and feed-forward. The model is left as it was."""
+    family, size = family_of(module), head_size(module)
+    result = []
+    priced = batches[: max(1, len(batches) // 2)]
+    whole = outputs_from(module, None, priced)
+    for block in walk_blocks(module, batches):
+        pair = []
+        for path, width, group in ((family.attention_output, size, 1), (family.down, 1, neuron_group)):
+            linear = block.module.get_submodule(path)
+            if not isinstance(linear, nn.Linear):
+                pair.append(Sublayer(Order([], 0), {0: 0.0}))
+                continue
+            gram = _gram(block, path)
+            order = removal_order(linear.weight, gram, width, group)
+            measured = {order.units: 0.0}
+            for count in _levels(order):
+                features = head_features(order.kept(count), width)
+                with _weight(linear, adapted(linear.weight, gram, features)):
+                    measured[count] = kl(whole, outputs_from(module, block, priced))
+            pair.append(Sublayer(order, _interpolate(measured, order.counts())))
+        result.append((pair[0], pair[1]))
+    return result
+
+
+def cut(module: Any, sublayers: Sequence[tuple[Sublayer, Sublayer]], blocks: Sequence[tuple[int, int]]) -> list[int]:
+    """Cut every block to its (heads, neurons), drop those with nothing left, return the numbers of the blocks kept."""
+    family, size = family_of(module), head_size(module)
+    for block, (attention, feed_forward), (heads, neurons) in zip(blocks_of(module), sublayers, blocks, strict=True):
+        if heads < attention.order.units:
+            keep_heads(block, family, attention.order.kept(heads), size)
+        if neurons < feed_forward.order.units:
+            keep_neurons(block, family, feed_forward.order.kept(neurons))
+    kept = [i for i, counts in enumerate(blocks) if counts != (0, 0)]
+    keep_blocks(module, kept)
+    return kept
+
+
+def repair(whole: nn.Module, module: nn.Module, batches: Sequence[Batch], kept: Sequence[int]) -> None:
+    """Solve every output matrix of the cut model again, from the bottom up, towards the whole model's flow.
+
+    Args:
+        whole: the model before the cut.
+        module: the cut model, changed in place.
+        batches: calibration texts.
+        kept: for every block of `module`, its number in `whole`.
+    """
+    family = family_of(module)
+    cut_walk = walk_blocks(module, batches)
+    for reference in walk_blocks(whole, batches):
+        if reference.index in kept:
+            block = next(cut_walk)
+            _repair_sublayer(reference, block, family.attention_output, family.attention_norm)
+            _repair_sublayer(reference, block, family.down, family.feed_forward_norm)
+
+
+def _repair_sublayer(reference: Block, block: Block, path: str, norm: str) -> None:
+    linear = cast(Any, block.module.get_submodule(path))
+    sums = Repair()
+    for batch in range(len(block.calls)):
+        ours = block.flows(batch, (path, norm))
+        wanted = reference.flows(batch, (norm,))[norm].input
+        # The norm reads the sublayer's output plus the residual stream, so this is what both lack together.
+        features = ours[path].input if linear.in_features else ours[path].input[:, :0]
+        sums.add(features, wanted - ours[norm].input)
+    weight, bias = sums.solve()
+    if linear.in_features:
+        linear.weight += weight.to(linear.weight.dtype)
+    linear.bias += bias.to(linear.bias.dtype)
+
+
+def _gram(block: Block, path: str) -> torch.Tensor:
+    total: torch.Tensor | None = None
+    for batch in range(len(block.calls)):
+        x = block.flows(batch, (path,))[path].input.double()
+        total = x.T @ x if total is None else total + x.T @ x
+    if total is None:
+        raise InputError("there are no calibration texts")
+    return total
+
+
+def _levels(order: Order) -> list[int]:
+    """Counts to measure, descending, out of those the order can leave."""
+    counts = np.asarray(order.counts())
+    wanted = {int(counts[np.abs(counts - share * order.units).argmin()]) for share in LEVELS}
+    return sorted(wanted - {order.units}, reverse=True)
+
+
+def _interpolate(measured: Mapping[int, float], counts: Sequence[int]) -> Prices:
+    """A price for every count; fewer units never cost less."""
+    xs = sorted(measured)
+    ys = np.maximum.accumulate([measured[x] for x in reversed(xs)])[::-1]
+    return {count: float(np.interp(count, xs, ys)) for count in counts}
+
+
+@contextmanager
+def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
+    before = linear.weight.data
+    linear.weight.data = weight.to(before.dtype)
+    try:
+        yield
+    finally:
+        linear.weight.data = before
