@@ -137,7 +137,9 @@ class Model:
             for name, tensor in sorted(self.module.state_dict().items())
             for part in (name, str(tuple(tensor.shape)), tensor.detach().cpu().contiguous().float().numpy().tobytes())
         )
-        return digest(*weights, self.tokenizer.backend_tokenizer.to_str())
+        # Truncation and padding are those of the latest call, not the tokenizer's own.
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        return digest(*weights, json.dumps(tokenizer, sort_keys=True))
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def removal_order(weight: torch.Tensor, gram: torch.Tensor, size: int, group: in
         scores = errors_of_removal(w, inverse, size).masked_fill(~alive, torch.inf)
         chosen = torch.topk(scores, min(group, int(alive.sum())), largest=False).indices.sort().values
         features = (chosen[:, None] * size + torch.arange(size)).flatten()
-        w, inverse = remove(w, inverse, features)
+        remove_(w, inverse, features)
         alive[chosen] = False
         removed.append(chosen.tolist())
     return Order(removed, units)
@@ -76,20 +76,21 @@ def errors_of_removal(w: torch.Tensor, inverse: torch.Tensor, size: int) -> torc
     return (columns * torch.linalg.solve(blocks + eye, columns)).sum((1, 2))
 
 
-def remove(w: torch.Tensor, inverse: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """W + δW and the H⁻¹ of the rest, after removing `features` (their columns become zero)."""
-    inner = inverse[features][:, features]
-    across = torch.linalg.solve(inner, inverse[features])
-    w = w - w[:, features] @ across
-    inverse = inverse - inverse[:, features] @ across
+def remove_(w: torch.Tensor, inverse: torch.Tensor, features: torch.Tensor) -> None:
+    """Make W into W + δW and H⁻¹ into that of the rest, in place, after removing `features` (their columns become zero)."""
+    across = torch.linalg.solve(inverse[features][:, features], inverse[features])
+    w.addmm_(w[:, features], across, alpha=-1)
+    inverse.addmm_(inverse[:, features], across, alpha=-1)
     w[:, features] = 0.0
     inverse[features] = 0.0
     inverse[:, features] = 0.0
-    return w, inverse
 
 
 def adapted(weight: torch.Tensor, gram: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
-    """W when only these features are left and adapt: least squares, argmin ‖W X - W' X_kept‖², (hidden, features), zeros elsewhere."""
+    """W (hidden, features) when only the kept features are left and adapt; zeros elsewhere.
+
+    Least squares: argmin ‖W X - W' X_kept‖², damped.
+    """
     h = damped(gram)
     result = torch.zeros_like(weight, dtype=torch.double)
     if len(kept):

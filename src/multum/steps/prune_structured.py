@@ -38,6 +38,7 @@ from ..core.second_order import Order, Repair, adapted, removal_order
 from ..core.step import Step
 from ..core.surgery import head_features, head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
 from ..core.task import Batch, Task
+from ..core.training import autocast
 from ..errors import InputError
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
@@ -57,9 +58,9 @@ class Sublayer:
     prices: Prices
 
 
-def kl(whole: torch.Tensor, cut: torch.Tensor) -> float:
-    """KL(whole ‖ cut) of two sets of logits, (examples, classes), in nats, averaged over the examples."""
-    log_p, log_q = F.log_softmax(whole.double(), -1), F.log_softmax(cut.double(), -1)
+def kl(whole: torch.Tensor, reduced: torch.Tensor) -> float:
+    """KL(whole ‖ reduced) of two sets of logits, (examples, classes), in nats, averaged over the examples."""
+    log_p, log_q = F.log_softmax(whole.double(), -1), F.log_softmax(reduced.double(), -1)
     return float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
 
 
@@ -182,20 +183,22 @@ def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: i
     family, size = family_of(module), head_size(module)
     result = []
     priced = batches[: max(1, len(batches) // 2)]
-    whole = outputs_from(module, None, priced)
+    with autocast("auto"):
+        whole = outputs_from(module, None, priced)
     for block in walk_blocks(module, batches):
+        grams = _grams(block, (family.attention_output, family.down))
         pair = []
         for path, width, group in ((family.attention_output, size, 1), (family.down, 1, neuron_group)):
             linear = block.module.get_submodule(path)
             if not isinstance(linear, nn.Linear):
                 pair.append(Sublayer(Order([], 0), {0: 0.0}))
                 continue
-            gram = _gram(block, path)
+            gram = grams[path]
             order = removal_order(linear.weight, gram, width, group)
             measured = {order.units: 0.0}
             for count in _levels(order):
                 features = head_features(order.kept(count), width)
-                with _weight(linear, adapted(linear.weight, gram, features)):
+                with _weight(linear, adapted(linear.weight, gram, features)), autocast("auto"):
                     measured[count] = kl(whole, outputs_from(module, block, priced))
             pair.append(Sublayer(order, _interpolate(measured, order.counts())))
         result.append((pair[0], pair[1]))
@@ -248,14 +251,14 @@ def _repair_sublayer(reference: Block, block: Block, path: str, norm: str) -> No
     linear.bias += bias.to(linear.bias.dtype)
 
 
-def _gram(block: Block, path: str) -> torch.Tensor:
-    total: torch.Tensor | None = None
+def _grams(block: Block, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """H = Σ x xᵀ of what flows into each part, (features, features), over all real tokens."""
+    totals: dict[str, torch.Tensor] = {}
     for batch in range(len(block.calls)):
-        x = block.flows(batch, (path,))[path].input.double()
-        total = x.T @ x if total is None else total + x.T @ x
-    if total is None:
-        raise InputError("there are no calibration texts")
-    return total
+        for path, flow in block.flows(batch, paths).items():
+            product = (flow.input.T @ flow.input).double()
+            totals[path] = totals[path] + product if path in totals else product
+    return totals
 
 
 def _levels(order: Order) -> list[int]:

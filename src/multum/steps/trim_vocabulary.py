@@ -87,37 +87,55 @@ def ancestors(model: Spec, kept: set[str]) -> set[str]:
     return found
 
 
+def unspelled(spec: Spec) -> dict[str, list[int]]:
+    """Tokens that the single-character pieces do not spell, and which of their characters lack a piece.
+
+    Left out are tokens that text never yields because it is split before the model sees it, like BERT's `[unused0]`.
+    """
+    model, vocab = spec["model"], token_ids(spec)
+    named = {added["content"] for added in spec["added_tokens"]} | {_unknown(model)}
+    splitter = Tokenizer.from_str(json.dumps(spec)).pre_tokenizer if model["type"] == "WordPiece" else None
+    result = {}
+    for token in vocab.keys() - named:
+        missing = [index for index, piece in enumerate(pieces(model, token)) if piece not in vocab]
+        text = token.removeprefix(model.get("continuing_subword_prefix") or "")
+        if missing and not _BYTE_PIECE.fullmatch(token) and (splitter is None or len(splitter.pre_tokenize_str(text)) == 1):
+            result[token] = missing
+    return result
+
+
 def obstacle(spec: Spec) -> str | None:
     """Why some text could gain an unknown token if anything went, or None."""
-    model, special = spec["model"], {added["content"] for added in spec["added_tokens"]}
-    vocab = token_ids(spec)
-    kind = model["type"]
+    kind = spec["model"]["type"]
     if kind not in ("WordPiece", "BPE", "Unigram"):
         return f"a {kind} vocabulary has no pieces that could spell a token that is dropped"
     if kind == "BPE":  # it starts from single characters, so no character is known only as part of a longer token
         return None
-    for token in vocab.keys() - special:
-        missing = [index for index, piece in enumerate(pieces(model, token)) if piece not in vocab]
-        # The longest match always starts a token at a character that begins every token it is in: WordPiece may miss it.
-        if missing and (kind == "Unigram" or missing != [0]) and not _BYTE_PIECE.fullmatch(token):
+    for token, missing in sorted(unspelled(spec).items()):
+        # Longest match: a character that only ever begins tokens is reached with or without what went before it.
+        if kind == "Unigram" or missing != [0]:
             return f"its token {token!r} has characters that are no tokens by themselves"
     return None
+
+
+def _unknown(model: Spec) -> str | None:
+    """The unknown token, which Unigram gives by its id."""
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
 
 
 def needed(spec: Spec, counts: Mapping[int, int], min_count: int) -> set[str]:
     """The tokens to keep: S + C + U + A(U) of the formula, and those that C does not spell."""
     model, vocab = spec["model"], token_ids(spec)
-    kept = {added["content"] for added in spec["added_tokens"]}
+    kept = {added["content"] for added in spec["added_tokens"]} | unspelled(spec).keys()
     for token, index in vocab.items():
-        spelled = pieces(model, token)
-        single = len(spelled) == 1 or _BYTE_PIECE.fullmatch(token)
-        if single or counts.get(index, 0) >= min_count or any(piece not in vocab for piece in spelled):
+        if counts.get(index, 0) >= min_count or len(pieces(model, token)) == 1 or _BYTE_PIECE.fullmatch(token):
             kept.add(token)
     if model["type"] == "Unigram":  # the lowest score sets the price of an unknown character
         kept.add(min(model["vocab"], key=lambda entry: entry[1])[0])
-        kept.add(model["vocab"][model["unk_id"] or 0][0])
-    elif model.get("unk_token") in vocab:
-        kept.add(model["unk_token"])
+    if (unknown := _unknown(model)) in vocab:
+        kept.add(unknown)
     if model["type"] == "BPE":
         kept |= ancestors(model, kept)
     return kept

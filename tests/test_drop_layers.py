@@ -1,0 +1,159 @@
+"""Which blocks stay, and Block Influence against loops over hidden states."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from multum.core.families import blocks_of, family_of
+from multum.core.step import make
+from multum.errors import InputError
+from multum.steps.drop_layers import DropLayers, alternate, block_influence, most_influential
+
+
+def kept(model, **fields) -> list[int]:
+    return DropLayers(**fields)(model, tiny.task()).history[-1]["kept_blocks"]
+
+
+def slow_influence(module, batches) -> list[float]:
+    """One text at a time and without padding; every token by itself."""
+    cosines: list[list[float]] = [[] for _ in blocks_of(module)]
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            length = int(batch["attention_mask"][row].sum())
+            states: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+            def keep(_, inputs, output, states=states):
+                states.append((inputs[0][0], output.reshape(inputs[0].shape)[0]))
+
+            handles = [block.register_forward_hook(keep) for block in blocks_of(module)]
+            with torch.no_grad():
+                module(**{key: value[row : row + 1, :length] for key, value in batch.items()})
+            for handle in handles:
+                handle.remove()
+            for number, (read, written) in enumerate(states):
+                for a, b in zip(read.tolist(), written.tolist(), strict=True):
+                    dot = sum(x * y for x, y in zip(a, b, strict=True))
+                    cosines[number].append(dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b)))
+    return [1 - sum(values) / len(values) for values in cosines]
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "electra"])
+def test_influence_equals_slow_loops_and_knows_no_padding(name):
+    model = tiny.model(name, layers=3)
+    batches = tiny.task().calibration(model, 12)
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    assert block_influence(model.module, batches) == pytest.approx(slow_influence(model.module, batches), abs=1e-5)
+
+
+def test_a_block_that_changes_nothing_has_no_influence_and_goes_first():
+    model = tiny.model(layers=4)
+    family, block = family_of(model.module), blocks_of(model.module)[2]
+    with torch.no_grad():
+        # Its sublayers add nothing, and what its norms read has been normalized the same way by block 1.
+        for path in (family.attention_output, family.down):
+            block.get_submodule(path).weight.zero_()
+            block.get_submodule(path).bias.zero_()
+        for other in blocks_of(model.module)[1:3]:
+            for path in (family.attention_norm, family.feed_forward_norm):
+                other.get_submodule(path).weight.fill_(1.0)
+                other.get_submodule(path).bias.zero_()
+    influence = block_influence(model.module, tiny.task().calibration(model, 16))
+    assert influence[2] == pytest.approx(0, abs=1e-6)
+    assert all(value > 1e-3 for index, value in enumerate(influence) if index != 2)
+    assert kept(model, keep=3, which="importance") == [0, 1, 3]
+
+
+def test_most_influential():
+    assert most_influential([0.5, 0.1, 0.3, 0.3], 2) == [0, 2]
+    assert most_influential([0.1, 0.2, 0.3], 3) == [0, 1, 2]
+
+
+def test_alternate():
+    assert alternate(12, 6) == [0, 2, 4, 7, 9, 11]
+    assert alternate(6, 3) == [0, 2, 5]
+    for blocks in range(1, 30):
+        for keep in range(1, blocks + 1):
+            chosen = alternate(blocks, keep)
+            assert len(set(chosen)) == keep
+            assert chosen == sorted(chosen)
+            assert chosen[0] == 0
+            assert chosen[-1] == (blocks - 1 if keep > 1 else 0)
+        assert alternate(blocks, blocks) == list(range(blocks))
+
+
+def test_top_alternate_and_numbers():
+    model = tiny.model(layers=4)
+    assert kept(model, keep=2) == [0, 1]
+    assert kept(model, keep=2, which="alternate") == [0, 3]
+    assert kept(model, which=(0, 2)) == [1, 3]
+    assert kept(model, keep=4) == [0, 1, 2, 3]
+
+
+def test_what_stays_is_what_was_there():
+    model = tiny.model(layers=4)
+    result = DropLayers(which=(1, 2))(model, tiny.task())
+    old, new = blocks_of(model.module), blocks_of(result.module)
+    assert len(new) == result.module.config.num_hidden_layers == 2
+    for index, number in enumerate((0, 3)):
+        for key, value in new[index].state_dict().items():
+            assert torch.equal(value, old[number].state_dict()[key])
+    assert result.history[-1]["dropped_blocks"] == [1, 2]
+
+
+def test_all_kept_changes_nothing():
+    model = tiny.model(layers=3)
+    for which in ("top", "alternate", "importance"):
+        same = DropLayers(keep=3, which=which)(model, tiny.task())
+        assert same.fingerprint() == model.fingerprint()
+        assert same.history[-1]["changed"] == {}
+
+
+def test_importance_records_what_it_saw():
+    model, task = tiny.model(layers=3), tiny.task()
+    entry = DropLayers(keep=1, which="importance", samples=16, seed=3)(model, task).history[-1]
+    assert entry["influence"] == block_influence(model.module, task.calibration(model, 16, seed=3))
+    assert entry["kept_blocks"] == [entry["influence"].index(max(entry["influence"]))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "keep must say how many"),
+        ({"keep": 0}, "keep must be at least 1"),
+        ({"keep": -2}, "keep must be at least 1"),
+        ({"keep": 2, "which": "bottom"}, "which must be 'top'"),
+        ({"keep": 2, "which": (1,)}, "not both"),
+        ({"which": ()}, "different blocks"),
+        ({"which": (1, 1)}, "different blocks"),
+        ({"which": (-1,)}, "counted from 0"),
+        ({"keep": 1, "samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_bad_fields_fail_at_construction(fields, message):
+    with pytest.raises(InputError, match=message):
+        DropLayers(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep": 3}, "keep is 3, but the model has only 2 blocks"),
+        ({"which": (1, 2, 5)}, "blocks 0 to 1, no 2, 5"),
+        ({"which": (0, 1)}, "at least one has to stay"),
+    ],
+)
+def test_what_does_not_fit_the_model_fails_and_leaves_it_alone(fields, message):
+    model = tiny.model()
+    before = model.fingerprint()
+    with pytest.raises(InputError, match=message):
+        DropLayers(**fields)(model, tiny.task())
+    assert model.fingerprint() == before
+
+
+def test_numbers_from_yaml_make_the_same_step():
+    assert make("drop_layers", {"which": [1, 2]}) == DropLayers(which=(1, 2))
+    assert make("drop_layers", {"keep": "2", "which": "alternate"}) == DropLayers(keep=2, which="alternate")

@@ -1,0 +1,202 @@
+"""What every step must do. A step joins by existing in `multum.steps`; two lines in the tables below are all it adds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from multum.core.model import Model
+from multum.core.step import Step, find, from_history, make, names
+from multum.errors import InputError
+
+FAMILIES = ("bert", "distilbert", "roberta", "electra")
+TEACHER, FOLDER = "<teacher>", "<folder>"
+
+QUICK: dict[str, dict[str, Any]] = {
+    "distill": {"teacher": TEACHER, "epochs": 1, "batch_size": 16, "cache": FOLDER},
+    "drop_layers": {"keep": 1, "which": "importance", "samples": 8},
+    "finetune": {"epochs": 1, "batch_size": 16},
+    "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
+    "prune_weights": {"sparsity": 0.5},
+    "trim_vocabulary": {},
+}
+"""Fields for a quick run."""
+
+BAD: dict[str, list[dict[str, Any]]] = {
+    "distill": [{"temperature": 0.0}, {"alpha": 1.5}, {"epochs": 0}, {"augment": -1}],
+    "drop_layers": [{"keep": 0}, {"which": "bottom"}, {"samples": 0}],
+    "finetune": [{"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 2.0}],
+    "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],
+    "prune_weights": [{"sparsity": 1.5}, {"scope": "rows"}, {"pattern": "4:2"}],
+    "trim_vocabulary": [{"min_count": 0}],
+}
+"""Fields that must be refused, each on top of the quick ones."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One step, applied twice to one model."""
+
+    step: Step
+    model: Model
+    before: str
+    once: Model
+    twice: Model
+
+
+@pytest.fixture(scope="module")
+def task():
+    return tiny.task(n_train=32, n_validation=16)
+
+
+@pytest.fixture(scope="module")
+def run(task, tmp_path_factory):
+    """(step, family) -> Run, each made once for all tests."""
+    folder = tmp_path_factory.mktemp("steps")
+
+    @cache
+    def made(name: str, family: str) -> Run:
+        values = quick(name, folder, family)
+        step, model = find(name)(**values), tiny.model(family)
+        before = model.fingerprint()
+        return Run(step, model, before, step(model, task), step(model, task))
+
+    return made
+
+
+def quick(name: str, folder: Path, family: str = "bert") -> dict[str, Any]:
+    if name not in QUICK:
+        pytest.fail(f"step {name!r} is not in the tables of this file: give it fields for a quick run in QUICK and bad ones in BAD")
+    teacher = folder / f"teacher-{family}"
+    if TEACHER in QUICK[name].values() and not teacher.is_dir():
+        tiny.model(family, seed=1).save(teacher)
+    places = {TEACHER: str(teacher), FOLDER: str(folder / "cache")}
+    return {key: places.get(value, value) if isinstance(value, str) else value for key, value in QUICK[name].items()}
+
+
+every_step = pytest.mark.parametrize("name", names())
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@torch.no_grad()
+def logits(module, model: Model, task) -> torch.Tensor:
+    batches = list(task.batches(model, "validation", 8))
+    return torch.cat([module(**{key: value for key, value in batch.items() if key != "labels"}).logits for batch in batches])
+
+
+def test_the_tables_name_every_step_and_no_other():
+    assert sorted(QUICK) == sorted(BAD) == names()
+
+
+@every_step
+@every_family
+def test_the_input_model_is_left_as_it_was(name, family, run):
+    made = run(name, family)
+    assert made.model.fingerprint() == made.before
+    assert made.model.history == []
+    assert not made.model.module.training
+    assert not made.once.module.training
+
+
+@every_step
+@every_family
+def test_the_same_seed_gives_the_same_bits(name, family, run):
+    made = run(name, family)
+    assert made.once.fingerprint() == made.twice.fingerprint()
+    timeless = [{k: v for k, v in m.history[-1].items() if "seconds" not in json.dumps(v) and k != "seconds"} for m in (made.once, made.twice)]
+    assert timeless[0] == timeless[1]
+
+
+@every_step
+@every_family
+def test_something_changes(name, family, run):
+    made = run(name, family)
+    assert made.once.fingerprint() != made.before
+
+
+@every_step
+@every_family
+def test_the_saved_folder_loads_and_answers_the_same(name, family, run, task, tmp_path):
+    made = run(name, family)
+    made.once.save(tmp_path / "model")
+    module = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    again = Model.load(tmp_path / "model", auto_class="AutoModelForSequenceClassification")
+    expected = logits(made.once.module, made.once, task)
+    assert torch.isfinite(expected).all()
+    assert torch.equal(logits(module, again, task), expected)
+    assert torch.equal(logits(again.module, again, task), expected)
+    assert again.history == json.loads(json.dumps(made.once.history))
+    assert again.fingerprint() == made.once.fingerprint()
+
+
+@every_step
+def test_the_history_gives_back_an_equal_step(name, run):
+    made = run(name, "bert")
+    entry = json.loads(json.dumps(made.once.history[-1]))
+    assert entry["step"] == made.step.name == name
+    assert set(entry["fields"]) == {field.name for field in fields(made.step)}
+    assert from_history(entry) == made.step
+    assert type(from_history(entry)) is type(made.step)
+
+
+@every_step
+@every_family
+def test_every_linear_layer_is_changed_or_skipped(name, family, run):
+    made = run(name, family)
+    entry = made.once.history[-1]
+    assert sorted([*entry["changed"], *entry["skipped"]]) == sorted(made.model.linears())
+    assert all(entry["skipped"].values())
+    old, new = made.model.linears(), made.once.linears()
+    for layer in entry["skipped"]:
+        assert torch.equal(new[layer].weight, old[layer].weight)
+    for layer in entry["changed"]:
+        assert layer not in new or new[layer].weight.shape != old[layer].weight.shape or not torch.equal(new[layer].weight, old[layer].weight)
+    assert entry["parameters"] == [made.model.parameters(), made.once.parameters()]
+
+
+@every_step
+def test_bad_fields_fail_at_construction_and_name_the_step(name, tmp_path):
+    values = quick(name, tmp_path)
+    find(name)(**values)
+    assert BAD[name]
+    for bad in BAD[name]:
+        with pytest.raises(InputError) as caught:
+            find(name)(**{**values, **bad})
+        assert len(caught.value.problems) == 1, caught.value
+        assert str(caught.value).startswith(f"{name}: ")
+        assert next(iter(bad)) in str(caught.value)
+        with pytest.raises(InputError):
+            make(name, {**values, **bad})
+
+
+@every_step
+def test_unknown_fields_are_all_listed(name, tmp_path):
+    with pytest.raises(InputError) as caught:
+        make(name, {**quick(name, tmp_path), "nonsense": 1, "sparsty": 2})
+    assert len(caught.value.problems) == 2
+    assert all(problem.startswith(f"{name}: no field named") for problem in caught.value.problems)
+
+
+@every_step
+def test_every_field_has_a_docstring_and_the_file_a_formula(name):
+    """Help pages, `multum steps NAME` and the documentation are made of these."""
+    import ast
+    import importlib
+
+    source = Path(importlib.import_module(f"multum.steps.{name}").__file__).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    assert ast.get_docstring(tree)
+    step = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == find(name).__name__)
+    assert ast.get_docstring(step)
+    for node, after in zip(step.body, [*step.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+            assert documented, f"{name}: field {ast.unparse(node.target)} has no docstring under it"
