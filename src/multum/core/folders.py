@@ -66,6 +66,12 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is damaged: {error}") from error
 
 
+def cache_home() -> Path:
+    """multum's own cache: `MULTUM_CACHE`, or `multum` under the user's cache folder."""
+    home = os.environ.get("MULTUM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "multum"
+    return Path(home).expanduser()
+
+
 def digest(*parts: bytes | str | Path) -> str:
     """SHA-256 over texts, bytes and the contents of files, in order, 16 hexadecimal digits."""
     total = hashlib.sha256()

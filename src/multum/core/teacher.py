@@ -8,7 +8,6 @@ rows has its own digest: an interrupted run goes on where it stopped, a damaged 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .folders import digest, read_json, write_json
+from .folders import cache_home, digest, read_json, write_json
 from .model import Model
 from .training import Precision, Rows, autocast, pad, progress, resolve_precision
 
@@ -98,9 +97,8 @@ def cached_logits(teacher: Model, rows: Rows, folder: Path, *, precision: Precis
 
 
 def cache_folder() -> Path:
-    """multum's own folder for teacher outputs: under `MULTUM_CACHE`, or the user's cache."""
-    home = os.environ.get("MULTUM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "multum"
-    return Path(home).expanduser() / "teacher"
+    """Where teacher outputs are kept that belong to no run."""
+    return cache_home() / "teacher"
 
 
 def _read_index(path: Path) -> dict[str, str]:

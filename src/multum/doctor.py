@@ -1,0 +1,131 @@
+"""What this machine can do, what is installed, and what to install for more."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FLAGS = {
+    "AVX2": ("avx2", "8 fp32 numbers an instruction"),
+    "AVX-512": ("avx512f", "16 fp32 numbers an instruction"),
+    "VNNI": ("avx512_vnni", "int8 matrix products at several times the speed of fp32"),
+    "AVX-VNNI": ("avx_vnni", "the same, 256 bits wide"),
+    "bf16": ("avx512_bf16", "bf16 matrix products"),
+    "AMX int8": ("amx_int8", "int8 matrix tiles"),
+    "AMX bf16": ("amx_bf16", "bf16 matrix tiles: training at about twice the speed of fp32"),
+    "dot product": ("asimddp", "int8 matrix products (Arm)"),
+    "i8mm": ("i8mm", "int8 matrix tiles (Arm)"),
+}
+"""What multum calls it: the processor's flag and what it is good for."""
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "onnx", "onnxruntime", "openvino", "nncf")
+NEEDED_MB = 3000
+"""Peak memory of the quickstart."""
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `multum doctor` shows, as JSON values.
+
+    Returns:
+        `system`, `processor` (with `features`, name -> bool), `memory`, `accelerators`, `versions`, `runtimes` (name -> what
+        it exports to, or why it cannot and what to install), `cache`, `disk`, and `advice`, a sentence for all that could be better.
+    """
+    from . import __version__
+
+    facts: dict[str, Any] = {
+        "multum": __version__,
+        "system": {
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+            "python": platform.python_version(),
+            "environment": sys.prefix,
+        },
+        "processor": _processor(),
+        "memory": _memory(),
+        "accelerators": _accelerators(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "runtimes": _runtimes(),
+        "cache": _cache(),
+        "disk": {"folder": str(Path.cwd()), "free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1)},
+    }
+    return facts | {"advice": _advice(facts)}
+
+
+def _processor() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    entries = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+    models = [value for key, value in entries if key == "model name"]
+    flags = {flag for key, value in entries if key in ("flags", "Features") for flag in value.split()}
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "name": models[0] if models else platform.processor() or platform.machine(),
+        "cores": usable,
+        "cores_of_machine": os.cpu_count(),
+        "features": {name: flag in flags for name, (flag, _) in FLAGS.items()},
+    }
+
+
+def _memory() -> dict[str, Any]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"total_mb": memory.total // 10**6, "available_mb": memory.available // 10**6}
+
+
+def _accelerators() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return ["Apple GPU (MPS)"] if torch.backends.mps.is_available() else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _runtimes() -> dict[str, Any]:
+    from . import runtimes
+
+    found = {}
+    for name in runtimes.names():
+        module = runtimes.find(name)
+        reason = module.unavailable()
+        found[name] = {
+            "precisions": list(module.PRECISIONS),
+            "available": reason is None,
+            "reason": reason,
+            "install": None if reason is None else f"pip install 'multum[{module.EXTRA}]'" if module.EXTRA else f"pip install {name}",
+        }
+    return found
+
+
+def _cache() -> dict[str, Any]:
+    from .core.folders import cache
+
+    folder = cache()
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    return {"folder": str(folder), "used_mb": round(used / 1e6, 1)}
+
+
+def _advice(facts: dict[str, Any]) -> list[str]:
+    """What could be better, each with what to do about it."""
+    advice = [f"{name} is not usable here ({runtime['reason']}): {runtime['install']}"
+              for name, runtime in facts["runtimes"].items() if not runtime["available"]]  # fmt: skip
+    features = facts["processor"]["features"]
+    if not any(features[name] for name in ("VNNI", "AVX-VNNI", "AMX int8", "dot product", "i8mm")):
+        advice.append("this processor has no int8 instructions: int8 models get smaller here, but hardly faster")
+    if facts["memory"]["available_mb"] < NEEDED_MB:
+        advice.append(f"{facts['memory']['available_mb']} MB of memory are free; shrinking a small model takes about {NEEDED_MB} MB")
+    if facts["disk"]["free_gb"] < 2:
+        advice.append(f"{facts['disk']['free_gb']} GB are free in {facts['disk']['folder']}; a run keeps every rung, about 1 GB")
+    return advice

@@ -1,0 +1,243 @@
+"""The chain: apply the steps of a recipe in order, keep what each one made, measure at the end.
+
+    output/00-original/      the model as it came
+    output/01-drop_layers/   what the first step made, and so on: each a whole model folder
+    output/model/            the last of them
+    output/run.json          the recipe, what was measured, where and how long it took
+
+A folder that exists is whole, and every step reads its model from disk. So a run that was stopped goes on where it stopped and
+comes to the same result.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from . import data as data_sets
+from . import tasks
+from .core.folders import read_json, whole_folder, write_json
+from .core.model import Model, machine, versions
+from .core.step import Step, find, make
+from .core.surgery import heads_and_neurons
+from .core.training import progress as training_progress
+from .errors import InputError
+from .measure import measure
+from .progress import Progress
+from .recipe import MODEL, STAGE, Entry, Recipe, check, locate, read
+
+RUN = "run.json"
+ORIGINAL = "00-original"
+ROUNDS = 30
+
+
+def run(
+    recipe: Recipe | str | Path,
+    output: str | Path,
+    *,
+    threads: int | None = None,
+    rounds: int = ROUNDS,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Apply a recipe; the same call again goes on where an earlier one stopped.
+
+    Args:
+        recipe: a YAML file, or what `multum.recipe.read` made of one.
+        output: the run folder; the final model is in its sub-folder `model`.
+        threads: for measuring; all cores by default.
+        rounds: of measuring speed.
+        trust_remote_code: run code that comes with the model.
+        progress: shows how far it is; silent by default.
+
+    Returns:
+        The content of `run.json`.
+
+    Raises:
+        InputError: mistakes in the recipe, all of them; wrong data or model; a folder that holds something else.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = read(recipe)
+    elif problems := check(recipe):
+        raise InputError(*problems)
+    chain = _Chain(recipe, Path(output), progress or Progress.silent(), trust_remote_code)
+    for place in range(len(recipe.steps)):
+        chain.step(place)
+    return chain.finish(threads, rounds)
+
+
+class _Chain:
+    """One run folder. What is on disk is the state."""
+
+    def __init__(self, recipe: Recipe, folder: Path, progress: Progress, trust_remote_code: bool) -> None:
+        self.recipe, self.folder, self.progress = recipe, folder, progress
+        _check_folder(folder, recipe)
+        task = tasks.find(recipe.task)
+        splits = data_sets.read(
+            locate(recipe.data),
+            task.columns,
+            optional=task.optional_columns,
+            mapping=recipe.columns,
+            keys=task.keys,
+            seed=recipe.seed,
+        )
+        self.task = task.from_splits(splits)
+        self.summary = self._open(splits, trust_remote_code)
+
+    def _open(self, splits: Any, trust_remote_code: bool) -> dict[str, Any]:
+        """The summary of an earlier call, or a new one beside a copy of the model as it came."""
+        path = self.folder / RUN
+        if path.exists():
+            summary: dict[str, Any] = read_json(path)
+            if summary["data"]["fingerprints"] != splits.fingerprints:
+                raise InputError(f"{self.folder} was made from other data than {self.recipe.data} holds now; choose another -o")
+            return summary
+        model = self.task.load(locate(self.recipe.model), trust_remote_code=trust_remote_code)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        summary = {
+            "schema": 1,
+            "kind": "recipe",
+            "task": self.task.name,
+            "model": self.recipe.model,
+            "recipe": _written(self.recipe),
+            "trained": self.task.is_trained(model),
+            "data": {
+                "source": self.recipe.data,
+                "columns": self.recipe.columns,
+                "sizes": {name: len(self.task.inputs(name)) for name in ("train", "validation", "test")},
+                "notes": list(splits.notes),
+                "fingerprints": splits.fingerprints,
+            },
+            "seed": self.recipe.seed,
+            "candidates": [],
+            "stages": [],
+            "versions": versions(),
+            "machine": machine(),
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._save(model, self.folder / ORIGINAL, splits.fingerprints)
+        write_json(path, summary)
+        return summary
+
+    def step(self, place: int) -> None:
+        """Make stage number `place` (from 0) unless it is there."""
+        name = self.recipe.stages[place]
+        folder = self.folder / name
+        if folder.exists():
+            return
+        before = self.recipe.stages[place - 1] if place else ORIGINAL
+        step = self._make(self.recipe.steps[place], place)
+        with self.progress.stage(name), _reporting(self.progress):
+            model = step(self.task.load(str(self.folder / before)), self.task)
+        self._save(model, folder, self.summary["data"]["fingerprints"])
+
+    def finish(self, threads: int | None, rounds: int) -> dict[str, Any]:
+        """Copy the last stage to `model/`, measure every stage on validation, the first and the last on test."""
+        final, last = self.folder / MODEL, self.folder / self.recipe.stages[-1]
+        if not final.exists():
+            with whole_folder(final) as work:
+                shutil.copytree(last, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("metrics*.json", "predictions"))
+        if self.summary["candidates"]:
+            return self.summary
+        names = [ORIGINAL, *self.recipe.stages] if self.summary["trained"] else self.recipe.stages
+        folders = [self.folder / name for name in names]
+        ends = [folders[0], final]
+        with self.progress.stage("measure every stage"):
+            validation = measure(folders, self.task, split="validation", threads=threads, rounds=rounds)
+        with self.progress.stage("measure on the test split"):
+            test = dict(zip((names[0], names[-1]), measure(ends, self.task, split="test", threads=threads, rounds=rounds), strict=True))
+        self.summary |= {
+            "candidates": [
+                self._candidate(folder, metrics, validation[0], test.get(folder.name))
+                for folder, metrics in zip(folders, validation, strict=True)
+            ],
+            "chosen": names[-1],
+            "met": True,
+            "why": "the recipe's last step",
+            "threads": validation[0]["speed"]["threads"],
+            "stages": self.progress.stages(),
+        }
+        write_json(self.folder / RUN, self.summary)
+        return self.summary
+
+    def _candidate(
+        self, folder: Path, metrics: dict[str, Any], first: dict[str, Any], test: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        model = self.task.load(str(folder))
+        try:
+            blocks = heads_and_neurons(model.module)
+        except InputError:  # an architecture whose blocks are not known can still be run and measured
+            blocks = []
+        return {
+            "name": folder.name,
+            "folder": folder.name,
+            "target": folder.name,
+            "technique": folder.name[3:].replace("_", " "),
+            "runtime": metrics["speed"]["runtime"],
+            "precision": metrics["speed"]["precision"],
+            "blocks": blocks,
+            "full": list(max(blocks)) if blocks else [],
+            "vocabulary": getattr(model.module.config, "vocab_size", None),
+            "validation": metrics,
+            "test": test,
+            "drop": round(self.task.drop_of(first, metrics), 4),
+            "speedup": round(metrics["speed"]["ratio_to_first"]["value"], 3),
+            "steps": [entry["step"] for entry in model.history],
+            "holds": True,
+            "broken": [],
+            "reason": "",
+        }
+
+    def _make(self, entry: Entry, place: int) -> Step:
+        """The step with its references to earlier stages resolved, and the recipe's seed unless it has one of its own."""
+        values: dict[str, Any] = {}
+        if any(field.name == "seed" for field in fields(find(entry.name))):
+            values["seed"] = self.recipe.seed
+        for key, value in entry.fields.items():
+            if isinstance(value, str) and value.startswith(STAGE):
+                stage = self.recipe.stage(value, place)
+                value = str(self.folder / (ORIGINAL if stage == MODEL else stage))
+            values[key] = value
+        return make(entry.name, values)
+
+    def _save(self, model: Model, folder: Path, fingerprints: Mapping[str, str]) -> None:
+        model.save(folder, {"task": self.task.name, "data": dict(fingerprints), "seed": self.recipe.seed})
+
+
+def _written(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it is written down, for `run.json`."""
+    return recipe.model_dump(mode="json") | {"steps": [{step.name: step.fields} for step in recipe.steps]}
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Refuse an output folder that holds something else, or the run of another recipe."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; -o takes a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RUN).is_file():
+        # A first call that was stopped while it saved the model as it came has left nothing else.
+        if all(item.name == ORIGINAL or item.name.endswith(".part") for item in folder.iterdir()):
+            return
+        raise InputError(f"{folder} holds something else already; choose an empty or new folder for -o")
+    before, now = read_json(folder / RUN).get("recipe"), _written(recipe)
+    if before is None:
+        raise InputError(f"{folder} holds another kind of run; choose another -o")
+    other = [key for key in now if before.get(key) != now[key]]
+    if other:
+        raise InputError(f"{folder} holds the run of another recipe ({', '.join(other)} differ); choose another -o to keep both")
+
+
+@contextmanager
+def _reporting(progress: Progress) -> Iterator[None]:
+    """Lets training report how far it is."""
+    token = training_progress.set(progress.update)
+    try:
+        yield
+    finally:
+        training_progress.reset(token)

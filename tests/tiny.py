@@ -1,0 +1,179 @@
+"""Small models and data for tests: real classes, real fast tokenizers, seeded random weights, made in milliseconds."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+from multum.core.families import blocks_of, family_of
+from multum.core.model import Model
+from multum.core.surgery import head_size, keep_heads, keep_neurons
+from multum.tasks.text_classification import TextClassification
+
+FAMILIES = ("bert", "distilbert", "roberta", "electra")
+POSITIONS = 64
+
+GOOD = ["wonderful", "moving", "brilliant", "funny", "charming", "superb", "gripping", "tender"]
+BAD = ["dreadful", "boring", "clumsy", "dull", "lifeless", "awful", "tedious", "shallow"]
+MIXED = ["average", "uneven", "ordinary", "passable", "modest", "plain", "middling", "routine"]
+NOUNS = ["film", "story", "acting", "plot", "script", "music", "ending", "cast", "scene", "dialogue"]
+FILLERS = ["the", "a", "this", "and", "with", "its", "really", "quite", "of", "in", "was", "is"]
+CLASSES = {2: ("negative", "positive"), 3: ("mixed", "negative", "positive")}
+WORDS_OF = {"positive": GOOD, "negative": BAD, "mixed": MIXED}
+
+
+def sentence(rng: random.Random, label: str) -> str:
+    """A made-up review; its adjectives tell the label."""
+    words = [rng.choice(FILLERS + NOUNS) for _ in range(rng.randint(2, 14))]
+    for _ in range(rng.randint(1, 3)):
+        words.insert(rng.randint(0, len(words)), rng.choice(WORDS_OF[label]))
+    return " ".join(words)
+
+
+def splits(
+    n_train: int = 64, n_validation: int = 32, n_test: int = 32, *, seed: int = 0, classes: int = 2, pairs: bool = False
+) -> SimpleNamespace:
+    """Three data sets with `text`, `label` and, for pairs, `text_pair`; no text occurs twice."""
+    rng, seen = random.Random(seed), set()
+    made = {}
+    for name, count in (("train", n_train), ("validation", n_validation), ("test", n_test)):
+        rows = []
+        while len(rows) < count:
+            label = CLASSES[classes][len(rows) % classes]
+            text = sentence(rng, label)
+            if text not in seen:
+                seen.add(text)
+                rows.append({"text": text, **({"text_pair": sentence(rng, label)} if pairs else {}), "label": label})
+        made[name] = Dataset.from_list(rows)
+    return SimpleNamespace(**made, notes=[], fingerprints={name: name for name in made})
+
+
+def task(
+    n_train: int = 64, n_validation: int = 32, n_test: int = 32, *, seed: int = 0, classes: int = 2, pairs: bool = False
+) -> TextClassification:
+    """A task that a tiny model can learn."""
+    return TextClassification.from_splits(splits(n_train, n_validation, n_test, seed=seed, classes=classes, pairs=pairs))
+
+
+def model(
+    family: str = "bert",
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    neurons: int = 32,
+    hidden: int = 32,
+    seed: int = 0,
+    labels: tuple[str, ...] = ("negative", "positive"),
+) -> Model:
+    """A classifier with random weights, spread wide enough that its answers differ from text to text."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(family), model_max_length=POSITIONS, **_special(family))
+    names = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "pad_token_id": tokenizer.pad_token_id,
+        "vocab_size": len(tokenizer),
+    }
+    stock = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": neurons,
+        "max_position_embeddings": POSITIONS,
+    }
+    torch.manual_seed(seed)
+    if family == "distilbert":
+        config = DistilBertConfig(
+            dim=hidden, n_layers=layers, n_heads=heads, hidden_dim=neurons, max_position_embeddings=POSITIONS, **names
+        )
+        module = DistilBertForSequenceClassification(config)
+    elif family == "roberta":
+        stock["max_position_embeddings"] += tokenizer.pad_token_id + 1
+        module = RobertaForSequenceClassification(RobertaConfig(type_vocab_size=1, **stock, **names))
+    elif family == "electra":
+        module = ElectraForSequenceClassification(ElectraConfig(embedding_size=hidden // 2, **stock, **names))
+    elif family == "bert":
+        module = BertForSequenceClassification(BertConfig(**stock, **names))
+    else:
+        raise ValueError(family)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10.0)  # 0.02 is made for wide layers; here it would leave nothing but biases
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return Model(module=module.eval(), tokenizer=tokenizer, source=f"tiny-{family}")
+
+
+def uneven(model: Model) -> Model:
+    """The same model after surgery: uneven heads and neurons, an attention and a feed-forward gone. Takes 3 layers or more."""
+    result = model.copy()
+    family, size = family_of(result.module), head_size(result.module)
+    blocks = blocks_of(result.module)
+    keep_heads(blocks[0], family, [0, 2], size)
+    keep_neurons(blocks[0], family, list(range(20)))
+    keep_heads(blocks[1], family, [], size)
+    keep_neurons(blocks[2], family, [])
+    keep_heads(blocks[2], family, [1, 2, 3], size)
+    return result
+
+
+def _special(family: str) -> dict[str, object]:
+    if family == "roberta":
+        names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+        return {**names, "pad_token": "<pad>", "unk_token": "<unk>", "model_input_names": ["input_ids", "attention_mask"]}
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if family != "distilbert" else [])
+    return {**names, "model_input_names": inputs}
+
+
+@cache
+def _corpus() -> list[str]:
+    rng = random.Random(99)
+    return [sentence(rng, label) for label in WORDS_OF for _ in range(200)] + ["Unrelated words: zebra, quicksand & 1984!"]
+
+
+def _tokenizer(family: str) -> Tokenizer:
+    return Tokenizer.from_str(_trained("bpe" if family == "roberta" else "wordpiece"))
+
+
+@cache
+def _trained(kind: str) -> str:
+    if kind == "bpe":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        made.train_from_iterator(_corpus(), trainer)
+        made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    else:
+        made = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
+        made.normalizer = normalizers.BertNormalizer(lowercase=True)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=250, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
+        )
+        made.train_from_iterator(_corpus(), trainer)
+        made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    return str(made.to_str())
