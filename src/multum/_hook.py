@@ -30,9 +30,7 @@ class _ThenShapes(Loader):
 
 
 class _Finder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != TARGET:
             return None
         spec = PathFinder.find_spec(fullname, path, target)

@@ -104,28 +104,34 @@ def _runtimes() -> dict[str, Any]:
             "precisions": list(module.PRECISIONS),
             "available": reason is None,
             "reason": reason,
-            "install": None if reason is None else f"pip install 'multum[{module.EXTRA}]'" if module.EXTRA else f"pip install {name}",
+            "install": None
+            if reason is None
+            else f"pip install 'multum[{module.EXTRA}]'"
+            if module.EXTRA
+            else f"pip install {name}",
         }
     return found
 
 
 def _cache() -> dict[str, Any]:
-    from .core.folders import cache
+    from .core.folders import cache_home
 
-    folder = cache()
+    folder = cache_home()
     used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     return {"folder": str(folder), "used_mb": round(used / 1e6, 1)}
 
 
 def _advice(facts: dict[str, Any]) -> list[str]:
     """What could be better, each with what to do about it."""
-    advice = [f"{name} is not usable here ({runtime['reason']}): {runtime['install']}"
-              for name, runtime in facts["runtimes"].items() if not runtime["available"]]  # fmt: skip
+    missing = {name: runtime for name, runtime in facts["runtimes"].items() if not runtime["available"]}
+    advice = [f"{name} is not usable here ({runtime['reason']}): {runtime['install']}" for name, runtime in missing.items()]
     features = facts["processor"]["features"]
     if not any(features[name] for name in ("VNNI", "AVX-VNNI", "AMX int8", "dot product", "i8mm")):
         advice.append("this processor has no int8 instructions: int8 models get smaller here, but hardly faster")
     if facts["memory"]["available_mb"] < NEEDED_MB:
-        advice.append(f"{facts['memory']['available_mb']} MB of memory are free; shrinking a small model takes about {NEEDED_MB} MB")
+        advice.append(
+            f"{facts['memory']['available_mb']} MB of memory are free; shrinking a small model takes about {NEEDED_MB} MB"
+        )
     if facts["disk"]["free_gb"] < 2:
         advice.append(f"{facts['disk']['free_gb']} GB are free in {facts['disk']['folder']}; a run keeps every rung, about 1 GB")
     return advice

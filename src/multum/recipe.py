@@ -124,7 +124,6 @@ def parse(content: Mapping[str, Any]) -> Recipe:
 
 def check(recipe: Recipe) -> list[str]:
     """What is wrong with the steps, the task, the model and the data of a recipe. Reads no data and loads no model."""
-    from . import tasks
     from .core.step import make
 
     problems: list[str] = []
@@ -138,10 +137,16 @@ def check(recipe: Recipe) -> list[str]:
         for value in step.fields.values():
             if isinstance(value, str) and value.startswith(STAGE):
                 problems += _problems(recipe.stage, value, place)
-    if recipe.task:
-        problems += _problems(tasks.find, recipe.task)
-    problems += _problems(_check_data, recipe.data) + _problems(_check_model, recipe.model)
-    return problems
+    return problems + check_sources(recipe.model, recipe.task, recipe.data)
+
+
+def check_sources(model: str, task: str, data: str) -> list[str]:
+    """What is wrong with where a model and data are said to be and with the name of a task. An empty one is not looked at."""
+    from . import tasks
+
+    known = tasks.names()
+    problems = [] if not task or task in known else [f"no task named {task!r}; there are: {', '.join(known)}"]
+    return _problems(_check_model, model) + problems + _problems(_check_data, data)
 
 
 def locate(source: str) -> str:

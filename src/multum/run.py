@@ -84,9 +84,10 @@ class _Chain:
             optional=task.optional_columns,
             mapping=recipe.columns,
             keys=task.keys,
+            stratify=task.stratify,
             seed=recipe.seed,
         )
-        self.task = task.from_splits(splits)
+        self.task = task.from_splits(splits, seed=recipe.seed)
         self.summary = self._open(splits, trust_remote_code)
 
     def _open(self, splits: Any, trust_remote_code: bool) -> dict[str, Any]:
@@ -150,7 +151,9 @@ class _Chain:
         with self.progress.stage("measure every stage"):
             validation = measure(folders, self.task, split="validation", threads=threads, rounds=rounds)
         with self.progress.stage("measure on the test split"):
-            test = dict(zip((names[0], names[-1]), measure(ends, self.task, split="test", threads=threads, rounds=rounds), strict=True))
+            test = dict(
+                zip((names[0], names[-1]), measure(ends, self.task, split="test", threads=threads, rounds=rounds), strict=True)
+            )
         self.summary |= {
             "candidates": [
                 self._candidate(folder, metrics, validation[0], test.get(folder.name))

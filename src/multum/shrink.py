@@ -14,8 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .ladder import FULL, QUICK, Budget, Ladder
+from .budget import FULL, QUICK, Budget
+from .core.folders import write_json
+from .data import open_task
+from .errors import BudgetNotMet
+from .ladder import Ladder
 from .progress import Progress
+from .report import report
+from .run_folder import RunFolder, check_folder
 
 
 def shrink(
@@ -69,17 +75,31 @@ def shrink(
         "threads": threads,
         "quick": quick,
     }
+    output, progress = Path(output), progress or Progress.silent()
     budget = Budget(max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes, min_speedup=min_speedup)
-    ladder = Ladder(
-        Path(output),
-        arguments,
-        budget=budget,
-        effort=QUICK if quick else FULL,
-        time_limit_s=time_limit_s,
-        progress=progress or Progress.silent(),
-        trust_remote_code=trust_remote_code,
-    )
+    check_folder(output, arguments)
+    opened = open_task(task, data, columns=columns, seed=seed)
+    run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s)
+    ladder = Ladder(run, opened, QUICK if quick else FULL, progress, trust_remote_code=trust_remote_code)
     ladder.original()
     ladder.vocabulary()
     ladder.rungs()
-    return ladder.finish()
+    best = ladder.ship()
+    ladder.test(best)
+    return _conclude(run, best)
+
+
+def _conclude(run: RunFolder, best: Mapping[str, Any]) -> dict[str, Any]:
+    """Write down what was chosen and why, and the report."""
+    why = "; ".join(best["broken"]) or "the fastest that keeps to every limit on the validation split"
+    run.values |= {"chosen": best["name"], "met": not best["broken"], "why": why}
+    run.write()
+    evidence = {"budget": run.values["budget"], "original": run.candidates[0], "strongest": run.strongest(), "chosen": best}
+    write_json(run.path / "chosen" / "evidence.json", evidence)
+    page = report(run.path)
+    if best["broken"]:
+        raise BudgetNotMet(
+            f"no model within the budget; the best found is {best['name']} ({why}). "
+            f"It is saved in {run.path / 'chosen'}; the whole walk is in {page}"
+        )
+    return run.values

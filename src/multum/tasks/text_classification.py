@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -54,13 +54,17 @@ class TextClassification:
     """Tokens after which a text is cut; None: what the model takes."""
     seed: int = 0
     """Of a new head's random weights."""
+    notes: Sequence[str] = ()
+    """What was dropped from the data and why."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """A digest of every split."""
 
     @classmethod
     def from_splits(cls, splits: Any, *, max_length: int | None = None, seed: int = 0) -> TextClassification:
         """The task from data.
 
         Args:
-            splits: has `train`, `validation` and `test`, each a `datasets.Dataset` with the columns above.
+            splits: has `train`, `validation` and `test`, each a `datasets.Dataset` with the columns above; `notes`, `fingerprints`.
             max_length: tokens after which a text is cut.
             seed: of a new head.
 
@@ -86,6 +90,8 @@ class TextClassification:
             labels=labels,
             max_length=max_length,
             seed=seed,
+            notes=tuple(splits.notes),
+            fingerprints=dict(splits.fingerprints),
         )
 
     @property

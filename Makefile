@@ -1,0 +1,34 @@
+# Everything runs in an environment of its own, .venv, made on first use and pinned by constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test check lint types bench clean
+
+quickstart: $(READY)
+	$(BIN)/multum quickstart -o $(RUN)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv build *.egg-info src/*.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "multum needs Python 3.11 or newer: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[openvino,dev]'
+	@touch $@

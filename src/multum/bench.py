@@ -1,0 +1,118 @@
+"""What `shrink` exports to, measures on and writes down: the run's own test bench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import runtimes
+from .core.folders import read_json
+from .core.latency import LatencyTable
+from .core.model import Model
+from .core.surgery import heads_and_neurons
+from .measure import measure
+from .progress import Progress
+from .run_folder import RunFolder
+
+
+class Bench:
+    """Exports and measures the models of one run.
+
+    Args:
+        run: where candidates are written down.
+        task: the task on its data.
+        rounds: of every measurement.
+        progress: is told every stage.
+    """
+
+    def __init__(self, run: RunFolder, task: Any, rounds: int, progress: Progress) -> None:
+        self.run, self.task, self.rounds, self.progress = run, task, rounds, progress
+        self.folder, self.seed, self.threads = run.path, run.values["seed"], run.values["threads"]
+
+    def export(self, model: Model, folder: Path, wanted: Sequence[tuple[str, str]]) -> list[Path]:
+        """Export a saved model to each (runtime, precision) that is not there yet."""
+        targets = []
+        for runtime, precision in wanted:
+            target = folder / f"{runtime}-{precision}"
+            if not target.exists():
+                with self.progress.stage(f"{folder.name}: export to {runtime} {precision}"):
+                    runtimes.find(runtime).export(
+                        model,
+                        target,
+                        precision=precision,
+                        inputs=self.task.inputs("validation")[:64],
+                        calibration=self.task.calibration(model, 64, seed=self.seed),
+                        max_length=self.task.length_limit(model),
+                        pairs=self.task.has_pairs,
+                        task=self.task.name,
+                    )
+            targets.append(target)
+        return targets
+
+    def measure(self, targets: Sequence[Path], split: str = "validation", rounds: int | None = None) -> list[dict[str, Any]]:
+        return measure(targets, self.task, split=split, threads=self.threads, rounds=rounds or self.rounds)
+
+    def add(self, name: str, folder: Path, target: Path, technique: str, model: Model, metrics: dict[str, Any]) -> None:
+        """Write a measured candidate into `run.json`."""
+        original = self.run.candidates[0] if self.run.candidates else None
+        blocks = heads_and_neurons(model.module)
+        # Rungs are timed beside the original's fastest form, which was timed beside the original in torch.
+        beside = self.run.strongest()["speedup"] if original and folder.name != "original" else 1.0
+        self.keep_stages()
+        self.run.add(
+            {
+                "name": name,
+                "folder": folder.name,
+                "target": str(target.relative_to(self.folder)),
+                "technique": technique,
+                "runtime": metrics["speed"]["runtime"],
+                "precision": metrics["speed"]["precision"],
+                "blocks": blocks,
+                "full": original["full"] if original else [max(column) for column in zip(*blocks, strict=True)],
+                "vocabulary": model.module.config.vocab_size,
+                "validation": metrics,
+                "test": None,
+                "drop": round(self.task.drop_of(original["validation"] if original else metrics, metrics), 4),
+                "speedup": round(metrics["speed"]["ratio_to_first"]["value"] * beside, 3),
+                "steps": [step["step"] for step in model.history],
+            }
+        )
+
+    def latency_table(self, model: Model) -> LatencyTable:
+        path = self.folder / "latency.json"
+        if not path.exists():
+            config, precision = model.module.config, self.run.strongest()["precision"]
+            lengths = sorted(len(row["input_ids"]) for row in self.task.encode(model, "validation"))
+            lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+            heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
+            size = config.hidden_size // config.num_attention_heads
+            # Other runtimes are read off onnxruntime's table: relative costs are what the search needs.
+            probe = runtimes.find("onnxruntime").probe
+            with self.progress.stage("measure the latency table"):
+                LatencyTable.measure(
+                    lambda blocks: probe(
+                        config.hidden_size, size, blocks, precision=precision, lengths=lengths, threads=self.threads
+                    ),
+                    heads=heads,
+                    neurons=neurons,
+                    rounds=self.rounds,
+                    about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": self.threads},
+                ).save(path)
+        self.run.values["latency_table"] = read_json(path)
+        return LatencyTable.load(path)
+
+    def keep_stages(self) -> None:
+        """Write down how long every stage took."""
+        self.run.values["stages"] = self.progress.stages()
+        self.run.write()
+
+
+def offers() -> list[tuple[str, str]]:
+    """Every (runtime, precision) that models can be exported to on this machine."""
+    return [
+        (name, precision)
+        for name in runtimes.names()
+        if name != "pytorch" and runtimes.find(name).unavailable() is None
+        for precision in runtimes.find(name).PRECISIONS
+    ]

@@ -1,0 +1,73 @@
+"""What a run is asked for, and how much work it may put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What the chosen model must keep to, on the validation split. Limits that are None do not count."""
+
+    max_drop: float = 1.0
+    """In the task's unit: points for accuracy."""
+    max_latency_ms: float | None = None
+    max_size_bytes: int | None = None
+    min_speedup: float | None = None
+    """Against the original in torch, fp32."""
+
+    def __post_init__(self) -> None:
+        problems = [f"max_drop cannot be negative (got {self.max_drop:g})"] if not self.max_drop >= 0 else []
+        for name in ("max_latency_ms", "max_size_bytes", "min_speedup"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                problems.append(f"{name} must be above 0 (got {value:g})")
+        if problems:
+            raise InputError(*problems)
+
+    def broken(self, candidate: Mapping[str, Any]) -> list[str]:
+        """The limits that a candidate of `run.json` misses, each in words."""
+        metrics = candidate["validation"]
+        latency, size = metrics["speed"]["p50_ms"], metrics["size"]["bytes_on_disk"]
+        problems = []
+        if candidate["drop"] > self.max_drop:
+            problems.append(f"drop {candidate['drop']:.2f} is above {self.max_drop:g}")
+        if self.max_latency_ms is not None and latency > self.max_latency_ms:
+            problems.append(f"latency {latency:.3g} ms is above {self.max_latency_ms:g} ms")
+        if self.max_size_bytes is not None and size > self.max_size_bytes:
+            problems.append(f"size {size / 1e6:.3g} MB is above {self.max_size_bytes / 1e6:g} MB")
+        if self.min_speedup is not None and candidate["speedup"] < self.min_speedup:
+            problems.append(f"speed-up {candidate['speedup']:.3g}x is below {self.min_speedup:g}x")
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much training and measuring a run does."""
+
+    finetune: Mapping[str, Any]
+    distill: Mapping[str, Any]
+    prune: Mapping[str, Any]
+    rounds: int
+    train_all_rungs: bool
+    """False leaves a rung untrained when closed-form repair alone keeps the drop under half of what is allowed."""
+
+
+FULL = Effort(
+    finetune={"epochs": 4, "learning_rate": 1e-4},
+    distill={"epochs": 3, "augment": 4},
+    prune={"samples": 1024},
+    rounds=30,
+    train_all_rungs=True,
+)
+QUICK = Effort(
+    finetune={"epochs": 2, "learning_rate": 1e-4},
+    distill={"epochs": 1, "augment": 3},
+    prune={"samples": 384},
+    rounds=12,
+    train_all_rungs=False,
+)

@@ -1,0 +1,314 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that help is there at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__
+from . import options as opt
+from .errors import BudgetNotMet, InputError, MultumError
+
+if TYPE_CHECKING:
+    from .progress import Progress
+
+RESUMABLE = ("quickstart", "shrink", "run")
+INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """Turns what goes wrong into one message and an exit code: 1 budget not met, 2 wrong input, 130 stopped by Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        from . import terminal
+
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            again = "; the same command goes on where it stopped." if ctx.invoked_subcommand in RESUMABLE else "."
+            terminal.say(f"\n{terminal.STOPPED}{again}")
+            raise typer.Exit(INTERRUPTED) from error
+        except MultumError as error:
+            terminal.complain(str(error))
+            raise typer.Exit(error.exit_code) from error
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if error.errno is None:  # raised by a library about something else than the file system
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            terminal.complain(f"{error.strerror}{where}. Nothing half-written was kept; mend this and run the same command again")
+            raise typer.Exit(MultumError.exit_code) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="multum",
+    help="Much in little: shrink a pretrained Transformer to a budget, with evidence of what the shrinking cost.",
+    epilog="Start here: multum quickstart -o runs/quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False) -> None:
+    if version:
+        print(f"multum {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: multum quickstart -o runs/quickstart")
+def quickstart(output: opt.Output = Path("runs/quickstart"), seed: opt.Seed = 0, threads: opt.Threads = None) -> None:
+    """The main job on a real model and real reviews, no model hub needed: about six minutes on two cores."""
+    from . import example, terminal
+
+    terminal.say(
+        "Shrinking MiniLM (6 layers, 22.7 million parameters) for film reviews, losing at most 1 point of accuracy.\n"
+        "To be quick it trains and measures less than a full run: 'multum shrink' without --quick finds better models."
+    )
+    model, data = example.fetch("minilm"), example.fetch("reviews-en")
+    _shrink(output, False, model=str(model), task="text-classification", data=str(data), seed=seed, threads=threads, quick=True)
+
+
+@app.command(
+    epilog="Example: multum shrink my-model --task text-classification --data reviews.csv -o runs/reviews --max-drop 1 --max-size 20MB"
+)
+def shrink(
+    model: opt.ModelArgument,
+    task: opt.TaskName,
+    data: opt.Data,
+    output: opt.Output,
+    max_drop: opt.MaxDrop = "1",
+    max_latency: opt.MaxLatency = None,
+    max_size: opt.MaxSize = None,
+    min_speedup: opt.MinSpeedup = None,
+    time_limit: opt.TimeLimit = None,
+    columns: opt.Columns = "",
+    seed: opt.Seed = 0,
+    threads: opt.Threads = None,
+    quick: opt.Quick = False,
+    trust_remote_code: opt.Trust = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Find the smallest, fastest form of a model that keeps the quality asked for. The same command again resumes."""
+    from . import recipe, units
+
+    wrong = recipe.check_sources(model, task, data)
+    limits = _together(
+        wrong,
+        max_drop=lambda: units.points(max_drop, "--max-drop"),
+        max_latency_ms=lambda: max_latency and units.milliseconds(max_latency, "--max-latency"),
+        max_size_bytes=lambda: max_size and units.size(max_size, "--max-size"),
+        min_speedup=lambda: min_speedup and units.factor(min_speedup, "--min-speedup"),
+        time_limit_s=lambda: time_limit and units.seconds(time_limit, "--time-limit"),
+        columns=lambda: units.pairs(columns, "--columns"),
+    )
+    sources = {"model": recipe.locate(model), "task": task, "data": recipe.locate(data)}
+    options = {"seed": seed, "threads": threads, "quick": quick, "trust_remote_code": trust_remote_code}
+    _shrink(output, as_json, **sources, **limits, **options)
+
+
+@app.command(epilog="Example: multum run recipes/distil-half-depth.yaml -o runs/half")
+def run(
+    recipe: opt.RecipeFile,
+    output: opt.Output,
+    model: opt.OtherModel = "",
+    data: opt.OtherData = "",
+    threads: opt.Threads = None,
+    trust_remote_code: opt.Trust = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Apply a chain of steps written down in a recipe. The same command again resumes."""
+    from . import recipe as recipes
+    from . import terminal
+
+    written = recipes.read(recipe, **{key: value for key, value in (("model", model), ("data", data)) if value})
+    from .run import run as run_recipe
+
+    result = run_recipe(written, output, threads=threads, trust_remote_code=trust_remote_code, progress=_progress())
+    if as_json:
+        terminal.print_json(result)
+        return
+    terminal.print_rows(terminal.stage_rows(result), "On the validation split", marked=result["chosen"])
+    terminal.print_rows(terminal.stage_rows(result, "test"), "On the test split", marked=result["chosen"])
+    terminal.print_lines("", f"Model:  {output / 'model'}", f'Try it: multum predict {output / "model"} "some text"')
+
+
+@app.command(
+    epilog="Example: multum apply drop_layers my-model -o smaller --task text-classification --data reviews.csv --keep 3",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def apply(
+    ctx: typer.Context,
+    step: opt.StepName,
+    model: opt.ModelArgument,
+    task: opt.TaskName,
+    data: opt.Data,
+    output: opt.Output,
+    columns: opt.Columns = "",
+    seed: opt.OptionalSeed = None,
+    trust_remote_code: opt.Trust = False,
+) -> None:
+    """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
+    from . import data as data_sets
+    from . import recipe, terminal, units
+    from .commands import fields_of, new_folder
+    from .core.step import make
+
+    wrong = recipe.check_sources(model, task, data)
+    parsed = _together(
+        wrong,
+        step=lambda: make(step, fields_of(ctx.args, step, seed)),
+        columns=lambda: units.pairs(columns, "--columns"),
+        output=lambda: new_folder(output),
+    )
+    opened = data_sets.open_task(task, recipe.locate(data), columns=parsed["columns"], seed=seed or 0)
+    before = opened.load(recipe.locate(model), trust_remote_code=trust_remote_code)
+    with _training(step):
+        after = parsed["step"](before, opened)
+    after.save(output, {"task": task, "seed": seed or 0})
+    entry = after.history[-1]
+    terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")
+    was, now = entry["parameters"]
+    terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
+
+
+@app.command(epilog="Example: multum measure runs/reviews/original runs/reviews/chosen --data reviews.csv")
+def measure(
+    folders: opt.Folders,
+    data: opt.OptionalData = "",
+    task: opt.OptionalTask = "",
+    split: opt.Split = "test",
+    runtime: opt.Runtime = "",
+    rounds: opt.Rounds = 30,
+    columns: opt.Columns = "",
+    seed: opt.OptionalSeed = None,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure quality, size, speed and memory; written into each folder as metrics.json."""
+    from . import terminal
+    from .commands import measurement_rows, open_for, targets_of
+
+    targets = targets_of(folders, runtime)
+    opened = open_for(folders[0], data=data, task=task, columns=columns, seed=seed)
+    _one_of(split, "--split", ("train", "validation", "test"))
+    from .measure import measure as measure_targets
+
+    with _progress().stage("measure"):
+        metrics = measure_targets(targets, opened, split=split, threads=threads, rounds=rounds)
+    if as_json:
+        terminal.print_json(metrics)
+    else:
+        terminal.print_rows(measurement_rows(targets, metrics), f"On the {split} split, n = {metrics[0]['n']}")
+
+
+@app.command(epilog="Example: multum export runs/reviews/chosen --to openvino --precision int8 -o served --data reviews.csv")
+def export(
+    folder: opt.Folder,
+    to: opt.To,
+    output: opt.Output,
+    precision: opt.Precision = "int8",
+    data: opt.OptionalData = "",
+    task: opt.OptionalTask = "",
+    columns: opt.Columns = "",
+    seed: opt.OptionalSeed = None,
+) -> None:
+    """Export to a runtime and check on real inputs that it answers like the model."""
+    from . import terminal
+    from .commands import export_to, exporter, new_folder, open_for
+
+    parsed = _together([], exporter=lambda: exporter(to, precision), output=lambda: new_folder(output))
+    opened = open_for(folder, data=data, task=task, columns=columns, seed=seed)
+    with _progress().stage(f"export to {to} {precision}"):
+        parity = export_to(parsed["exporter"], folder, output, precision, opened, seed or 0)
+    terminal.print_facts(f"{output}: {to} {precision}", parity)
+
+
+@app.command(epilog='Example: multum predict runs/reviews/chosen "what a film"')
+def predict(
+    folder: opt.Folder,
+    texts: opt.Texts = None,
+    source: opt.InputFile = None,
+    pair: opt.Pair = None,
+    columns: opt.Columns = "",
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Label and probability of every text."""
+    from . import terminal
+    from .commands import answers, inputs_of
+
+    found = answers(folder, inputs_of(texts or [], pair or [], source, columns), threads)
+    if as_json:
+        terminal.print_json(found)
+    else:
+        terminal.print_lines(*(f"{one['label']}\t{one['probability']:.3f}\t{terminal.one_line(one['text'])}" for one in found))
+
+
+@app.command(epilog="Example: multum report runs/reviews -o report.html")
+def report(
+    folder: opt.RunFolder,
+    output: opt.Page = None,
+) -> None:
+    """Write the report of a run again: one HTML page that opens offline."""
+    from . import terminal
+    from .commands import write_report
+
+    terminal.print_lines(str(write_report(folder, output)))
+
+
+@app.command(epilog="Example: multum steps distill")
+def steps(
+    name: opt.Name = "",
+    as_json: opt.Json = False,
+) -> None:
+    """List the techniques, or explain one."""
+    from . import catalogue, terminal
+
+    found = [catalogue.describe(name)] if name else [catalogue.describe(each) for each in catalogue.names()]
+    if as_json:
+        terminal.print_json(found)
+    elif name:
+        terminal.print_step(found[0])
+    else:
+        terminal.print_facts("Steps", {step["name"]: step["summary"] for step in found})
+
+
+@app.command(epilog="Example: multum example reviews-en -o reviews")
+def example(
+    name: opt.Name = "",
+    output: opt.OptionalOutput = None,
+) -> None:
+    """Real models and data to try multum with, from pinned packages."""
+    from . import example as examples
+    from . import terminal
+
+    if not name:
+        terminal.print_facts("Examples", examples.names())
+    elif output is None:
+        terminal.print_lines(str(examples.fetch(name)))
+    else:
+        examples.write(name, output)
+        terminal.print_lines(str(output))
+
+
+@app.command(epilog="Example: multum doctor --json")
+def doctor(as_json: opt.Json = False) -> None:
+    """What this machine can do, what is installed, and what to install for more."""
+    from . import terminal
+    from .doctor import examine
+
+    facts = examine()
+    if as_json:
+        terminal.print_json(facts)
+    else:
+        terminal.print_checkup(facts)

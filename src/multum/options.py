@@ -1,0 +1,55 @@
+"""What the commands take, each said once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folder, Hub id, or example:NAME.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="D", help="csv, jsonl, parquet, folder of splits, hf:owner/name or example:NAME.")
+]
+OptionalData = Annotated[
+    str, typer.Option("--data", metavar="D", help="As for shrink; by default the data of the run it came from.")
+]
+TaskName = Annotated[str, typer.Option("--task", metavar="T", help="As Hugging Face pipelines name it: text-classification.")]
+OptionalTask = Annotated[str, typer.Option("--task", metavar="T", help="By default the task the model was made for.")]
+Columns = Annotated[
+    str, typer.Option("--columns", metavar="A=B,...", help="The data's names for the task's columns: text=review,label=stars.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of splits, training and sampling.")]
+OptionalSeed = Annotated[int | None, typer.Option("--seed", help="Of the splits, where the data has none of its own.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to measure with; all cores by default.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
+MaxDrop = Annotated[str, typer.Option(metavar="POINTS", help="Points of the task's metric that may be lost.")]
+MaxLatency = Annotated[str | None, typer.Option(metavar="5ms", help="Median time of one text, on this machine.")]
+MaxSize = Annotated[str | None, typer.Option(metavar="20MB", help="All files needed to run it.")]
+MinSpeedup = Annotated[str | None, typer.Option(metavar="4", help="Times faster than the original in torch.")]
+TimeLimit = Annotated[str | None, typer.Option(metavar="30m", help="No rung is begun that would end later.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Train and measure less.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with model, task, data and steps.")]
+OtherModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="Takes the place of the recipe's model.")]
+OtherData = Annotated[str, typer.Option("--data", metavar="D", help="Takes the place of the recipe's data.")]
+StepName = Annotated[str, typer.Argument(metavar="STEP", help="As 'multum steps' lists them.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Model or export folder.")]
+Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Model or export folders, compared with the first of them.")]
+Split = Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=3, help="Rounds of timing.")]
+Runtime = Annotated[str, typer.Option("--runtime", metavar="R", help="pytorch, onnxruntime, openvino; or onnxruntime-int8.")]
+To = Annotated[str, typer.Option("--to", metavar="R", help="onnxruntime or openvino.")]
+Precision = Annotated[str, typer.Option("--precision", metavar="P", help="int8 or fp32.")]
+Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="What to classify.")]
+InputFile = Annotated[
+    Path | None, typer.Option("--input", metavar="FILE", help="One text a line, or csv, tsv or jsonl with a column 'text'.")
+]
+Pair = Annotated[list[str] | None, typer.Option("--pair", metavar="TEXT", help="Second text of each, for models of pairs.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+Page = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="By default report.html in the run folder.")]
+Name = Annotated[str, typer.Argument(metavar="[NAME]", help="Which one; without it they are listed.")]
+OptionalOutput = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to copy it to; by default it stays in the cache.")
+]

@@ -1,0 +1,276 @@
+"""A run as the report sees it: `run.json` checked, typed, and put into words."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""How the runtimes write their own names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """One measurement of one candidate on one split."""
+
+    split: str
+    n: int
+    metric: str
+    value: float
+    low: float
+    high: float
+    p50: float
+    """Milliseconds for one text, the median."""
+    p90: float
+    size: int
+    """Bytes of the files needed to run it."""
+    raw: Mapping[str, Any]
+    """The measurement as it stands in `run.json`, for what is only shown when it is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One measured form of the model."""
+
+    name: str
+    folder: str
+    technique: str
+    runtime: str
+    precision: str
+    blocks: list[tuple[int, int]]
+    """(heads, neurons) of every block."""
+    vocabulary: int
+    drop: float
+    speedup: float
+    broken: list[str]
+    validation: Metrics
+    test: Metrics | None
+    is_original: bool
+    """It has the original's weights, whatever runs them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run, finished or not."""
+
+    raw: Mapping[str, Any]
+    candidates: list[Candidate]
+    chosen: Candidate | None
+    full: tuple[int, int]
+    budget: dict[str, float | None]
+
+    @property
+    def original(self) -> Candidate:
+        return self.candidates[0]
+
+    @property
+    def scale(self) -> float:
+        """100 where the metric is a share and is shown in per cent, else 1."""
+        seen = [m for c in self.candidates for m in (c.validation, c.test) if m]
+        return 100.0 if all(0 <= m.low and m.high <= 1 for m in seen) else 1.0
+
+    @property
+    def percent(self) -> str:
+        return " %" if self.scale == 100 else ""
+
+    @property
+    def strongest(self) -> Candidate | None:
+        """The unchanged original in the form that the rungs are compared with."""
+        forms = [c for c in self.candidates[1:] if c.is_original]
+        tested = [c for c in forms if c.test]
+        holding = tested or [c for c in forms if c.drop <= (self.budget["max_drop"] or math.inf)] or forms
+        return min(holding, key=lambda c: c.validation.p50, default=None)
+
+    def path(self) -> list[Candidate]:
+        """From the original to the chosen one (to the last one in an unfinished run), each made from the one before.
+
+        Of the original's exports only those on the way: the runtime that the rungs run on, up to their precision.
+        """
+        if not self.candidates:
+            return []
+        end = self.chosen or self.candidates[-1]
+        rungs = [c for c in self.candidates if not c.is_original]
+        walk = rungs[0] if rungs and not end.is_original else end
+        way = [self.original]
+        for candidate in self.candidates[1:]:
+            if candidate.is_original and candidate.runtime == walk.runtime:
+                way.append(candidate)
+                if candidate.precision == walk.precision:
+                    break
+        for candidate in rungs:
+            if end.is_original:
+                break
+            way.append(candidate)
+            if candidate.folder == end.folder:
+                break
+        return way if end in way else [*way, end]
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read `run.json`, characters that do not print replaced by spaces.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; a report is made from the folder of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(run, dict):
+        raise InputError(f"{path} is damaged: it holds no object")
+    return _printable(run)
+
+
+def parse(run: Mapping[str, Any]) -> Run:
+    """Check a run and give it types.
+
+    Raises:
+        InputError: everything that is missing or wrong, each by its place.
+    """
+    check = _Check()
+    entries = check.of(run, "candidates", list, "run.json")
+    budget = check.of(run, "budget", dict, "run.json")
+    for key in ("model", "task"):
+        check.of(run, key, str, "run.json")
+    candidates = [_candidate(check, entry, f"candidates[{i}]", i == 0) for i, entry in enumerate(entries)]
+    limits = {
+        key: None if budget.get(key) is None else check.number(budget, key, "budget")
+        for key in ("max_drop", "max_latency_ms", "max_size_bytes", "min_speedup")
+    }
+    full = _pairs(check, [entries[0].get("full")], "candidates[0].full") if candidates and isinstance(entries[0], dict) else []
+    chosen = next((c for c in candidates if c.name == run.get("chosen")), None)
+    if run.get("chosen") is not None and chosen is None:
+        check.problems.append(f"chosen: there is no candidate {run['chosen']!r}")
+    if check.problems:
+        raise InputError(*(f"run.json is damaged: {problem}" for problem in check.problems[:10]))
+    return Run(raw=run, candidates=candidates, chosen=chosen, full=full[0] if full else (0, 0), budget=limits)
+
+
+class _Check:
+    """Reads values and collects what is wrong instead of stopping at the first."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def of(self, entry: Any, key: str, kind: type, where: str) -> Any:
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if isinstance(value, kind):
+            return value
+        self.problems.append(f"{where}: {key!r} is missing or no {kind.__name__}")
+        return kind()
+
+    def number(self, entry: Any, key: str, where: str, *, positive: bool = False) -> float:
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > 0 or not positive):
+            return value
+        self.problems.append(f"{where}: {key!r} is missing or no {'positive ' if positive else ''}number")
+        return 1.0
+
+
+def _candidate(check: _Check, entry: Any, where: str, first: bool) -> Candidate:
+    test = entry.get("test") if isinstance(entry, dict) else None
+    folder = check.of(entry, "folder", str, where)
+    return Candidate(
+        name=check.of(entry, "name", str, where),
+        folder=folder,
+        technique=check.of(entry, "technique", str, where),
+        runtime=check.of(entry, "runtime", str, where),
+        precision=check.of(entry, "precision", str, where),
+        blocks=_pairs(check, check.of(entry, "blocks", list, where), f"{where}.blocks"),
+        vocabulary=int(check.number(entry, "vocabulary", where)),
+        drop=check.number(entry, "drop", where),
+        speedup=check.number(entry, "speedup", where, positive=True),
+        broken=[str(reason) for reason in (entry.get("broken") or [] if isinstance(entry, dict) else [])],
+        validation=_metrics(check, check.of(entry, "validation", dict, where), f"{where}.validation"),
+        test=_metrics(check, test, f"{where}.test") if test else None,
+        is_original=first or folder == "original",
+    )
+
+
+def _metrics(check: _Check, entry: Any, where: str) -> Metrics:
+    quality, speed = check.of(entry, "quality", dict, where), check.of(entry, "speed", dict, where)
+    size = check.of(entry, "size", dict, where)
+    value = check.number(quality, "value", f"{where}.quality")
+    interval = quality.get("ci95")
+    if not (isinstance(interval, list) and len(interval) == 2 and all(_finite(bound) for bound in interval)):
+        check.problems.append(f"{where}.quality: 'ci95' is missing or no pair of numbers")
+        interval = [value, value]
+    p50 = check.number(speed, "p50_ms", f"{where}.speed", positive=True)
+    return Metrics(
+        split=str(entry.get("split", "")) if isinstance(entry, dict) else "",
+        n=int(check.number(entry, "n", where)),
+        metric=str(quality.get("metric", "quality")).replace("_", " "),
+        value=value,
+        low=min(interval),
+        high=max(interval),
+        p50=p50,
+        p90=speed["p90_ms"] if _finite(speed.get("p90_ms")) else p50,
+        size=int(check.number(size, "bytes_on_disk", f"{where}.size", positive=True)),
+        raw=entry if isinstance(entry, dict) else {},
+    )
+
+
+def _pairs(check: _Check, value: list[Any], where: str) -> list[tuple[int, int]]:
+    if all(isinstance(pair, list) and len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair) for pair in value):
+        return [(heads, neurons) for heads, neurons in value]
+    check.problems.append(f"{where}: not (heads, neurons) pairs")
+    return []
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _printable(value: Any) -> Any:
+    """Texts without control characters and lone surrogates, which neither HTML nor YAML can carry."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " for c in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
+
+
+# -- numbers in words --------------------------------------------------------------------------------------------------------
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number to `digits` significant digits, without exponent, no digit before the point lost."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{short(value)} ms"
+
+
+def megabytes(value: float) -> str:
+    return f"{short(value / 1e6)} MB"
+
+
+def times(value: float) -> str:
+    """A ratio: `14.2×`, `128×`."""
+    return f"{short(value, 2 if value < 1 else 3)}×"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def points(value: float) -> str:
+    return f"{value:.2f} point" + ("" if f"{value:.2f}" == "1.00" else "s")
+
+
+def runtime(candidate: Candidate) -> str:
+    return f"{RUNTIMES.get(candidate.runtime, candidate.runtime)} {candidate.precision}"

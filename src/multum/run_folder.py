@@ -1,0 +1,130 @@
+"""The folder of one `shrink` run and its `run.json`: what has been made and measured so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .budget import Budget
+from .core.folders import read_json, write_json
+from .core.model import machine, versions
+from .errors import InputError
+
+RUN = "run.json"
+
+
+class RunFolder:
+    """State on disk: a folder that exists is whole, a candidate in `run.json` is measured.
+
+    Args:
+        path: made if it does not exist.
+        arguments: what decides the result; a run that was begun with others is refused.
+        task: the task on its data.
+        budget: may differ from that of an earlier call: the same walk then goes on, or another rung is chosen.
+
+    Raises:
+        InputError: the folder holds something else, or a run with other arguments or data.
+    """
+
+    def __init__(self, path: Path, arguments: Mapping[str, Any], *, task: Any, budget: Budget, time_limit_s: float | None) -> None:
+        self.path, self.budget = path, budget
+        check_folder(path, arguments)
+        if (path / RUN).exists():
+            self.values = read_json(path / RUN)
+            if self.values["data"]["fingerprints"] != dict(task.fingerprints):
+                raise InputError(f"{path} was made from other data than {arguments['data']} holds now; choose another -o")
+        else:
+            self.values = {
+                "schema": 1,
+                "task": task.name,
+                "model": arguments["model"],
+                "arguments": dict(arguments),
+                "data": {
+                    "source": arguments["data"],
+                    "sizes": {name: len(task.inputs(name)) for name in ("train", "validation", "test")},
+                    "notes": list(task.notes),
+                    "fingerprints": dict(task.fingerprints),
+                },
+                "seed": arguments["seed"],
+                "threads": arguments["threads"] or machine()["cores"],
+                "quick": arguments["quick"],
+                "candidates": [],
+                "stages": [],
+                "elapsed_s": 0.0,
+                "versions": versions(),
+                "machine": machine(),
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+        self.values |= {"budget": asdict(budget), "time_limit_s": time_limit_s, "chosen": None}
+        for candidate in self.candidates:
+            self._judge(candidate)
+        self._started = time.monotonic() - self.values["elapsed_s"]
+        path.mkdir(parents=True, exist_ok=True)
+        self.write()
+
+    @property
+    def candidates(self) -> list[dict[str, Any]]:
+        """All measured models, in the order of the walk. The first is the original in torch."""
+        return list(self.values["candidates"])
+
+    def find(self, name: str) -> dict[str, Any] | None:
+        """The candidate of this name, if it is measured."""
+        return next((c for c in self.values["candidates"] if c["name"] == name), None)
+
+    def add(self, candidate: dict[str, Any]) -> dict[str, Any]:
+        """Write a measured candidate down, judged by the budget."""
+        self._judge(candidate)
+        self.values["candidates"].append(candidate)
+        self.write()
+        return candidate
+
+    def strongest(self) -> dict[str, Any]:
+        """The fastest form of the unchanged original that keeps the quality: what every rung is compared with."""
+        forms = [c for c in self.candidates if c["folder"] == "original" and c["target"] != "original"]
+        holding = [c for c in forms if c["drop"] <= self.budget.max_drop] or forms
+        return min(holding, key=_latency)
+
+    def best(self) -> dict[str, Any]:
+        """The fastest within all limits; if there is none, the fastest within the allowed drop."""
+        within = [c for c in self.candidates if c["holds"]] or [c for c in self.candidates if c["drop"] <= self.budget.max_drop]
+        return min(within, key=_latency)
+
+    def note(self, text: str) -> None:
+        """Something the reader of the report should know."""
+        if text not in self.values["data"]["notes"]:
+            self.values["data"]["notes"].append(text)
+            self.write()
+
+    def elapsed(self) -> float:
+        """Seconds since the run began, pauses between calls left out."""
+        return time.monotonic() - self._started
+
+    def write(self) -> None:
+        self.values["elapsed_s"] = round(self.elapsed(), 1)
+        write_json(self.path / RUN, self.values)
+
+    def _judge(self, candidate: dict[str, Any]) -> None:
+        broken = self.budget.broken(candidate)
+        candidate |= {"broken": broken, "holds": not broken, "reason": "; ".join(broken)}
+
+
+def check_folder(folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Refuse an output folder that holds something else, or another run."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file; -o takes a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / RUN).is_file():
+        raise InputError(f"{folder} holds something else already; choose an empty or new folder for -o")
+    before = read_json(folder / RUN).get("arguments", {})
+    other = [f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in arguments.items() if before.get(key) != value]
+    if other:
+        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(other)}); choose another -o to keep both")
+
+
+def _latency(candidate: Mapping[str, Any]) -> float:
+    return float(candidate["validation"]["speed"]["p50_ms"])

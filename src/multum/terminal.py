@@ -1,0 +1,144 @@
+"""What the command line shows, and what it keeps other libraries from showing. Results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+STOPPED = "Stopped. Nothing half-written was kept, and nothing finished was lost"
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "PYTHONWARNINGS": "ignore",
+}
+LOGGERS = (
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openvino",
+    "nncf",
+    "accelerate",
+)
+
+
+def quiet() -> None:
+    """Keep load reports, progress bars and warnings of libraries off the terminal, here and in worker processes.
+
+    Variables that the user has set stay as they are. Errors are shown as ever.
+    """
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if os.environ["PYTHONWARNINGS"] == "ignore":
+        warnings.simplefilter("ignore")
+    for logger in LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def out() -> Console:
+    """For results."""
+    return Console(highlight=False, soft_wrap=not os.isatty(1))
+
+
+def err() -> Console:
+    """For progress and messages."""
+    return Console(stderr=True, highlight=False)
+
+
+def complain(message: str) -> None:
+    """One message to the person at the keyboard."""
+    err().print(Text("Error: ", style="bold red") + Text(message), soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """A remark beside the results."""
+    err().print(Text(message), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """JSON for programs, nothing else on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_lines(*lines: str) -> None:
+    """Plain text, exactly as it is."""
+    print(*lines, sep="\n")
+
+
+def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marked: str | None = None) -> None:
+    """A table: the first row is the header, the first column is text, the others are figures.
+
+    Args:
+        rows: texts, all rows equally long.
+        title: above the table.
+        marked: the first cell of the row to set off.
+    """
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(rows[0]):
+        table.add_column(str(name), justify="left" if number == 0 else "right", no_wrap=number > 0)
+    for row in rows[1:]:
+        table.add_row(*(Text(str(cell)) for cell in row), style="bold green" if row[0] == marked else "")
+    console = out()
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)
+    console.print(table)
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Names and values, one a line."""
+    console = out()
+    console.print(Text(title, style="bold"))
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        console.print(Text(f"  {name:<{width}}  ", style="dim") + Text(str(value)), soft_wrap=True)
+
+
+def print_checkup(facts: Mapping[str, Any]) -> None:
+    """What `doctor.examine` found."""
+    processor, memory = facts["processor"], facts["memory"]
+    usable = ", ".join(name for name, there in processor["features"].items() if there) or "none of note"
+    print_facts(
+        "This machine",
+        {
+            "processor": processor["name"],
+            "cores": f"{processor['cores']} usable of {processor['cores_of_machine']}",
+            "instructions": usable,
+            "memory": f"{memory['available_mb']} MB free of {memory['total_mb']} MB",
+            "accelerators": ", ".join(facts["accelerators"]) or "none",
+            "system": f"{facts['system']['system']}, Python {facts['system']['python']}",
+            "disk": f"{facts['disk']['free_gb']} GB free in {facts['disk']['folder']}",
+            "cache": f"{facts['cache']['folder']} ({facts['cache']['used_mb']} MB)",
+        },
+    )
+    print_facts(
+        "Packages", {name: found or "not installed" for name, found in {"multum": facts["multum"], **facts["versions"]}.items()}
+    )
+    print_facts(
+        "Runtimes",
+        {
+            name: ", ".join(runtime["precisions"]) if runtime["available"] else f"{runtime['reason']}; {runtime['install']}"
+            for name, runtime in facts["runtimes"].items()
+        },
+    )
+    if facts["advice"]:
+        print_facts("Could be better", {f"{number}.": text for number, text in enumerate(facts["advice"], start=1)})
