@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from . import __version__
 from . import options as opt
-from .errors import BudgetNotMet, InputError, MultumError
-
-if TYPE_CHECKING:
-    from .progress import Progress
-
-RESUMABLE = ("quickstart", "shrink", "run")
-INTERRUPTED = 130
-
-
-class Commands(TyperGroup):
-    """Turns what goes wrong into one message and an exit code: 1 budget not met, 2 wrong input, 130 stopped by Ctrl-C."""
-
-    def invoke(self, ctx: Any) -> Any:
-        from . import terminal
-
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            again = "; the same command goes on where it stopped." if ctx.invoked_subcommand in RESUMABLE else "."
-            terminal.say(f"\n{terminal.STOPPED}{again}")
-            raise typer.Exit(INTERRUPTED) from error
-        except MultumError as error:
-            terminal.complain(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            if error.errno is None:  # raised by a library about something else than the file system
-                raise
-            where = f" ({error.filename})" if error.filename else ""
-            terminal.complain(f"{error.strerror}{where}. Nothing half-written was kept; mend this and run the same command again")
-            raise typer.Exit(MultumError.exit_code) from error
-
+from .failures import INTERRUPTED, Commands
 
 app = typer.Typer(
     cls=Commands,
@@ -69,18 +34,18 @@ def root(version: Annotated[bool, typer.Option("--version", is_eager=True, help=
 def quickstart(output: opt.Output = Path("runs/quickstart"), seed: opt.Seed = 0, threads: opt.Threads = None) -> None:
     """The main job on a real model and real reviews, no model hub needed: about six minutes on two cores."""
     from . import example, terminal
+    from .commands import shrink_and_show
 
     terminal.say(
         "Shrinking MiniLM (6 layers, 22.7 million parameters) for film reviews, losing at most 1 point of accuracy.\n"
         "To be quick it trains and measures less than a full run: 'multum shrink' without --quick finds better models."
     )
     model, data = example.fetch("minilm"), example.fetch("reviews-en")
-    _shrink(output, False, model=str(model), task="text-classification", data=str(data), seed=seed, threads=threads, quick=True)
+    options = {"task": "text-classification", "seed": seed, "threads": threads, "quick": True}
+    shrink_and_show(output, False, model=str(model), data=str(data), **options)
 
 
-@app.command(
-    epilog="Example: multum shrink my-model --task text-classification --data reviews.csv -o runs/reviews --max-drop 1 --max-size 20MB"
-)
+@app.command(epilog="Example: multum shrink my-model --task text-classification --data reviews.csv -o runs/reviews --max-size 20MB")
 def shrink(
     model: opt.ModelArgument,
     task: opt.TaskName,
@@ -100,9 +65,10 @@ def shrink(
 ) -> None:
     """Find the smallest, fastest form of a model that keeps the quality asked for. The same command again resumes."""
     from . import recipe, units
+    from .commands import shrink_and_show, together
 
     wrong = recipe.check_sources(model, task, data)
-    limits = _together(
+    limits = together(
         wrong,
         max_drop=lambda: units.points(max_drop, "--max-drop"),
         max_latency_ms=lambda: max_latency and units.milliseconds(max_latency, "--max-latency"),
@@ -113,7 +79,7 @@ def shrink(
     )
     sources = {"model": recipe.locate(model), "task": task, "data": recipe.locate(data)}
     options = {"seed": seed, "threads": threads, "quick": quick, "trust_remote_code": trust_remote_code}
-    _shrink(output, as_json, **sources, **limits, **options)
+    shrink_and_show(output, as_json, **sources, **limits, **options)
 
 
 @app.command(epilog="Example: multum run recipes/distil-half-depth.yaml -o runs/half")
@@ -131,14 +97,15 @@ def run(
     from . import terminal
 
     written = recipes.read(recipe, **{key: value for key, value in (("model", model), ("data", data)) if value})
+    from .commands import progress
     from .run import run as run_recipe
 
-    result = run_recipe(written, output, threads=threads, trust_remote_code=trust_remote_code, progress=_progress())
+    result = run_recipe(written, output, threads=threads, trust_remote_code=trust_remote_code, progress=progress())
     if as_json:
         terminal.print_json(result)
         return
-    terminal.print_rows(terminal.stage_rows(result), "On the validation split", marked=result["chosen"])
-    terminal.print_rows(terminal.stage_rows(result, "test"), "On the test split", marked=result["chosen"])
+    terminal.print_rows(stage_rows(result), "On the validation split", marked=result["chosen"])
+    terminal.print_rows(stage_rows(result, "test"), "On the test split", marked=result["chosen"])
     terminal.print_lines("", f"Model:  {output / 'model'}", f'Try it: multum predict {output / "model"} "some text"')
 
 
@@ -160,11 +127,11 @@ def apply(
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
     from . import data as data_sets
     from . import recipe, terminal, units
-    from .commands import fields_of, new_folder
+    from .commands import fields_of, new_folder, together, training
     from .core.step import make
 
     wrong = recipe.check_sources(model, task, data)
-    parsed = _together(
+    parsed = together(
         wrong,
         step=lambda: make(step, fields_of(ctx.args, step, seed)),
         columns=lambda: units.pairs(columns, "--columns"),
@@ -172,7 +139,7 @@ def apply(
     )
     opened = data_sets.open_task(task, recipe.locate(data), columns=parsed["columns"], seed=seed or 0)
     before = opened.load(recipe.locate(model), trust_remote_code=trust_remote_code)
-    with _training(step):
+    with training(step):
         after = parsed["step"](before, opened)
     after.save(output, {"task": task, "seed": seed or 0})
     entry = after.history[-1]
@@ -196,19 +163,22 @@ def measure(
 ) -> None:
     """Measure quality, size, speed and memory; written into each folder as metrics.json."""
     from . import terminal
-    from .commands import measurement_rows, open_for, targets_of
+    from .commands import one_of, progress
+    from .targets import open_for, targets_of
 
+    one_of(split, "--split", ("train", "validation", "test"))
     targets = targets_of(folders, runtime)
     opened = open_for(folders[0], data=data, task=task, columns=columns, seed=seed)
-    _one_of(split, "--split", ("train", "validation", "test"))
     from .measure import measure as measure_targets
 
-    with _progress().stage("measure"):
+    with progress().stage("measure"):
         metrics = measure_targets(targets, opened, split=split, threads=threads, rounds=rounds)
     if as_json:
         terminal.print_json(metrics)
     else:
-        terminal.print_rows(measurement_rows(targets, metrics), f"On the {split} split, n = {metrics[0]['n']}")
+        terminal.print_rows(
+            terminal.metric_rows([str(target) for target in targets], metrics), f"On the {split} split, n = {metrics[0]['n']}"
+        )
 
 
 @app.command(epilog="Example: multum export runs/reviews/chosen --to openvino --precision int8 -o served --data reviews.csv")
@@ -224,11 +194,12 @@ def export(
 ) -> None:
     """Export to a runtime and check on real inputs that it answers like the model."""
     from . import terminal
-    from .commands import export_to, exporter, new_folder, open_for
+    from .commands import new_folder, progress, together
+    from .targets import export_to, exporter, open_for
 
-    parsed = _together([], exporter=lambda: exporter(to, precision), output=lambda: new_folder(output))
+    parsed = together([], exporter=lambda: exporter(to, precision), output=lambda: new_folder(output))
     opened = open_for(folder, data=data, task=task, columns=columns, seed=seed)
-    with _progress().stage(f"export to {to} {precision}"):
+    with progress().stage(f"export to {to} {precision}"):
         parity = export_to(parsed["exporter"], folder, output, precision, opened, seed or 0)
     terminal.print_facts(f"{output}: {to} {precision}", parity)
 
@@ -261,9 +232,9 @@ def report(
 ) -> None:
     """Write the report of a run again: one HTML page that opens offline."""
     from . import terminal
-    from .commands import write_report
+    from .report import report as write
 
-    terminal.print_lines(str(write_report(folder, output)))
+    terminal.print_lines(str(write(folder, output) if output else write(folder)))
 
 
 @app.command(epilog="Example: multum steps distill")
@@ -312,3 +283,15 @@ def doctor(as_json: opt.Json = False) -> None:
         terminal.print_json(facts)
     else:
         terminal.print_checkup(facts)
+
+
+def main() -> None:
+    """The entry point of the `multum` command."""
+    from .terminal import STOPPED, quiet, say
+
+    quiet()
+    try:
+        app()
+    except KeyboardInterrupt:
+        say(f"\n{STOPPED}.")
+        raise SystemExit(INTERRUPTED) from None

@@ -33,7 +33,7 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `system`, `processor` (with `features`, name -> bool), `memory`, `accelerators`, `versions`, `runtimes` (name -> what
-        it exports to, or why it cannot and what to install), `cache`, `disk`, and `advice`, a sentence for all that could be better.
+        it exports to, or why it cannot and what to install), `cache`, `disk`, and `advice`, what could be better.
     """
     from . import __version__
 

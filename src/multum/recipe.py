@@ -246,8 +246,8 @@ def _what_is_right(content: Mapping[str, Any]) -> Recipe:
             steps.append(Entry.model_validate(_entry(item, place)))
         except ValueError:
             steps.append(Entry(name=""))
-    texts = {name: content[name] if isinstance(content.get(name), str) else "" for name in ("model", "task", "data")}
-    return Recipe.model_construct(**texts, columns={}, seed=0, steps=tuple(steps))
+    model, task, data = (content[name] if isinstance(content.get(name), str) else "" for name in ("model", "task", "data"))
+    return Recipe.model_construct(model=model, task=task, data=data, columns={}, seed=0, steps=tuple(steps))
 
 
 def _problems(check: Any, *values: Any) -> list[str]:

@@ -50,8 +50,8 @@ def report(folder: Path, output: Path | None = None) -> Path:
     """
     folder = Path(folder)
     run = parse(read_run(folder / "run.json"))
-    recipe_file = folder / "chosen" / "recipe.json"
-    recipe = read_run(recipe_file) if run.chosen and recipe_file.is_file() else {}
+    recipe_file = folder / ("chosen" if run.chosen else Path(run.shown.folder).name if run.shown else ".") / "recipe.json"
+    recipe = read_run(recipe_file) if recipe_file.is_file() else {}
     name = folder.resolve().name
     context = page(run, recipe, name)
     output = Path(output) if output else folder / "report.html"
@@ -59,9 +59,9 @@ def report(folder: Path, output: Path | None = None) -> Path:
         raise InputError(f"{output} is a folder; -o takes the name of the page, for example {output / 'report.html'}")
     _write(output, _template("report.html.j2").render(context))
     card = _template("card.md.j2")
-    _write(folder / "README.md", card.render(context, path=f"{name}/chosen", at_chosen=False))
+    _write(folder / "README.md", card.render(context, at_chosen=False))
     if (folder / "chosen").is_dir() and run.chosen:
-        _write(folder / "chosen" / "README.md", card.render(context, path="chosen", at_chosen=True))
+        _write(folder / "chosen" / "README.md", card.render(context, at_chosen=True))
     return output
 
 
@@ -112,7 +112,7 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "verdict": verdict(run),
         "limits": _limits(run),
         "charts": _charts(run),
-        "blocks": _blocks(run),
+        "blocks": _blocks(run, recipe),
         "recipe": recipe,
         "tests": [c for c in run.candidates if c.test],
         "auto_class": AUTO_CLASSES.get(task, "AutoModel"),
@@ -158,7 +158,7 @@ def verdict(run: Run) -> dict[str, str]:
     evidence = (
         f"{after.metric[:1].upper()}{after.metric[1:]} {_interval(run, after)}{run.percent} (95 % interval) against "
         f"{_interval(run, before)}{run.percent} for the original, on the same {after.n:,} texts. The two intervals {overlap}"
-        + ("; taken alone they do not show a difference." if overlap == "overlap" else ": the difference is real.")
+        + ("; by them alone no difference is shown." if overlap == "overlap" else ", so chance is an unlikely cause.")
     )
     met = bool(run.raw.get("met"))
     why = str(run.raw.get("why") or "; ".join(best.broken))
@@ -237,33 +237,48 @@ def _spoken(run: Run, measure: str, written: Any) -> str:
     return "; ".join(f"{part.title}: {written(part.after)}" for part in charts.parts(run, measure))
 
 
-def _blocks(run: Run) -> dict[str, Any]:
+def _blocks(run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What is left of every block, next to what the original had."""
-    shown = run.chosen or (run.candidates[-1] if run.candidates else None)
-    if shown is None:
+    if (shown := run.shown) is None:
         return {}
     before = run.original.blocks
-    after = [*shown.blocks, *[(0, 0)] * (len(before) - len(shown.blocks))]
+    places = _places(run, recipe)
+    left = dict(zip(places or range(len(shown.blocks)), shown.blocks, strict=True))
     rows = [
         {
-            "number": number,
-            "heads": heads,
-            "neurons": neurons,
-            "all_heads": was[0],
-            "all_neurons": was[1],
-            "removed": heads == 0 and neurons == 0,
+            "number": at + 1,
+            "heads": left.get(at, (0, 0))[0],
+            "neurons": left.get(at, (0, 0))[1],
+            "all_heads": heads,
+            "all_neurons": neurons,
+            "removed": left.get(at, (0, 0)) == (0, 0),
         }
-        for number, ((heads, neurons), was) in enumerate(zip(after, before, strict=False), start=1)
+        for at, (heads, neurons) in enumerate(before)
     ]
     return {
         "of": shown,
         "rows": rows,
-        "unplaced": len(shown.blocks) < len(before),
+        "unplaced": places is None,
         "removed": sum(row["removed"] for row in rows),
         "heads": (sum(h for h, _ in shown.blocks), sum(h for h, _ in before)),
         "neurons": (sum(n for _, n in shown.blocks), sum(n for _, n in before)),
-        "vocabulary": (shown.vocabulary, run.original.vocabulary),
     }
+
+
+def _places(run: Run, recipe: Mapping[str, Any]) -> list[int] | None:
+    """For every block that is left its place in the original, None if the recipe does not tell."""
+    assert run.shown is not None  # noqa: S101
+    before, places = len(run.original.blocks), list(range(len(run.shown.blocks)))
+    if len(places) == before:
+        return places
+    done = len(run.raw["candidates"][0].get("steps") or [])
+    steps = [step for step in recipe.get("steps") or [] if isinstance(step, dict)][done:]
+    for kept in reversed([step["kept_blocks"] for step in steps if isinstance(step.get("kept_blocks"), list)]):
+        if any(place >= len(kept) or not isinstance(kept[place], int) for place in places):
+            return None
+        places = [kept[place] for place in places]
+    inside = all(0 <= place < before for place in places) and len(set(places)) == len(places)
+    return places if inside and places != list(range(len(places))) or not places else None
 
 
 def _interval(run: Run, metrics: Metrics) -> str:

@@ -70,6 +70,11 @@ class Run:
         return self.candidates[0]
 
     @property
+    def shown(self) -> Candidate | None:
+        """The chosen one, in an unfinished run the last one."""
+        return self.chosen or (self.candidates[-1] if self.candidates else None)
+
+    @property
     def scale(self) -> float:
         """100 where the metric is a share and is shown in per cent, else 1."""
         seen = [m for c in self.candidates for m in (c.validation, c.test) if m]

@@ -89,6 +89,7 @@ class _Chain:
         )
         self.task = task.from_splits(splits, seed=recipe.seed)
         self.summary = self._open(splits, trust_remote_code)
+        progress.recall(self.summary["stages"])
 
     def _open(self, splits: Any, trust_remote_code: bool) -> dict[str, Any]:
         """The summary of an earlier call, or a new one beside a copy of the model as it came."""
@@ -136,6 +137,8 @@ class _Chain:
         with self.progress.stage(name), _reporting(self.progress):
             model = step(self.task.load(str(self.folder / before)), self.task)
         self._save(model, folder, self.summary["data"]["fingerprints"])
+        self.summary["stages"] = self.progress.stages()
+        write_json(self.folder / RUN, self.summary)
 
     def finish(self, threads: int | None, rounds: int) -> dict[str, Any]:
         """Copy the last stage to `model/`, measure every stage on validation, the first and the last on test."""
@@ -143,7 +146,7 @@ class _Chain:
         if not final.exists():
             with whole_folder(final) as work:
                 shutil.copytree(last, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("metrics*.json", "predictions"))
-        if self.summary["candidates"]:
+        if self.summary["candidates"]:  # measured by an earlier call
             return self.summary
         names = [ORIGINAL, *self.recipe.stages] if self.summary["trained"] else self.recipe.stages
         folders = [self.folder / name for name in names]

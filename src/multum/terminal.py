@@ -104,6 +104,29 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
     console.print(table)
 
 
+def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """`metrics.json` dicts as a table, header first; speed-ups are against the first."""
+    metric = metrics[0]["quality"]["metric"]
+    rows = [["", metric, "95 %", "runtime", "p50 ms", "speed-up", "texts/s", "MB", "parameters"]]
+    for name, one in zip(names, metrics, strict=True):
+        quality, speed, size = one["quality"], one["speed"], one["size"]
+        low, high = quality["ci95"]
+        rows.append(
+            [
+                name,
+                f"{quality['value']:.4f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{speed['runtime']} {speed['precision']}",
+                f"{speed['p50_ms']:.3g}",
+                f"{speed['ratio_to_first']['value']:.2f}x",
+                f"{speed['examples_per_s']:.0f}",
+                f"{size['bytes_on_disk'] / 1e6:.2f}",
+                f"{size['parameters'] / 1e6:.2f} M",
+            ]
+        )
+    return rows
+
+
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Names and values, one a line."""
     console = out()
@@ -142,3 +165,27 @@ def print_checkup(facts: Mapping[str, Any]) -> None:
     )
     if facts["advice"]:
         print_facts("Could be better", {f"{number}.": text for number, text in enumerate(facts["advice"], start=1)})
+
+
+def print_step(step: Mapping[str, Any]) -> None:
+    """A step's formula and fields, as `catalogue.describe` gives them."""
+    console = out()
+    console.print(Text(step["name"], style="bold"), Text("\n" + step["formula"] + "\n"), sep="\n", soft_wrap=True)
+    for field in step["fields"]:
+        default = "must be given" if field["default"] is None else f"default {field['default']}"
+        head = Text(f"  --{field['name']} ", style="bold") + Text(f"{field['type']}, {default}", style="dim")
+        console.print(head, Text(f"      {field['about']}"), sep="\n", soft_wrap=True)
+    console.print(
+        Text(
+            f"\nExample: multum apply {step['name']} MODEL --task T --data D -o DIR"
+            + "".join(f" --{field['name']} ..." for field in step["fields"] if field["default"] is None),
+            style="dim",
+        ),
+        soft_wrap=True,
+    )
+
+
+def one_line(value: Any) -> str:
+    """A text, or a pair of texts, without line breaks and tabs."""
+    parts = [value] if isinstance(value, str) else value
+    return " | ".join(" ".join(part.split()) for part in parts)

@@ -88,3 +88,23 @@ def _amount(text: str, what: str, scale: Mapping[str, float], *, units: tuple[st
     if number <= 0:
         raise InputError(f"{what}: {text!r} must be above zero; write for example 5{units[0]}")
     return number * scale[unit]
+
+
+def pairs(text: str, what: str = "columns") -> dict[str, str]:
+    """`text=review,label=stars` as a mapping; empty text as an empty one.
+
+    Raises:
+        InputError: lists every part that is not `name=value`, and every name given twice.
+    """
+    found: dict[str, str] = {}
+    problems = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, sign, value = (piece.strip() for piece in part.partition("="))
+        if not (name and sign and value):
+            problems.append(f"{what}: {part!r} is not NAME=COLUMN; write for example text=review,label=stars")
+        elif name in found:
+            problems.append(f"{what}: {name!r} is given twice")
+        found[name] = value
+    if problems:
+        raise InputError(*problems)
+    return found

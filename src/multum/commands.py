@@ -1,0 +1,192 @@
+"""What the commands do, apart from how they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import catalogue, terminal, units
+from .core.folders import read_json
+from .errors import BudgetNotMet, InputError
+from .progress import Progress
+
+RUN = "run.json"
+
+
+def together(problems: Sequence[str], **calls: Callable[[], Any]) -> dict[str, Any]:
+    """The results of all calls by name.
+
+    Raises:
+        InputError: `problems` and those of every call, at once.
+    """
+    found, wrong = {}, list(problems)
+    for name, call in calls.items():
+        try:
+            found[name] = call()
+        except InputError as error:
+            wrong += error.problems
+    if wrong:
+        raise InputError(*wrong)
+    return found
+
+
+def one_of(value: str, what: str, known: Sequence[str]) -> None:
+    """Refuse what is not known.
+
+    Raises:
+        InputError: names what is.
+    """
+    if value not in known:
+        raise InputError(f"{what}: {value!r} is none of {', '.join(known)}")
+
+
+def progress() -> Progress:
+    """Progress on stderr."""
+    return Progress(terminal.err())
+
+
+@contextmanager
+def training(stage: str) -> Iterator[None]:
+    """One stage on stderr that training tells how far it is."""
+    from .core.training import progress as listener
+
+    shown = progress()
+    with shown.stage(stage):
+        token = listener.set(shown.update)
+        try:
+            yield
+        finally:
+            listener.reset(token)
+
+
+def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
+    """The main job, then its summary; also when the budget was not met."""
+    from .shrink import shrink
+
+    missed = None
+    try:
+        shrink(output=output, progress=progress(), **arguments)
+    except BudgetNotMet as error:
+        missed = error
+    if as_json:
+        terminal.print_json(read_json(output / RUN))
+    else:
+        show_run(output)
+    if missed:
+        raise missed
+
+
+def show_run(folder: Path) -> None:
+    """The table of a run folder, what was chosen and what to do with it."""
+    from .report import summary, test_summary
+
+    run = read_json(folder / RUN)
+    terminal.print_rows(summary(folder), "On the validation split", marked=run["chosen"])
+    terminal.print_lines("")
+    terminal.print_rows(test_summary(folder), "On the test split, which the search never saw", marked=run["chosen"])
+    chosen = folder / "chosen"
+    terminal.print_lines(
+        "",
+        f"Chosen: {run['chosen']} ({run['why']})",
+        f"Model:  {chosen}",
+        f"Report: {(folder / 'report.html').resolve()}",
+        f'Try it: multum predict {chosen} "what a film"',
+    )
+
+
+def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
+    """What the stages of a chain gave, and what to do with the last one."""
+    for split in ("validation", "test"):
+        measured = [candidate for candidate in result["candidates"] if candidate[split]]
+        rows = terminal.metric_rows([one["name"] for one in measured], [one[split] for one in measured])
+        terminal.print_rows(rows, f"On the {split} split", marked=result["chosen"])
+        terminal.print_lines("")
+    terminal.print_lines(f"Model:  {folder / 'model'}", f'Try it: multum predict {folder / "model"} "some text"')
+
+
+def fields_of(arguments: Sequence[str], step: str, seed: int | None) -> dict[str, Any]:
+    """`--field value`, `--field=value` and bare `--flag` as a step's fields.
+
+    Raises:
+        InputError: lists what is neither.
+    """
+    found: dict[str, Any] = {}
+    problems = []
+    rest = list(arguments)
+    while rest:
+        name, sign, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            problems.append(f"unexpected {name!r}; the step's fields are given as --field value")
+            continue
+        if not sign:
+            value = rest.pop(0) if rest and not re.match(r"--?[a-zA-Z]", rest[0]) else "true"
+        key = name[2:].replace("-", "_")
+        if key in found:
+            problems.append(f"{name} is given twice")
+        found[key] = _value(value)
+    if problems:
+        raise InputError(*problems)
+    if seed is not None and any(field["name"] == "seed" for field in catalogue.describe(step)["fields"]):
+        found["seed"] = seed
+    return found
+
+
+def _value(text: str) -> Any:
+    """Lists and nothing have a form of their own; the step's field decides what the rest is."""
+    if re.fullmatch(r"\[.*\]|\(.*\)", text) or re.fullmatch(r"\d+(,\d+)+", text):
+        return [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
+    return None if text.lower() in ("none", "null") else text
+
+
+def new_folder(path: Path) -> Path:
+    """A folder that is not there yet, or empty.
+
+    Raises:
+        InputError: it holds something.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"{path} exists already; choose a new folder for -o")
+    return path
+
+
+def inputs_of(texts: Sequence[str], pairs: Sequence[str], source: Path | None, columns: str) -> list[Any]:
+    """The inputs of `predict`, from the command line or a file.
+
+    Raises:
+        InputError: neither or both, or not as many second texts as first ones.
+    """
+    from .texts import read
+
+    if bool(texts) == bool(source):
+        raise InputError("give either texts or --input FILE" + (", not both" if texts else ""))
+    if source:
+        return list(read(source, units.pairs(columns, "--columns")))
+    if not pairs:
+        return list(texts)
+    if len(pairs) != len(texts):
+        raise InputError(f"{len(texts)} texts and {len(pairs)} --pair; give one --pair for every text")
+    return list(zip(texts, pairs, strict=True))
+
+
+def answers(folder: Path, inputs: Sequence[Any], threads: int | None) -> list[dict[str, Any]]:
+    """Label, its probability and those of all labels for every input."""
+    import numpy as np
+
+    from . import runtimes
+
+    predictor = runtimes.open(folder, threads=threads)
+    logits = np.asarray(predictor.predict(inputs), dtype=np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares = odds / odds.sum(axis=1, keepdims=True)
+    return [
+        {
+            "text": text,
+            "label": predictor.labels[int(row.argmax())],
+            "probability": round(float(row.max()), 6),
+            "probabilities": {label: round(float(share), 6) for label, share in zip(predictor.labels, row, strict=True)},
+        }
+        for text, row in zip(inputs, shares, strict=True)
+    ]

@@ -1,0 +1,132 @@
+"""Which folder is executed, on which task, and what it can be exported to: what `measure` and `export` need to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import runtimes, units
+from .core.folders import read_json
+from .errors import InputError
+
+RUN = "run.json"
+
+
+def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | None) -> Any:
+    """The task that a model folder or export is measured on; what is not given is looked up in the run it came from.
+
+    Raises:
+        InputError: no task or data given and none found; wrong data.
+    """
+    from .data import open_task
+    from .recipe import check_sources, locate
+
+    run = _run_of(folder)
+    known = run.get("data", {})
+    arguments = run.get("arguments", {})
+    name = task or _task_of(folder) or run.get("task", "")
+    source = data or known.get("source", "")
+    mapping: dict[str, str] = {}
+    problems = check_sources("", name, source)
+    try:
+        mapping = units.pairs(columns, "--columns")
+    except InputError as error:
+        problems += error.problems
+    if not name:
+        problems.append(f"{folder} does not say which task it is for; give --task, for example text-classification")
+    if not source:
+        problems.append(f"{folder} does not say which data it is for; give --data")
+    if problems:
+        raise InputError(*problems)
+    if not data and not mapping:
+        mapping = arguments.get("columns") or known.get("columns") or {}
+    return open_task(name, locate(source), columns=mapping, seed=run.get("seed", 0) if seed is None else seed)
+
+
+def _run_of(folder: Path) -> Mapping[str, Any]:
+    """The `run.json` of the run that a model folder, or an export in one, belongs to; empty where there is none."""
+    for parent in list(folder.resolve().parents)[:2]:
+        if (parent / RUN).is_file():
+            found: Mapping[str, Any] = read_json(parent / RUN)
+            return found
+    return {}
+
+
+def _task_of(folder: Path) -> str:
+    for name in ("runtime.json", "recipe.json"):
+        if (folder / name).is_file():
+            return str(read_json(folder / name).get("task") or "")
+    return ""
+
+
+def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
+    """What is executed in each folder: the export it ships, the one asked for, or the model itself in torch.
+
+    Raises:
+        InputError: lists folders that are none, or lack the export asked for.
+    """
+    wanted, _, precision = runtime.partition("-")
+    if runtime and wanted not in runtimes.names():
+        raise InputError(f"--runtime: no runtime named {wanted!r}; there are: {', '.join(runtimes.names())}")
+    found: list[Path] = []
+    problems: list[str] = []
+    for folder in folders:
+        if not (folder / "runtime.json").is_file() and not (folder / "config.json").is_file():
+            reason = "holds neither a model nor an export" if folder.is_dir() else "is not there"
+            problems.append(f"{folder} {reason}; a model folder has config.json, an export runtime.json")
+            continue
+        targets = _targets_in(folder, wanted, precision)
+        if not targets:
+            problems.append(f"{folder} has no export for {runtime}; make one: multum export {folder} --to {wanted} -o DIR")
+        found += targets
+    if problems:
+        raise InputError(*problems)
+    return found
+
+
+def _targets_in(folder: Path, runtime: str, precision: str) -> list[Path]:
+    if (folder / "runtime.json").is_file():
+        own = read_json(folder / "runtime.json")
+        return [folder] if runtime in ("", own["runtime"]) and precision in ("", own["precision"]) else []
+    if not runtime:
+        ship = folder / "ship.json"
+        return [folder / read_json(ship)["target"]] if ship.is_file() else [folder]
+    if runtime == "pytorch":
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"{runtime}-{precision or '*'}/runtime.json"))
+
+
+def exporter(runtime: str, precision: str) -> Any:
+    """The module of a runtime that can export to this precision on this machine.
+
+    Raises:
+        InputError: no such runtime or precision.
+        MissingExtra: a package it takes is not installed.
+    """
+    others = [name for name in runtimes.names() if name != "pytorch"]
+    if runtime not in others:
+        raise InputError(f"--to: cannot export to {runtime!r}; there are: {', '.join(others)}")
+    module = runtimes.find(runtime)
+    problems = [reason] if (reason := module.unavailable()) else []
+    if precision not in module.PRECISIONS:
+        problems.append(f"--precision: {runtime} has no {precision!r}; it has: {', '.join(module.PRECISIONS)}")
+    if problems:
+        raise InputError(*problems)
+    return module
+
+
+def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
+    """Export a model folder; calibrated on training texts, checked on validation texts."""
+    model = task.load(str(folder))
+    parity: dict[str, Any] = module.export(
+        model,
+        output,
+        precision=precision,
+        inputs=task.inputs("validation")[:64],
+        calibration=task.calibration(model, 64, seed=seed),
+        max_length=task.length_limit(model),
+        pairs=task.has_pairs,
+        task=task.name,
+    )
+    return parity

@@ -1,0 +1,161 @@
+"""What every task must do. A task joins by existing in `multum.tasks`; one line in the table below is all it adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from sklearn.metrics import accuracy_score, f1_score
+
+from multum.core.task import Quality
+from multum.errors import InputError
+from multum.tasks import find, names
+from multum.tasks.text_classification import TextClassification
+
+MADE: dict[str, Callable[..., Any]] = {"text-classification": tiny.task}
+"""Task name -> a small one, with a model from `tiny.model` that fits it."""
+
+
+def test_every_task_is_tried_here() -> None:
+    assert set(names()) == set(MADE)
+    with pytest.raises(InputError, match="text-classification"):
+        find("parsing")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_encode_keeps_order_and_batches_pad(name: str) -> None:
+    task, model = MADE[name](), tiny.model()
+    rows = task.encode(model, "validation")
+    assert len(rows) == len(task.inputs("validation"))
+    batches = list(task.batches(model, "validation", 5))
+    assert sum(len(batch["input_ids"]) for batch in batches) == len(rows)
+    real = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert real == [row["input_ids"] for row in rows]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_calibration_is_seeded_and_has_no_labels(name: str) -> None:
+    task, model = MADE[name](), tiny.model()
+    first, again, other = (task.calibration(model, 40, seed=seed) for seed in (0, 0, 1))
+    assert sum(len(batch["input_ids"]) for batch in first) == 40
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
+    assert any(
+        a["input_ids"].shape != b["input_ids"].shape or not torch.equal(a["input_ids"], b["input_ids"])
+        for a, b in zip(first, other, strict=True)
+    )
+    assert all("labels" not in batch for batch in first)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_texts_without_reference_leave_the_loss_alone(name: str) -> None:
+    task, model = MADE[name](), tiny.model()
+    batch = next(task.batches(model, "train", 4))
+    with torch.no_grad():
+        outputs = model.module(**{key: value for key, value in batch.items() if key != "labels"})
+    known = task.loss(SimpleNamespace(logits=outputs.logits[:2]), {"labels": batch["labels"][:2]})
+    labels = torch.cat([batch["labels"][:2], torch.tensor([-100, -100])])
+    assert torch.allclose(known, task.loss(outputs, {"labels": labels}))
+    assert set(task.encode_texts(model, task.inputs("train")[:3])["labels"]) == {-100}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_save_load_keeps_the_answers(name: str, tmp_path: Path) -> None:
+    task, model = MADE[name](), tiny.model()
+    model.save(tmp_path / "m")
+    again = task.load(str(tmp_path / "m"))
+    assert task.is_trained(again)
+    batch = {key: value for key, value in next(task.batches(model, "test", 8)).items() if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(model.module(**batch).logits, again.module(**batch).logits)
+
+
+def test_accuracy_f1_and_interval() -> None:
+    task = tiny.task(n_test=200, classes=3)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(200, 3)) + 2 * np.eye(3)[task.targets["test"]]
+    quality, guess = task.score(logits, "test"), logits.argmax(1)
+    assert quality.value == accuracy_score(task.targets["test"], guess)
+    assert quality.others["f1_macro"] == pytest.approx(f1_score(task.targets["test"], guess, average="macro"))
+    # Wilson's interval solves |p - k/n| = z sqrt(p (1 - p) / n) for p.
+    for bound in quality.ci95:
+        assert abs(bound - quality.value) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / 200), rel=1e-4)
+
+
+def test_drop_is_in_points() -> None:
+    task = tiny.task()
+    high, low = (Quality(metric="accuracy", value=value, ci95=(0.0, 1.0), n=10) for value in (0.9, 0.88))
+    assert task.drop(high, low) == pytest.approx(2.0)
+    assert task.drop_of({"quality": high.to_json()}, {"quality": low.to_json()}) == pytest.approx(2.0)
+
+
+def test_a_base_encoder_gets_a_seeded_new_head(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.module.bert.save_pretrained(tmp_path / "base")
+    model.tokenizer.save_pretrained(tmp_path / "base")
+    splits = tiny.splits(classes=3)
+    first, again, other = (TextClassification.from_splits(splits, seed=seed).load(str(tmp_path / "base")) for seed in (0, 0, 1))
+    assert not TextClassification.from_splits(splits).is_trained(first)
+    assert list(first.module.config.id2label.values()) == ["mixed", "negative", "positive"]
+    heads = [m.module.classifier.weight for m in (first, again, other)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_labels_in_another_order_are_put_in_ours(tmp_path: Path) -> None:
+    task, model = tiny.task(), tiny.model(labels=("positive", "negative"))
+    model.save(tmp_path / "m")
+    loaded = task.load(str(tmp_path / "m"))
+    batch = {key: value for key, value in next(task.batches(model, "test", 8)).items() if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(model.module(**batch).logits.flip(1), loaded.module(**batch).logits)
+    assert task.columns_for(["positive", "negative"]) == [1, 0]
+
+
+@pytest.mark.parametrize("labels", [("good", "bad"), ("negative", "neutral", "positive"), ("LABEL_0", "LABEL_1")])
+def test_other_labels_are_refused(labels: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="the model's labels are"):
+        tiny.task().columns_for(labels)
+
+
+def test_unnamed_outputs_fit_integer_labels() -> None:
+    splits = tiny.splits()
+    numbered = {
+        name: Dataset.from_list([{**row, "label": int(row["label"] == "positive")} for row in getattr(splits, name)])
+        for name in ("train", "validation", "test")
+    }
+    task = TextClassification.from_splits(SimpleNamespace(**numbered, notes=[], fingerprints={}))
+    assert task.labels == ("0", "1")
+    assert task.columns_for(["LABEL_0", "LABEL_1"]) == [0, 1]
+
+
+def test_integer_labels_stand_in_numerical_order() -> None:
+    rows = [{"text": f"text {i}", "label": float(i % 11)} for i in range(44)]
+    split = Dataset.from_list(rows)
+    task = TextClassification.from_splits(SimpleNamespace(train=split, validation=split, test=split, notes=[], fingerprints={}))
+    assert task.labels == tuple(str(i) for i in range(11))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_long_texts_are_cut_and_counted(family: str) -> None:
+    model, splits = tiny.model(family), tiny.splits()
+    long = Dataset.from_list([{"text": "wonderful film " * 80, "label": "positive"}, *splits.test])
+    task = TextClassification.from_splits(
+        SimpleNamespace(train=splits.train, validation=splits.validation, test=long, notes=[], fingerprints={})
+    )
+    assert task.length_limit(model) == tiny.POSITIONS
+    assert task.truncated(model, "test") == 1
+    assert max(map(len, task.encode(model, "test")["input_ids"])) == tiny.POSITIONS
+    with torch.no_grad():
+        for batch in task.batches(model, "test", 8):
+            assert model.module(**batch).logits.isfinite().all()
