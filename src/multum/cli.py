@@ -97,16 +97,14 @@ def run(
     from . import terminal
 
     written = recipes.read(recipe, **{key: value for key, value in (("model", model), ("data", data)) if value})
-    from .commands import progress
+    from .commands import progress, show_chain
     from .run import run as run_recipe
 
     result = run_recipe(written, output, threads=threads, trust_remote_code=trust_remote_code, progress=progress())
     if as_json:
         terminal.print_json(result)
         return
-    terminal.print_rows(stage_rows(result), "On the validation split", marked=result["chosen"])
-    terminal.print_rows(stage_rows(result, "test"), "On the test split", marked=result["chosen"])
-    terminal.print_lines("", f"Model:  {output / 'model'}", f'Try it: multum predict {output / "model"} "some text"')
+    show_chain(output, result)
 
 
 @app.command(

@@ -84,9 +84,9 @@ def show_run(folder: Path) -> None:
     from .report import summary, test_summary
 
     run = read_json(folder / RUN)
-    terminal.print_rows(summary(folder), "On the validation split", marked=run["chosen"])
+    terminal.print_rows(summary(run), "On the validation split", marked=run["chosen"])
     terminal.print_lines("")
-    terminal.print_rows(test_summary(folder), "On the test split, which the search never saw", marked=run["chosen"])
+    terminal.print_rows(test_summary(run), "On the test split, which the search never saw", marked=run["chosen"])
     chosen = folder / "chosen"
     terminal.print_lines(
         "",

@@ -21,6 +21,7 @@ from .report_run import (
     Metrics,
     Run,
     duration,
+    lost,
     megabytes,
     milliseconds,
     parse,
@@ -72,9 +73,7 @@ def summary(run: Mapping[str, Any]) -> list[list[str]]:
     rows = [["name", f"{metric}{',' if seen.percent else ''}{seen.percent} (95 %)", "drop", "p50 ms", "speed-up", "size MB", ""]]
     for c in seen.candidates:
         m = c.validation
-        rows.append(
-            [c.name, _interval(seen, m), f"{c.drop:.2f}", short(m.p50), times(c.speedup), short(m.size / 1e6), _mark(seen, c)]
-        )
+        rows.append([c.name, _interval(seen, m), lost(c.drop), short(m.p50), times(c.speedup), short(m.size / 1e6), _mark(seen, c)])
     return rows
 
 
@@ -82,7 +81,7 @@ def test_summary(run: Mapping[str, Any]) -> list[list[str]]:
     """The same for what was read on the test split: the original, its strongest export, the chosen one. Empty if nothing was."""
     seen = parse(run)
     rows = [
-        [c.name, _interval(seen, c.test), f"{_test_drop(seen, c):.2f}", short(c.test.p50), times(speedup), short(c.test.size / 1e6)]
+        [c.name, _interval(seen, c.test), lost(_test_drop(seen, c)), short(c.test.p50), times(speedup), short(c.test.size / 1e6)]
         + [_mark(seen, c)]
         for c in seen.candidates
         if c.test and (speedup := _ratio(seen, c)[0])
@@ -118,7 +117,7 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "auto_class": AUTO_CLASSES.get(task, "AutoModel"),
         "base_model": _hub_id(str(recipe.get("base") or raw["model"])),
         "served": run.chosen and runtime(run.chosen),
-        "python_path": repr(f"{name}/chosen"),
+        "python_path": json.dumps(f"{name}/chosen", ensure_ascii=False),
         "shell_path": shlex.quote(f"{name}/chosen"),
         "dictionary": lambda value: value if isinstance(value, dict) else {},
         "listing": lambda value: value if isinstance(value, list) else [],
@@ -156,8 +155,8 @@ def verdict(run: Run) -> dict[str, str]:
     )
     overlap = "overlap" if before.low <= after.high and after.low <= before.high else "do not overlap"
     evidence = (
-        f"{after.metric[:1].upper()}{after.metric[1:]} {_interval(run, after)}{run.percent} (95 % interval) against "
-        f"{_interval(run, before)}{run.percent} for the original, on the same {after.n:,} texts. The two intervals {overlap}"
+        f"{after.metric[:1].upper()}{after.metric[1:]} {_interval(run, after, '95 % interval ', run.percent)} against "
+        f"{_interval(run, before, unit=run.percent)} for the original, on the same {after.n:,} texts. The two intervals {overlap}"
         + ("; by them alone no difference is shown." if overlap == "overlap" else ", so chance is an unlikely cause.")
     )
     met = bool(run.raw.get("met"))
@@ -281,10 +280,10 @@ def _places(run: Run, recipe: Mapping[str, Any]) -> list[int] | None:
     return places if inside and places != list(range(len(places))) or not places else None
 
 
-def _interval(run: Run, metrics: Metrics) -> str:
+def _interval(run: Run, metrics: Metrics, words: str = "", unit: str = "") -> str:
     digits = 1 if run.scale == 100 else 3
     value, low, high = (f"{number * run.scale:.{digits}f}" for number in (metrics.value, metrics.low, metrics.high))
-    return f"{value} ({low}–{high})"
+    return f"{value}{unit} ({words}{low}–{high})"
 
 
 def _mark(run: Run, candidate: Candidate) -> str:
@@ -323,7 +322,7 @@ def _template(name: str) -> Any:
         loader=PackageLoader("multum", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     env.filters |= {"ms": milliseconds, "mb": megabytes, "times": times, "short": short, "duration": duration, "points": points}
-    env.filters |= {"runtime": runtime, "md": _markdown, "yaml": _yaml, "count": _count, "value": _value}
+    env.filters |= {"runtime": runtime, "drop": lost, "md": _markdown, "yaml": _yaml, "count": _count, "value": _value}
     return env.get_template(name)
 
 

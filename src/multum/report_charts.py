@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .report_run import Candidate, Run, megabytes, milliseconds, runtime, short, times
+from .report_run import Candidate, Run, megabytes, milliseconds, points, runtime, short, times
 
 COLORS = {
     "ink": "#1d1c1a",
@@ -87,6 +87,7 @@ def waterfall(run: Run, measure: str, *, width: int) -> str:
     written = milliseconds if measure == "p50" else megabytes
     limit = run.budget["max_latency_ms" if measure == "p50" else "max_size_bytes"]
     rows = parts(run, measure)
+    size = FONT_SIZE if width > 400 else FONT_SIZE - 1
     top = max([*(max(row.before, row.after) for row in rows), limit or 0]) * 1.002
     values = []
     for at, row in enumerate(rows):
@@ -94,14 +95,14 @@ def waterfall(run: Run, measure: str, *, width: int) -> str:
         thin = max(0.0, top * 2 / width - (high - low))  # two pixels at least, so that a small gain is still seen
         values.append(
             {
-                "title": _fit(row.title, width - 9 * len(written(row.after)), FONT_SIZE),
+                "title": _fit(row.title, width - 8 * len(written(row.after)), size),
                 "value": written(row.after),
                 "note": _fit(_note(row, written), width, FONT_SIZE - 1),
                 "low": low,
                 "high": high + thin,
                 "y": at,
-                "bar": at + 0.66,
-                "end": at + 0.86,
+                "bar": at + 0.57,
+                "end": at + 0.73,
                 "color": COLORS[row.kind],
             }
         )
@@ -109,10 +110,10 @@ def waterfall(run: Run, measure: str, *, width: int) -> str:
     x = alt.X("low:Q", scale=alt.Scale(domain=[0, top], nice=False), axis=None)
     y = {"scale": alt.Scale(domain=[len(rows), 0], nice=False), "axis": None}
     color = alt.Color("color:N", scale=None)
-    title = base.mark_text(align="left", baseline="top", fontSize=FONT_SIZE, fontWeight=600, color=COLORS["ink"]).encode(
+    title = base.mark_text(align="left", baseline="top", fontSize=size, fontWeight=600, color=COLORS["ink"]).encode(
         x=alt.value(0), y=alt.Y("y:Q", **y), text="title:N"
     )
-    amount = base.mark_text(align="right", baseline="top", fontSize=FONT_SIZE, fontWeight=600, color=COLORS["ink"]).encode(
+    amount = base.mark_text(align="right", baseline="top", fontSize=size, fontWeight=600, color=COLORS["ink"]).encode(
         x=alt.value(width), y=alt.Y("y:Q", **y), text="value:N"
     )
     note = base.mark_text(align="left", baseline="top", fontSize=FONT_SIZE - 1, dy=17, color=COLORS["muted"]).encode(
@@ -123,7 +124,7 @@ def waterfall(run: Run, measure: str, *, width: int) -> str:
     layers = [track, bar, title, amount, note]
     if limit is not None:
         layers.insert(1, _rule(alt, x={"datum": limit}, scale=alt.Scale(domain=[0, top], nice=False)))
-    return _svg(alt.layer(*layers).properties(width=width, height=54 * len(rows)))
+    return _svg(alt.layer(*layers).properties(width=width, height=64 * len(rows)))
 
 
 def _note(row: Part, written: Any) -> str:
@@ -131,7 +132,7 @@ def _note(row: Part, written: Any) -> str:
         return row.name
     sign = "−" if row.change < 0 else "+"
     ratio = f" · {times(row.before / row.after)}" if row.before > row.after else ""
-    return f"{sign}{written(abs(row.change))}{ratio} · {row.name}"
+    return f"{sign}{written(abs(row.change), 2)}{ratio} · {row.name}"
 
 
 # -- quality versus latency --------------------------------------------------------------------------------------------------
@@ -236,31 +237,44 @@ class _Plot:
             x, y = self.pixel(c.validation.p50, c.validation.value * run.scale)
             _, top = self.pixel(1, c.validation.high * run.scale)
             _, bottom = self.pixel(1, c.validation.low * run.scale)
-            taken += [(x - 6, y - 6, x + 6, y + 6), (x - 2, top, x + 2, bottom)]
-        notes = []
+            taken += [(x - 7, y - 7, x + 7, y + 7), (x - 2, top, x + 2, bottom)]
+        for text, places in self.notes():
+            width = _width(text, FONT_SIZE)
+            boxes = [(x if side else x - width, y - 8, x + width if side else x, y + 8) for x, y, side in places]
+            box = min(boxes, key=lambda box: self._cost(box, taken, None))
+            taken.append(box)
+            yield self._label(text, box[0], (box[1] + box[3]) / 2, "limit", 400)
         if (floor := self.drop_limit()) is not None:
             _, y = self.pixel(1, floor)
-            text = f"limit: {run.budget['max_drop']:g} under the original"
-            notes.append((text, 4.0, y + 11))
             taken.append((0, y - 2, self.width, y + 2))
-        notes += [(text, self.pixel(place, 0)[0] + 5, 6.0 + 16 * at) for at, (place, text) in enumerate(self.latency_limits())]
-        for text, x, y in notes:
-            taken.append((x, y - 8, x + _width(text, FONT_SIZE), y + 8))
-            yield self._label(text, x, y, "limit", 400)
         order = sorted(run.candidates, key=lambda c: (c is not run.chosen, c is not run.original, c is not run.strongest))
         for c in order:
-            text, point = self._text(c), self.pixel(c.validation.p50, c.validation.value * run.scale)
+            if not (text := self._text(c)):
+                continue
+            point = self.pixel(c.validation.p50, c.validation.value * run.scale)
             box = min(self._places(point, _width(text, FONT_SIZE)), key=lambda box: self._cost(box, taken, point))
             taken.append(box)
             yield self._label(text, box[0], (box[1] + box[3]) / 2, kind(run, c), 700 if c is run.chosen else 400)
+
+    def notes(self) -> Iterator[tuple[str, list[tuple[float, float, bool]]]]:
+        """What the budget's lines are called, and where that may stand: x, y, and whether the text starts there or ends."""
+        if (floor := self.drop_limit()) is not None:
+            _, y = self.pixel(1, floor)
+            text = f"{points(self.run.budget['max_drop'] or 0)} under the original"
+            yield text, [(x, y + dy, side) for dy in (11, -11) for x, side in ((self.width - 2, False), (4.0, True))]
+        for place, text in self.latency_limits():
+            x, _ = self.pixel(place, 0)
+            yield text, [(x + dx, y, dx > 0) for y in (6.0, self.height - 10.0, 24.0) for dx in (6, -6)]
 
     def _text(self, c: Candidate) -> str:
         if c is self.run.original:
             text = "original"
         elif c.is_original and c.name.startswith("original"):
-            text = runtime(c) if not self.narrow else runtime(c).replace("ONNX Runtime", "ONNX")
+            if self.narrow and c is not self.run.strongest and c is not self.run.chosen:
+                return ""  # no room; the key names the colour, the table the candidate
+            text = runtime(c)
         else:
-            text = c.name
+            text = c.name.removeprefix("rung-") if self.narrow and c is not self.run.chosen else c.name
         text = text if len(text) <= 26 else text[:25] + "…"
         return f"{text}, chosen" if c is self.run.chosen else text
 
@@ -280,13 +294,13 @@ class _Plot:
             for left in (x + 10, x - 10 - width):
                 yield left, y + dy - 8, left + width, y + dy + 8
 
-    def _cost(self, box: Sequence[float], taken: Sequence[Sequence[float]], point: tuple[float, float]) -> float:
+    def _cost(self, box: Sequence[float], taken: Sequence[Sequence[float]], point: tuple[float, float] | None) -> float:
         overlap = sum(
             max(0.0, min(box[2], other[2]) - max(box[0], other[0])) * max(0.0, min(box[3], other[3]) - max(box[1], other[1]))
             for other in taken
         )
         outside = max(0.0, -box[0]) + max(0.0, box[2] - self.width) + max(0.0, -box[1]) + max(0.0, box[3] - self.height)
-        return overlap + 20 * outside + 0.5 * abs((box[1] + box[3]) / 2 - point[1])
+        return overlap + 20 * outside + (0.5 * abs((box[1] + box[3]) / 2 - point[1]) if point else 0)
 
 
 # -- drawing -----------------------------------------------------------------------------------------------------------------
@@ -298,7 +312,7 @@ def _svg(chart: Any) -> str:
 
     axis = {"labelColor": COLORS["muted"], "titleColor": COLORS["ink"], "labelFontSize": FONT_SIZE - 1, "titleFontSize": FONT_SIZE}
     lines = {"gridColor": COLORS["line"], "domainColor": COLORS["line"], "tickColor": COLORS["line"], "ticks": False}
-    chart = chart.configure(aria=False, font="inherit", background=None, padding=2)
+    chart = chart.configure(aria=False, font="inherit", background="transparent", padding=2)
     chart = chart.configure_view(stroke=None, clip=False).configure_axis(
         **axis, **lines, titleFontWeight="normal", labelPadding=7, titlePadding=12
     )
@@ -326,9 +340,9 @@ def _log_ticks(low: float, high: float, *, most: int) -> list[float]:
 
 def _width(text: str, size: int) -> float:
     """About how wide a text is, in pixels."""
-    return len(text) * size * 0.56 + 2
+    return len(text) * size * 0.54 + 2
 
 
 def _fit(text: str, width: float, size: int) -> str:
-    most = max(4, int(width / (size * 0.56)))
+    most = max(4, int(width / (size * 0.53)))
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"

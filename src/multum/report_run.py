@@ -254,12 +254,12 @@ def short(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
-def milliseconds(value: float) -> str:
-    return f"{short(value)} ms"
+def milliseconds(value: float, digits: int = 3) -> str:
+    return f"{short(value, digits)} ms"
 
 
-def megabytes(value: float) -> str:
-    return f"{short(value / 1e6)} MB"
+def megabytes(value: float, digits: int = 3) -> str:
+    return f"{short(value / 1e6, digits)} MB"
 
 
 def times(value: float) -> str:
@@ -273,8 +273,15 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
+def lost(value: float) -> str:
+    """A drop in a table. Nothing lost has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def points(value: float) -> str:
-    return f"{value:.2f} point" + ("" if f"{value:.2f}" == "1.00" else "s")
+    """`0.6 points`, `1 point`."""
+    text = f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{text} point" + ("" if text == "1" else "s")
 
 
 def runtime(candidate: Candidate) -> str:

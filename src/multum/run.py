@@ -12,20 +12,19 @@ comes to the same result.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from . import data as data_sets
-from . import tasks
 from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
 from .core.step import Step, find, make
 from .core.surgery import heads_and_neurons
 from .core.training import progress as training_progress
+from .data import open_task
 from .errors import InputError
 from .measure import measure
 from .progress import Progress
@@ -77,26 +76,16 @@ class _Chain:
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress, trust_remote_code: bool) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         _check_folder(folder, recipe)
-        task = tasks.find(recipe.task)
-        splits = data_sets.read(
-            locate(recipe.data),
-            task.columns,
-            optional=task.optional_columns,
-            mapping=recipe.columns,
-            keys=task.keys,
-            stratify=task.stratify,
-            seed=recipe.seed,
-        )
-        self.task = task.from_splits(splits, seed=recipe.seed)
-        self.summary = self._open(splits, trust_remote_code)
+        self.task = open_task(recipe.task, locate(recipe.data), columns=recipe.columns, seed=recipe.seed)
+        self.summary = self._open(trust_remote_code)
         progress.recall(self.summary["stages"])
 
-    def _open(self, splits: Any, trust_remote_code: bool) -> dict[str, Any]:
+    def _open(self, trust_remote_code: bool) -> dict[str, Any]:
         """The summary of an earlier call, or a new one beside a copy of the model as it came."""
         path = self.folder / RUN
         if path.exists():
             summary: dict[str, Any] = read_json(path)
-            if summary["data"]["fingerprints"] != splits.fingerprints:
+            if summary["data"]["fingerprints"] != dict(self.task.fingerprints):
                 raise InputError(f"{self.folder} was made from other data than {self.recipe.data} holds now; choose another -o")
             return summary
         model = self.task.load(locate(self.recipe.model), trust_remote_code=trust_remote_code)
@@ -112,17 +101,19 @@ class _Chain:
                 "source": self.recipe.data,
                 "columns": self.recipe.columns,
                 "sizes": {name: len(self.task.inputs(name)) for name in ("train", "validation", "test")},
-                "notes": list(splits.notes),
-                "fingerprints": splits.fingerprints,
+                "notes": list(self.task.notes),
+                "fingerprints": dict(self.task.fingerprints),
             },
+            "budget": {},
             "seed": self.recipe.seed,
+            "quick": False,
             "candidates": [],
             "stages": [],
             "versions": versions(),
             "machine": machine(),
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._save(model, self.folder / ORIGINAL, splits.fingerprints)
+        self._save(model, self.folder / ORIGINAL)
         write_json(path, summary)
         return summary
 
@@ -136,7 +127,7 @@ class _Chain:
         step = self._make(self.recipe.steps[place], place)
         with self.progress.stage(name), _reporting(self.progress):
             model = step(self.task.load(str(self.folder / before)), self.task)
-        self._save(model, folder, self.summary["data"]["fingerprints"])
+        self._save(model, folder)
         self.summary["stages"] = self.progress.stages()
         write_json(self.folder / RUN, self.summary)
 
@@ -176,7 +167,7 @@ class _Chain:
     ) -> dict[str, Any]:
         model = self.task.load(str(folder))
         try:
-            blocks = heads_and_neurons(model.module)
+            blocks = [list(block) for block in heads_and_neurons(model.module)]
         except InputError:  # an architecture whose blocks are not known can still be run and measured
             blocks = []
         return {
@@ -187,8 +178,8 @@ class _Chain:
             "runtime": metrics["speed"]["runtime"],
             "precision": metrics["speed"]["precision"],
             "blocks": blocks,
-            "full": list(max(blocks)) if blocks else [],
-            "vocabulary": getattr(model.module.config, "vocab_size", None),
+            "full": max(blocks, default=[0, 0]),
+            "vocabulary": getattr(model.module.config, "vocab_size", 0),
             "validation": metrics,
             "test": test,
             "drop": round(self.task.drop_of(first, metrics), 4),
@@ -211,8 +202,8 @@ class _Chain:
             values[key] = value
         return make(entry.name, values)
 
-    def _save(self, model: Model, folder: Path, fingerprints: Mapping[str, str]) -> None:
-        model.save(folder, {"task": self.task.name, "data": dict(fingerprints), "seed": self.recipe.seed})
+    def _save(self, model: Model, folder: Path) -> None:
+        model.save(folder, {"task": self.task.name, "data": dict(self.task.fingerprints), "seed": self.recipe.seed})
 
 
 def _written(recipe: Recipe) -> dict[str, Any]:

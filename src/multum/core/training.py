@@ -85,6 +85,7 @@ def fit(
                 weight_decay=weight_decay,
                 lr_scheduler_type="linear",
                 warmup_steps=warmup,
+                use_cpu=not torch.accelerator.is_available(),
                 bf16=resolve_precision(precision) == "bf16",
                 train_sampling_strategy="group_by_length",
                 seed=seed,

@@ -1,0 +1,93 @@
+"""Accuracy kept without any training: `prune_structured`, `drop_layers` and Fisher masks at the same latency.
+
+    python benchmarks/one_shot.py
+
+All three cut the same fine-tuned MiniLM under the same latency table to 1.5x and 2x, from the same 1,024 training texts
+(`prune_structured` and `drop_layers` see no labels, Fisher masks do). Each result is exported to onnxruntime int8 and measured
+in turns with the whole model on the test split. `drop_layers` tries importance, top and alternate layers, and its best is shown.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import fisher_masks
+from common import print_table, save
+
+from multum.core.latency import LatencyTable
+from multum.core.model import Model
+from multum.core.step import make
+from multum.core.surgery import heads_and_neurons
+from multum.data import open_task
+from multum.example import fetch
+from multum.measure import measure
+from multum.runtimes import find
+
+SPEEDUPS = (1.5, 2.0)
+SAMPLES = 1024
+LAYERS = {1.5: 4, 2.0: 3}
+
+
+def main() -> None:
+    task = open_task("text-classification", str(fetch("reviews-en")))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = task.load(sys.argv[1]) if len(sys.argv) > 1 else task.load(str(fetch("minilm")))
+        if not task.is_trained(model):
+            model = make("finetune", {"epochs": 3, "learning_rate": 1e-4})(model, task)
+        table = measured_table(model, task, folder / "latency.json")
+        made: dict[str, Model] = {"whole": model}
+        for speedup in SPEEDUPS:
+            options = {"speedup": speedup, "samples": SAMPLES, "latency_table": str(folder / "latency.json")}
+            made[f"prune_structured {speedup:g}x"] = make("prune_structured", options)(model, task)
+            made[f"prune_structured, no repair {speedup:g}x"] = make("prune_structured", {**options, "repair": False})(model, task)
+            made[f"Fisher masks {speedup:g}x"] = fisher_masks.prune(model, task, table, speedup, SAMPLES)
+            for which in ("importance", "top", "alternate"):
+                options = {"keep": LAYERS[speedup], "which": which, **({"samples": SAMPLES} if which == "importance" else {})}
+                made[f"drop_layers {which} {speedup:g}x"] = make("drop_layers", options)(model, task)
+        found = measured(made, task, folder)
+    rows = [["model", "speed-up measured", "95 %", "test accuracy", "95 %"]]
+    for name, metrics in found.items():
+        ratio, quality = metrics["speed"]["ratio_to_first"], metrics["quality"]
+        intervals = [f"{low:.3f} to {high:.3f}" for low, high in (ratio["ci95"], quality["ci95"])]
+        rows.append([name, f"{ratio['value']:.2f}x", intervals[0], f"{quality['value']:.4f}", intervals[1]])
+    print_table(rows)
+    save("one_shot", {"models": found})
+
+
+def measured_table(model: Model, task: Any, path: Path) -> LatencyTable:
+    lengths = sorted(len(row["input_ids"]) for row in task.encode(model, "validation"))
+    lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
+    size = model.module.config.hidden_size // model.module.config.num_attention_heads
+    probe = find("onnxruntime").probe
+
+    def timer(blocks: Any) -> Any:
+        return probe(model.module.config.hidden_size, size, blocks, precision="int8", lengths=lengths, threads=2)
+
+    LatencyTable.measure(timer, heads=heads, neurons=neurons).save(path)
+    return LatencyTable.load(path)
+
+
+def measured(made: dict[str, Model], task: Any, folder: Path) -> dict[str, Any]:
+    targets = []
+    for number, model in enumerate(made.values()):
+        target = folder / f"{number:02d}"
+        find("onnxruntime").export(
+            model,
+            target,
+            precision="int8",
+            inputs=task.inputs("validation")[:64],
+            calibration=task.calibration(model, 64),
+            max_length=task.length_limit(model),
+            pairs=task.has_pairs,
+        )
+        targets.append(target)
+    return dict(zip(made, measure(targets, task, split="test", threads=2), strict=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,532 @@
+"""The commands: what they take, what they print where, and that wrong input gets one message, exit code 2 and no files."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from importlib import import_module
+
+import on_disk
+import pytest
+import tiny
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from multum.catalogue import describe
+from multum.catalogue import names as step_names
+from multum.cli import app
+from multum.core.step import find, names
+from multum.errors import BudgetNotMet, MultumError
+from multum.steps.drop_layers import DropLayers
+
+TASK = ("--task", "text-classification")
+COMMANDS = ("quickstart", "shrink", "run", "apply", "measure", "export", "predict", "report", "steps", "example", "doctor")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTUM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    model = on_disk.model_folder(folder / "model", layers=3)
+    return model, on_disk.review_folder(folder / "data", n_train=32, n_validation=16, n_test=16)
+
+
+@pytest.fixture
+def work(tmp_path, places, monkeypatch):
+    """An empty current folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def python(code, *arguments, **options):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+# -- help ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["shrink", "--help"], ["steps"], ["steps", "distill"]])
+def test_help_does_not_import_torch(arguments):
+    code = """
+import sys
+from multum.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    assert not {"torch", "transformers", "pandas", "numpy", "onnxruntime"} & set(sys.modules)
+"""
+    done = python(code, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_importing_multum_does_not_import_torch():
+    done = python("import sys, multum.cli, multum.recipe, multum.doctor, multum.report; assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_are_those_of_the_design():
+    assert set(get_command(app).commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_ends_with_an_example(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    last = [line for line in result.stdout.splitlines() if line.strip(" │╰─╯")][-3:]
+    assert "Example: multum" in " ".join(last)
+    assert get_command(app).commands[command].epilog.startswith(f"Example: multum {command}")
+
+
+def test_version():
+    assert call("--version").stdout.startswith("multum ")
+
+
+# -- wrong input -----------------------------------------------------------------------------------------------------------
+
+
+def review_rows(*labels):
+    return [{"text": f"a film number {number}", "label": label} for number, label in enumerate(labels)]
+
+
+def empty_file(places):
+    open("data.csv", "w").close()
+    return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["data.csv is empty"]
+
+
+def missing_file(places):
+    return ["shrink", places[0], *TASK, "--data", "none.csv", "-o", "out"], ["none.csv", "no such file"]
+
+
+def absent_column(places):
+    on_disk.write_csv(os_path("data.csv"), [{"review": "good", "label": "positive"}])
+    return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["'text'", "review", "--columns text="]
+
+
+def one_class_only(places):
+    on_disk.write_csv(os_path("data.csv"), review_rows(*["positive"] * 40))
+    return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["two classes", "'positive'"]
+
+
+def label_only_in_test(places):
+    rows = tiny.splits(n_train=16, n_validation=8, n_test=8)
+    for name in ("train", "validation", "test"):
+        extra = [{"text": "neither here nor there", "label": "unheard"}] if name == "test" else []
+        on_disk.write_csv(os_path(f"data/{name}.csv"), getattr(rows, name).to_list() + extra)
+    return ["shrink", places[0], *TASK, "--data", "data", "-o", "out"], ["'unheard'", "test split only"]
+
+
+def no_model(places):
+    os_path("notes").mkdir()
+    return ["shrink", "notes", *TASK, "--data", places[1], "-o", "out"], ["notes", "config.json"]
+
+
+def damaged_weights(places):
+    broken = on_disk.model_folder(os_path("broken"))
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    return ["shrink", "broken", *TASK, "--data", places[1], "-o", "out"], ["broken", "damaged"]
+
+
+def wrong_encoding(places):
+    os_path("data.csv").write_bytes("text,label\ncafé,positive\n".encode("latin-1"))
+    return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["data.csv", "UTF-8"]
+
+
+def other_labels(places):
+    on_disk.review_folder(os_path("data"), classes=3)
+    return ["shrink", places[0], *TASK, "--data", "data", "-o", "out"], ["mixed", "negative, positive"]
+
+
+def full_output_folder(places):
+    os_path("out").mkdir()
+    os_path("out/thesis.txt").write_text("years of work")
+    return ["shrink", places[0], *TASK, "--data", places[1], "-o", "out"], ["out holds something else", "-o"]
+
+
+def all_limits_wrong(places):
+    limits = ["--max-latency", "5", "--max-size", "20", "--min-speedup", "fast", "--time-limit", "30", "--max-drop", "1%"]
+    arguments = ["shrink", places[0], "--task", "sorting", "--data", "none.csv", "-o", "out", *limits, "--columns", "text"]
+    return arguments, [
+        "5ms",
+        "20MB",
+        "'fast'",
+        "30m",
+        "1%",
+        "sorting",
+        "text-classification",
+        "none.csv",
+        "8 problems",
+        "text=review",
+    ]
+
+
+def recipe_with_three_mistakes(places):
+    text = f"model: {places[0]}\ntask: text-classification\ndata: {places[1]}\nsteps:\n  - finetune: {{epochs: 0}}\n"
+    os_path("recipe.yaml").write_text(text + "  - shrivel\n  - prune_weights: {sparsity: 2}\n")
+    return ["run", "recipe.yaml", "-o", "out"], ["3 problems", "epochs", "'shrivel'", "sparsity"]
+
+
+def fields_that_do_not_fit(places):
+    fields = ["--keep", "many", "--colour=red", "--samples", "x", "stray"]
+    return ["apply", "drop_layers", places[0], *TASK, "--data", places[1], "-o", "out", *fields], ["stray"]
+
+
+def unfit_fields(places):
+    fields = ["--keep", "many", "--colour=red"]
+    return ["apply", "drop_layers", places[0], *TASK, "--data", places[1], "-o", "out", *fields], ["keep", "'colour'", "'many'"]
+
+
+def unknown_step(places):
+    return ["apply", "shrivel", places[0], *TASK, "--data", places[1], "-o", "out"], ["'shrivel'", "drop_layers"]
+
+
+def measuring_nothing(places):
+    return ["measure", "none", "more", "--data", places[1], *TASK], ["none is not there", "more is not there"]
+
+
+def measuring_without_data(places):
+    return ["measure", places[0]], ["--task", "--data"]
+
+
+def unknown_split(places):
+    return ["measure", places[0], *TASK, "--data", places[1], "--split", "exam"], ["'exam'", "validation"]
+
+
+def no_such_export(places):
+    return ["measure", places[0], *TASK, "--data", places[1], "--runtime", "onnxruntime"], [
+        "no export for onnxruntime",
+        "multum export",
+    ]
+
+
+def unknown_runtime(places):
+    return ["export", places[0], "--to", "abacus", *TASK, "--data", places[1], "-o", "out"], ["'abacus'", "onnxruntime"]
+
+
+def unknown_precision(places):
+    arguments = ["export", places[0], "--to", "onnxruntime", "--precision", "int3", *TASK, "--data", places[1], "-o", "out"]
+    return arguments, ["'int3'", "int8"]
+
+
+def predicting_nothing(places):
+    return ["predict", places[0]], ["--input"]
+
+
+def predicting_both(places):
+    return ["predict", places[0], "a text", "--input", "file.txt"], ["not both"]
+
+
+def report_of_nothing(places):
+    return ["report", "none"], ["none"]
+
+
+def unknown_name_of_a_step(places):
+    return ["steps", "shrivel"], ["drop_layers"]
+
+
+def unknown_example(places):
+    return ["example", "nothing"], ["minilm"]
+
+
+CASES = (
+    empty_file, missing_file, absent_column, one_class_only, label_only_in_test, no_model, damaged_weights, wrong_encoding,
+    other_labels, full_output_folder, all_limits_wrong, recipe_with_three_mistakes, fields_that_do_not_fit, unfit_fields,
+    unknown_step, measuring_nothing, measuring_without_data, unknown_split, no_such_export, unknown_runtime, unknown_precision,
+    predicting_nothing, predicting_both, report_of_nothing, unknown_name_of_a_step, unknown_example,
+)  # fmt: skip
+
+
+def os_path(name):
+    return import_module("pathlib").Path(name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_wrong_input(case, places, work):
+    arguments, said = case(places)
+    before = on_disk.listing(work)
+    result = call(*arguments)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    message = " ".join(result.stderr.split())
+    assert message.startswith("Error: ")
+    for part in said:
+        assert part in message, part
+    assert on_disk.listing(work) == before
+
+
+@pytest.mark.parametrize("arguments", [["shrink"], ["shrnk"], ["doctor", "--loud"], ["measure", "a", "--threads", "none"]])
+def test_wrong_usage_is_exit_code_2(arguments):
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_a_full_disk_is_one_message(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere/model.safetensors")
+
+    monkeypatch.setattr("multum.doctor.examine", full)
+    result = call("doctor")
+    assert result.exit_code == 2
+    assert "No space left on device (somewhere/model.safetensors)" in result.stderr
+
+
+def test_a_mistake_in_multum_itself_is_not_hidden(monkeypatch):
+    def mistake():
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("multum.doctor.examine", mistake)
+    assert isinstance(call("doctor").exception, ZeroDivisionError)
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_says_how_to_resume_and_resuming_works(places, work, monkeypatch):
+    text = f"model: {places[0]}\ntask: text-classification\ndata: {places[1]}\nsteps:\n  - trim_vocabulary\n  - drop_layers: {{keep: 1}}\n"
+    (work / "recipe.yaml").write_text(text)
+
+    def stop(self, model, task):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(DropLayers, "apply", stop)
+        result = call("run", "recipe.yaml", "-o", "out", "--threads", "1")
+    assert result.exit_code == 130
+    assert "the same command goes on where it stopped" in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["00-original", "01-trim_vocabulary", "run.json"]
+
+
+def test_ctrl_c_elsewhere_promises_no_resuming(monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("multum.doctor.examine", stop)
+    result = call("doctor")
+    assert result.exit_code == 130
+    assert "goes on" not in result.stderr
+
+
+def test_a_real_interrupt_ends_the_process_with_130(tmp_path):
+    code = """
+import os, signal, sys
+import multum.doctor
+multum.doctor.examine = lambda: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["multum", "doctor"]
+from multum.cli import main
+main()
+"""
+    done = python(code, timeout=60)
+    assert done.returncode == 130, done.stderr
+    assert "Stopped" in done.stderr
+    assert signal.SIGINT == 2
+
+
+# -- shrink and quickstart -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shrunk(monkeypatch):
+    """Stands in for the main job; keeps what it was called with and writes a run of one candidate."""
+    calls = []
+
+    def shrink(**arguments):
+        calls.append(arguments)
+        output = arguments["output"]
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "run.json").write_text(json.dumps({"chosen": "rung-02", "why": "the fastest"}))
+        if arguments.get("max_drop") == 0:
+            raise BudgetNotMet("no model within the budget; the best found is rung-02")
+
+    monkeypatch.setattr(import_module("multum.shrink"), "shrink", shrink)
+    rows = [["name", "accuracy"], ["rung-02", "91.0"]]
+    monkeypatch.setattr(import_module("multum.report"), "summary", lambda run: rows)
+    monkeypatch.setattr(import_module("multum.report"), "test_summary", lambda run: rows)
+    return calls
+
+
+def test_shrink_passes_on_what_was_asked_for(places, work, shrunk):
+    limits = ["--max-drop", "0.5", "--max-latency", "5ms", "--max-size", "20MB", "--min-speedup", "4", "--time-limit", "30m"]
+    others = ["--columns", "text=review,label=stars", "--seed", "7", "--threads", "1", "--quick", "--trust-remote-code"]
+    result = call("shrink", places[0], *TASK, "--data", places[1], "-o", "out", *limits, *others)
+    assert result.exit_code == 0, result.output
+    (arguments,) = shrunk
+    assert {key: value for key, value in arguments.items() if key not in ("progress", "output")} == {
+        "model": str(places[0]),
+        "task": "text-classification",
+        "data": str(places[1]),
+        "columns": {"text": "review", "label": "stars"},
+        "max_drop": 0.5,
+        "max_latency_ms": 5.0,
+        "max_size_bytes": 20_000_000,
+        "min_speedup": 4.0,
+        "time_limit_s": 1800.0,
+        "seed": 7,
+        "threads": 1,
+        "quick": True,
+        "trust_remote_code": True,
+    }
+    for part in ("rung-02", "91.0", "the fastest", "report.html", "multum predict out/chosen"):
+        assert part in result.stdout
+
+
+def test_limits_that_are_not_given_do_not_count(places, work, shrunk):
+    assert call("shrink", places[0], *TASK, "--data", places[1], "-o", "out").exit_code == 0
+    assert shrunk[0]["max_drop"] == 1
+    assert {shrunk[0][name] for name in ("max_latency_ms", "max_size_bytes", "min_speedup", "time_limit_s", "threads")} == {None}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_budget_that_is_not_met_still_shows_the_best(places, work, shrunk, as_json):
+    flags = ["--json"] if as_json else []
+    result = call("shrink", places[0], *TASK, "--data", places[1], "-o", "out", "--max-drop", "0", *flags)
+    assert result.exit_code == 1
+    assert "the best found is rung-02" in result.stderr
+    if as_json:
+        assert json.loads(result.stdout)["chosen"] == "rung-02"
+    else:
+        assert "rung-02" in result.stdout
+
+
+def test_quickstart_uses_the_examples_and_says_that_it_trains_less(work, shrunk, monkeypatch):
+    monkeypatch.setattr("multum.example.fetch", lambda name: work / name)
+    result = call("quickstart", "-o", "out")
+    assert result.exit_code == 0, result.output
+    assert (shrunk[0]["model"], shrunk[0]["data"]) == (str(work / "minilm"), str(work / "reviews-en"))
+    assert shrunk[0]["quick"] is True
+    assert "trains and measures less" in result.stderr
+
+
+# -- the others ------------------------------------------------------------------------------------------------------------
+
+
+def test_apply_takes_the_fields_of_a_step_as_options(places, work):
+    data = ["--data", places[1], *TASK]
+    result = call("apply", "drop_layers", places[0], *data, "-o", "out", "--which", "0,2", "--samples=8", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    (entry,) = json.loads((work / "out" / "recipe.json").read_text())["steps"]
+    assert entry["fields"] == {"keep": None, "which": [0, 2], "samples": 8, "seed": 3}
+    assert "million parameters" in result.stdout
+    again = call("apply", "prune_weights", work / "out", *data, "-o", "out2", "--pattern", "2:4")
+    assert again.exit_code == 0, again.output
+    steps = json.loads((work / "out2" / "recipe.json").read_text())["steps"]
+    assert [entry["step"] for entry in steps] == ["drop_layers", "prune_weights"]
+
+
+def test_predict_from_the_command_line_and_from_files(places, work):
+    texts = ["a wonderful film", "a dull\tstory"]
+    (work / "texts.txt").write_text("\n".join(texts) + "\n\n")
+    on_disk.write_csv(work / "texts.csv", [{"review": text} for text in texts])
+    (work / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = [texts, ["--input", "texts.txt"], ["--input", "texts.csv", "--columns", "text=review"], ["--input", "texts.jsonl"]]
+    found = [json.loads(call("predict", places[0], *arguments, "--json").stdout) for arguments in asked]
+    assert found[0] == found[1] == found[2] == found[3]
+    assert [one["text"] for one in found[0]] == texts
+    for one in found[0]:
+        assert sum(one["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert one["probability"] == one["probabilities"][one["label"]] == max(one["probabilities"].values())
+    lines = call("predict", places[0], *texts).stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == [one["label"] for one in found[0]]
+    assert lines[1].endswith("\ta dull story")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.txt", None, "no such file"),
+        ("empty.txt", b"\n\n", "no texts"),
+        ("latin.txt", "café".encode("latin-1"), "not UTF-8"),
+        ("other.csv", b"review\ngood\n", "no column 'text'; it has: review"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2"),
+        ("gap.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "row 2"),
+        ("number.jsonl", b'{"text": 3}\n', "row 1"),
+    ],
+)
+def test_wrong_files_for_predict(places, work, name, content, said):
+    if content is not None:
+        (work / name).write_bytes(content)
+    result = call("predict", places[0], "--input", name)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_measure_prints_json_alone_and_looks_up_the_run_s_data(places, work):
+    text = f"model: {places[0]}\ntask: text-classification\ndata: {places[1]}\nsteps:\n  - drop_layers: {{keep: 1}}\n"
+    (work / "recipe.yaml").write_text(text)
+    ran = call("run", "recipe.yaml", "-o", "out", "--threads", "1")
+    assert ran.exit_code == 0, ran.output
+    assert "01-drop_layers" in ran.stdout
+    result = call("measure", "out/00-original", "out/model", "--threads", "1", "--rounds", "3", "--json")
+    assert result.exit_code == 0, result.output
+    first, second = json.loads(result.stdout)
+    assert first["n"] == 16
+    assert second["size"]["parameters"] < first["size"]["parameters"]
+    table = call("measure", "out/model", "--threads", "1", "--rounds", "3")
+    assert "accuracy" in table.stdout
+    assert "out/model" in table.stdout
+
+
+def test_export_then_measure_and_predict(places, work):
+    data = ["--data", places[1], *TASK]
+    exported = call("export", places[0], "--to", "onnxruntime", "--precision", "fp32", "-o", "out", *data)
+    assert exported.exit_code == 0, exported.output
+    assert (work / "out" / "runtime.json").is_file()
+    plain = json.loads(call("predict", places[0], "a wonderful film", "--json").stdout)
+    other = json.loads(call("predict", "out", "a wonderful film", "--json").stdout)
+    assert other[0]["label"] == plain[0]["label"]
+    assert other[0]["probability"] == pytest.approx(plain[0]["probability"], abs=1e-3)
+    again = call("export", places[0], "--to", "onnxruntime", "-o", "out", *data)
+    assert again.exit_code == 2
+    assert "out exists already" in again.stderr
+
+
+def test_steps_are_all_listed_and_described():
+    assert step_names() == names()
+    listed = call("steps").stdout
+    for name in names():
+        step = find(name)
+        assert name in listed
+        fields = {field["name"]: field for field in describe(name)["fields"]}
+        assert list(fields) == list(step.__dataclass_fields__)
+        shown = call("steps", name).stdout
+        for field in fields.values():
+            assert field["about"], f"{name}.{field['name']} says nothing"
+            assert f"--{field['name']}" in shown
+
+
+def test_json_of_steps_and_doctor_is_json():
+    assert [step["name"] for step in json.loads(call("steps", "--json").stdout)] == names()
+    assert json.loads(call("doctor", "--json").stdout)["multum"]
+
+
+def test_examples_are_listed_and_copied(work, monkeypatch):
+    assert "minilm" in call("example").stdout
+    monkeypatch.setattr("multum.example.fetch", lambda name: on_disk.review_folder(work / "cached"))
+    assert call("example", "reviews-en").stdout.strip() == str(work / "cached")
+    assert call("example", "reviews-en", "-o", "mine").exit_code == 0
+    assert (work / "mine" / "train.csv").is_file()
+    assert call("example", "reviews-en", "-o", "mine").exit_code == 2
+
+
+def test_every_error_has_an_exit_code():
+    assert MultumError.exit_code == 2
+    assert BudgetNotMet.exit_code == 1

@@ -1,0 +1,139 @@
+"""Chains: every stage is kept, a run that was stopped goes on to the same result, and nothing is done twice."""
+
+from __future__ import annotations
+
+import json
+
+import on_disk
+import pytest
+from safetensors.numpy import load_file
+
+from multum.core.model import Model
+from multum.errors import InputError
+from multum.recipe import parse
+from multum.run import run
+from multum.steps.drop_layers import DropLayers
+from multum.steps.finetune import Finetune
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    model = on_disk.model_folder(folder / "model", layers=3)
+    return model, on_disk.review_folder(folder / "data", n_train=32, n_validation=16, n_test=16)
+
+
+@pytest.fixture(scope="module")
+def chain(places):
+    return recipe_of(places)
+
+
+def recipe_of(places, **changes):
+    steps = [{"finetune": {"epochs": 1}}, {"drop_layers": {"keep": 1}}, {"distill": {"teacher": "stage:finetune", "epochs": 1}}]
+    entries = {"model": str(places[0]), "task": "text-classification", "data": str(places[1]), "seed": 5, "steps": steps}
+    return parse(entries | changes)
+
+
+@pytest.fixture(scope="module")
+def whole(chain, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return folder, run(chain, folder, rounds=3, threads=1)
+
+
+def weights(folder):
+    return {name: tensor.tobytes() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_every_stage_is_a_model_folder(whole):
+    folder, _ = whole
+    stages = ("00-original", "01-finetune", "02-drop_layers", "03-distill", "model")
+    histories = [[entry["step"] for entry in json.loads((folder / name / "recipe.json").read_text())["steps"]] for name in stages]
+    assert histories == [[], ["finetune"], ["finetune", "drop_layers"]] + 2 * [["finetune", "drop_layers", "distill"]]
+    assert weights(folder / "model") == weights(folder / "03-distill")
+    assert Model.load(folder / "model", auto_class="AutoModelForSequenceClassification").module.config.num_hidden_layers == 1
+
+
+def test_the_summary_tells_what_was_done_and_measured(whole, places):
+    folder, summary = whole
+    assert json.loads((folder / "run.json").read_text()) == summary
+    names = [candidate["name"] for candidate in summary["candidates"]]
+    assert names == ["00-original", "01-finetune", "02-drop_layers", "03-distill"]
+    assert summary["chosen"] == names[-1]
+    first, *middle, last = summary["candidates"]
+    assert first["drop"] == 0
+    assert [entry["test"] is None for entry in (first, *middle, last)] == [False, True, True, False]
+    for entry in summary["candidates"]:
+        lost = 100 * (first["validation"]["quality"]["value"] - entry["validation"]["quality"]["value"])
+        assert entry["drop"] == pytest.approx(lost, abs=1e-3)
+    assert [len(entry["blocks"]) for entry in summary["candidates"]] == [3, 3, 1, 1]
+    assert summary["data"]["source"] == str(places[1])
+    assert {"01-finetune", "02-drop_layers", "03-distill"} <= {stage["name"] for stage in summary["stages"]}
+
+
+def test_the_seed_of_the_recipe_is_that_of_its_steps_unless_they_have_one(whole, places, tmp_path):
+    folder, _ = whole
+    fields = [entry["fields"] for entry in json.loads((folder / "model" / "recipe.json").read_text())["steps"]]
+    assert fields[0]["seed"] == fields[2]["seed"] == 5
+    assert fields[2]["teacher"] == str(folder / "01-finetune")
+
+
+def test_a_second_call_does_nothing_again(whole, chain, monkeypatch):
+    folder, summary = whole
+    monkeypatch.setattr(Finetune, "apply", None)
+    monkeypatch.setattr(DropLayers, "apply", None)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert run(chain, folder, rounds=3, threads=1) == summary
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(whole, chain, tmp_path, monkeypatch):
+    applied = []
+    finetune = Finetune.apply
+
+    def counted(self, model, task):
+        applied.append("finetune")
+        return finetune(self, model, task)
+
+    def stop(self, model, task):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finetune, "apply", counted)
+    with monkeypatch.context() as stopping:
+        stopping.setattr(DropLayers, "apply", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(chain, tmp_path / "out", rounds=3, threads=1)
+    made = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert made == ["00-original", "01-finetune", "run.json"]
+    resumed = run(chain, tmp_path / "out", rounds=3, threads=1)
+    assert applied == ["finetune"]
+    assert weights(tmp_path / "out" / "model") == weights(whole[0] / "model")
+    assert [entry["drop"] for entry in resumed["candidates"]] == [entry["drop"] for entry in whole[1]["candidates"]]
+
+
+def test_another_recipe_in_the_same_folder_is_refused(whole, places):
+    with pytest.raises(InputError, match=r"another recipe \(seed differ\)"):
+        run(recipe_of(places, seed=6), whole[0])
+
+
+def test_other_data_under_the_same_name_is_refused(places, tmp_path):
+    data = on_disk.review_folder(tmp_path / "data", n_train=16, n_validation=8, n_test=8)
+    recipe = recipe_of(places, data=str(data), steps=[{"drop_layers": {"keep": 1}}])
+    run(recipe, tmp_path / "out", rounds=3, threads=1)
+    on_disk.review_folder(data, n_train=16, n_validation=8, n_test=8, seed=9)
+    with pytest.raises(InputError, match="other data"):
+        run(recipe, tmp_path / "out", rounds=3, threads=1)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(chain, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds something else"):
+        run(chain, tmp_path)
+    assert on_disk.listing(tmp_path) == ["thesis.txt"]
+
+
+def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(places, tmp_path):
+    broken = on_disk.model_folder(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(InputError, match="damaged"):
+        run(recipe_of(places, model=str(broken)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,227 @@
+"""The main job from end to end on tiny models: real folders, real exports, real measurements."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from transformers import AutoModelForSequenceClassification
+
+import multum
+from multum import runtimes
+from multum.bench import Bench
+from multum.budget import QUICK, Budget
+from multum.core.latency import LatencyTable
+from multum.core.model import Model
+from multum.errors import BudgetNotMet, InputError
+from multum.plan import ahead
+from multum.progress import Progress
+from multum.run_folder import RunFolder
+
+EFFORT = replace(
+    QUICK,
+    finetune={"epochs": 6, "learning_rate": 2e-3, "batch_size": 16},
+    distill={"epochs": 1, "augment": 1, "batch_size": 16},
+    prune={"samples": 16, "neuron_group": 4},
+    rounds=3,
+    train_all_rungs=True,
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A base encoder without a head, and a folder of splits."""
+    folder = tmp_path_factory.mktemp("sources")
+    model = tiny.model(layers=3)
+    model.module.bert.save_pretrained(folder / "base")
+    model.tokenizer.save_pretrained(folder / "base")
+    data = tiny.splits(n_train=96)
+    (folder / "reviews").mkdir()
+    for name in ("train", "validation", "test"):
+        with (folder / "reviews" / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(getattr(data, name))
+    return {"model": str(folder / "base"), "data": str(folder / "reviews")}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """Little training, one export, and counted instead of timed costs, so that two walks take the same turns."""
+
+    def counted(self: Bench, model: Model) -> LatencyTable:
+        table = LatencyTable.by_macs(hidden=32, head_size=8, heads=4, neurons=32, tokens=12)
+        table.save(self.folder / "latency.json")
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multum.shrink.QUICK", EFFORT)
+        patch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8")])
+        patch.setattr(Bench, "latency_table", counted)
+        yield
+
+
+def run(sources: dict[str, str], output: Path, **options: Any) -> dict[str, Any]:
+    return multum.shrink(
+        **sources, task="text-classification", output=output, quick=True, **{"max_drop": 30.0, "threads": 1, **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(sources: dict[str, str], small: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whole run, for the tests that only look at it."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    run(sources, output)
+    return output
+
+
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    values = json.loads((finished / "run.json").read_text())
+    names = [candidate["name"] for candidate in values["candidates"]]
+    assert names[0] == "original"
+    assert "rung-02" in names
+    assert values["chosen"] in names
+    for candidate in values["candidates"]:
+        assert (finished / candidate["target"]).is_dir()
+        assert candidate["holds"] == (not candidate["broken"])
+    assert {"report.html", "README.md"} <= {path.name for path in finished.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "evidence.json", "onnxruntime-int8"} <= {
+        p.name for p in (finished / "chosen").iterdir()
+    }
+    assert not [path for path in finished.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+    assert not list(finished.rglob("*.part"))
+
+
+def test_the_chosen_folder_loads_plainly_and_predicts(finished: Path) -> None:
+    module = AutoModelForSequenceClassification.from_pretrained(finished / "chosen")
+    assert module.config.id2label == {0: "negative", 1: "positive"}
+    predictor = runtimes.open(finished / "chosen", threads=1)
+    assert predictor.predict(["a wonderful film"]).shape == (1, 2)
+
+
+def test_the_test_split_is_read_for_the_ends_only(finished: Path) -> None:
+    candidates = json.loads((finished / "run.json").read_text())["candidates"]
+    chosen = json.loads((finished / "run.json").read_text())["chosen"]
+    tested = {candidate["name"] for candidate in candidates if candidate["test"]}
+    assert {"original", chosen} <= tested
+    assert len(tested) <= 3
+
+
+def test_the_same_call_again_changes_nothing(finished: Path, sources: dict[str, str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    first = json.loads((finished / "run.json").read_text())
+    again = run(sources, finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")} == before
+    assert [c["name"] for c in again["candidates"]] == [c["name"] for c in first["candidates"]]
+    assert again["chosen"] == first["chosen"]
+
+
+@pytest.mark.parametrize(
+    "stage", ["fine-tune", "rung-01: measure", "rung-02: prune", "rung-02: distil", "choose", "measure on the test"]
+)
+def test_a_run_killed_anywhere_comes_to_the_same_models(
+    stage: str, finished: Path, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Deadly(Progress):
+        def stage(self, name: str) -> Any:
+            if name.startswith(stage):
+                raise Killed
+            return super().stage(name)
+
+    try:
+        run(sources, tmp_path / "run", progress=Deadly())
+    except Killed:
+        run(sources, tmp_path / "run")
+    rungs = sorted(path.name for path in finished.glob("rung-*"))
+    assert sorted(path.name for path in (tmp_path / "run").glob("rung-*")) == rungs
+    for name in ["original", *rungs]:
+        one, other = (
+            Model.load(folder / name, auto_class="AutoModelForSequenceClassification") for folder in (finished, tmp_path / "run")
+        )
+        assert one.fingerprint() == other.fingerprint()
+
+
+def test_a_budget_out_of_reach_names_the_best_found(sources: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(BudgetNotMet, match=r"size .* MB is above 0.001 MB") as caught:
+        run(sources, tmp_path / "run", max_size_bytes=1000)
+    assert caught.value.exit_code == 1
+    values = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert values["met"] is False
+    assert values["chosen"] in str(caught.value)
+    assert (tmp_path / "run" / "chosen" / "model.safetensors").is_file()
+
+
+def test_a_tighter_budget_on_the_same_run_chooses_again(sources: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    drops = {c["name"]: c["drop"] for c in json.loads((finished / "run.json").read_text())["candidates"]}
+    values = run(sources, tmp_path / "run", max_drop=0.0)
+    assert drops.get(values["chosen"], 0.0) <= 0.0
+
+
+def test_the_time_limit_stops_the_walk(sources: dict[str, str], tmp_path: Path) -> None:
+    values = run(sources, tmp_path / "run", time_limit_s=0.001)
+    assert not list((tmp_path / "run").glob("rung-02*"))
+    assert any("time limit" in note for note in values["data"]["notes"])
+    assert values["chosen"]
+
+
+def test_other_arguments_other_data_and_strange_folders_are_refused(
+    sources: dict[str, str], finished: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="seed: 0 then, 1 now"):
+        run(sources, finished, seed=1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="holds something else"):
+        run(sources, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(InputError, match="is a file"):
+        run(sources, tmp_path / "mine" / "thesis.txt")
+
+
+@pytest.mark.parametrize("limits", [{"max_drop": -1.0}, {"max_drop": float("nan")}, {"max_latency_ms": 0.0}, {"min_speedup": -2.0}])
+def test_limits_that_make_no_sense(limits: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=next(iter(limits))):
+        Budget(**limits)
+
+
+def test_every_limit_is_checked_and_named() -> None:
+    budget = Budget(max_drop=1, max_latency_ms=5, max_size_bytes=20_000_000, min_speedup=4)
+    metrics = {"speed": {"p50_ms": 6.0}, "size": {"bytes_on_disk": 30_000_000}}
+    broken = budget.broken({"validation": metrics, "drop": 1.5, "speedup": 2.0})
+    assert [text.split()[0] for text in broken] == ["drop", "latency", "size", "speed-up"]
+    fine = {"speed": {"p50_ms": 5.0}, "size": {"bytes_on_disk": 20_000_000}}
+    assert budget.broken({"validation": fine, "drop": 1.0, "speedup": 4.0}) == []
+
+
+def test_the_plan_shrinks_as_rungs_are_done() -> None:
+    left = [sum(seconds for _, seconds in ahead(EFFORT, 1000, 0.002, [], done, step=1.5, taught=False)) for done in range(8)]
+    assert all(a > b for a, b in pairwise(left[:6]))
+    assert left[7] > 0
+
+
+def test_best_falls_back_to_what_keeps_the_drop(tmp_path: Path) -> None:
+    task = tiny.task()
+    folder = RunFolder(
+        tmp_path / "run",
+        {"model": "m", "data": "d", "seed": 0, "threads": 1, "quick": True},
+        task=task,
+        budget=Budget(max_drop=1, max_size_bytes=10),
+        time_limit_s=None,
+    )
+    for name, drop, latency in (("original", 0.0, 9.0), ("a", 0.5, 3.0), ("b", 2.0, 1.0)):
+        speed = {"p50_ms": latency}
+        folder.add({"name": name, "drop": drop, "speedup": 1.0, "validation": {"speed": speed, "size": {"bytes_on_disk": 100}}})
+    assert folder.best()["name"] == "a"
