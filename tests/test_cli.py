@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import on_disk
 import pytest
@@ -21,6 +21,7 @@ from multum.catalogue import names as step_names
 from multum.cli import app
 from multum.core.step import find, names
 from multum.errors import BudgetNotMet, MultumError
+from multum.failures import of_the_system
 from multum.steps.drop_layers import DropLayers
 
 TASK = ("--task", "text-classification")
@@ -50,6 +51,17 @@ def work(tmp_path, places, monkeypatch):
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def write_recipe(places, *steps):
+    entries = [
+        f"model: {places[0]}",
+        "task: text-classification",
+        f"data: {places[1]}",
+        "steps:",
+        *(f"  - {step}" for step in steps),
+    ]
+    Path("recipe.yaml").write_text("\n".join(entries) + "\n")
 
 
 def python(code, *arguments, **options):
@@ -106,7 +118,7 @@ def review_rows(*labels):
 
 
 def empty_file(places):
-    open("data.csv", "w").close()
+    Path("data.csv").touch()
     return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["data.csv is empty"]
 
 
@@ -115,12 +127,12 @@ def missing_file(places):
 
 
 def absent_column(places):
-    on_disk.write_csv(os_path("data.csv"), [{"review": "good", "label": "positive"}])
+    on_disk.write_csv(Path("data.csv"), [{"review": "good", "label": "positive"}])
     return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["'text'", "review", "--columns text="]
 
 
 def one_class_only(places):
-    on_disk.write_csv(os_path("data.csv"), review_rows(*["positive"] * 40))
+    on_disk.write_csv(Path("data.csv"), review_rows(*["positive"] * 40))
     return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["two classes", "'positive'"]
 
 
@@ -128,35 +140,35 @@ def label_only_in_test(places):
     rows = tiny.splits(n_train=16, n_validation=8, n_test=8)
     for name in ("train", "validation", "test"):
         extra = [{"text": "neither here nor there", "label": "unheard"}] if name == "test" else []
-        on_disk.write_csv(os_path(f"data/{name}.csv"), getattr(rows, name).to_list() + extra)
+        on_disk.write_csv(Path(f"data/{name}.csv"), getattr(rows, name).to_list() + extra)
     return ["shrink", places[0], *TASK, "--data", "data", "-o", "out"], ["'unheard'", "test split only"]
 
 
 def no_model(places):
-    os_path("notes").mkdir()
+    Path("notes").mkdir()
     return ["shrink", "notes", *TASK, "--data", places[1], "-o", "out"], ["notes", "config.json"]
 
 
 def damaged_weights(places):
-    broken = on_disk.model_folder(os_path("broken"))
+    broken = on_disk.model_folder(Path("broken"))
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:2000])
     return ["shrink", "broken", *TASK, "--data", places[1], "-o", "out"], ["broken", "damaged"]
 
 
 def wrong_encoding(places):
-    os_path("data.csv").write_bytes("text,label\ncafé,positive\n".encode("latin-1"))
+    Path("data.csv").write_bytes("text,label\ncafé,positive\n".encode("latin-1"))
     return ["shrink", places[0], *TASK, "--data", "data.csv", "-o", "out"], ["data.csv", "UTF-8"]
 
 
 def other_labels(places):
-    on_disk.review_folder(os_path("data"), classes=3)
+    on_disk.review_folder(Path("data"), classes=3)
     return ["shrink", places[0], *TASK, "--data", "data", "-o", "out"], ["mixed", "negative, positive"]
 
 
 def full_output_folder(places):
-    os_path("out").mkdir()
-    os_path("out/thesis.txt").write_text("years of work")
+    Path("out").mkdir()
+    Path("out/thesis.txt").write_text("years of work")
     return ["shrink", places[0], *TASK, "--data", places[1], "-o", "out"], ["out holds something else", "-o"]
 
 
@@ -178,8 +190,7 @@ def all_limits_wrong(places):
 
 
 def recipe_with_three_mistakes(places):
-    text = f"model: {places[0]}\ntask: text-classification\ndata: {places[1]}\nsteps:\n  - finetune: {{epochs: 0}}\n"
-    os_path("recipe.yaml").write_text(text + "  - shrivel\n  - prune_weights: {sparsity: 2}\n")
+    write_recipe(places, "finetune: {epochs: 0}", "shrivel", "prune_weights: {sparsity: 2}")
     return ["run", "recipe.yaml", "-o", "out"], ["3 problems", "epochs", "'shrivel'", "sparsity"]
 
 
@@ -253,10 +264,6 @@ CASES = (
 )  # fmt: skip
 
 
-def os_path(name):
-    return import_module("pathlib").Path(name)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_wrong_input(case, places, work):
     arguments, said = case(places)
@@ -265,8 +272,8 @@ def test_wrong_input(case, places, work):
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
-    message = " ".join(result.stderr.split())
-    assert message.startswith("Error: ")
+    assert result.stderr.count("Error: ") == 1
+    message = " ".join(result.stderr.partition("Error: ")[2].split())
     for part in said:
         assert part in message, part
     assert on_disk.listing(work) == before
@@ -289,6 +296,31 @@ def test_a_full_disk_is_one_message(monkeypatch):
     assert "No space left on device (somewhere/model.safetensors)" in result.stderr
 
 
+def test_a_disk_that_fills_up_while_a_model_is_saved(places, work):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
+    fields = ["--sparsity", "0.5", "--output", "out"]
+    code = limit + "from multum.cli import main; main()"
+    done = python(code, "apply", "prune_weights", places[0], *TASK, "--data", places[1], *fields, cwd=work)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Error: File too large" in done.stderr
+    assert on_disk.listing(work) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(errno.EACCES, "no", "here"), "Permission denied (here)"),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on device"),
+        (OSError("no such model on the Hub"), None),
+        (BrokenPipeError(errno.EPIPE, "closed"), None),
+        (ValueError("a mistake"), None),
+    ],
+)
+def test_what_the_operating_system_refused(error, reason):
+    assert of_the_system(error) == reason
+
+
 def test_a_mistake_in_multum_itself_is_not_hidden(monkeypatch):
     def mistake():
         raise ZeroDivisionError
@@ -301,8 +333,7 @@ def test_a_mistake_in_multum_itself_is_not_hidden(monkeypatch):
 
 
 def test_ctrl_c_says_how_to_resume_and_resuming_works(places, work, monkeypatch):
-    text = f"model: {places[0]}\ntask: text-classification\ndata: {places[1]}\nsteps:\n  - trim_vocabulary\n  - drop_layers: {{keep: 1}}\n"
-    (work / "recipe.yaml").write_text(text)
+    write_recipe(places, "trim_vocabulary", "drop_layers: {keep: 1}")
 
     def stop(self, model, task):
         raise KeyboardInterrupt
@@ -338,7 +369,31 @@ main()
     done = python(code, timeout=60)
     assert done.returncode == 130, done.stderr
     assert "Stopped" in done.stderr
-    assert signal.SIGINT == 2
+    assert "Traceback" not in done.stderr
+
+
+# -- what is shown where ---------------------------------------------------------------------------------------------------
+
+
+def test_other_libraries_keep_quiet(places, work):
+    code = "from multum.cli import main; main()"
+    fields = ["--sparsity", "0.5", "--output", "out"]
+    done = python(code, "apply", "prune_weights", places[0], *TASK, "--data", places[1], *fields, cwd=work)
+    assert done.returncode == 0, done.stderr
+    stage, changed = done.stderr.splitlines()
+    assert stage.split()[0] == "prune_weights"
+    assert "linear layers changed" in changed
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("out: ")
+
+
+def test_what_the_user_has_set_stays(monkeypatch):
+    from multum import terminal
+
+    for name in terminal.QUIET:
+        monkeypatch.setenv(name, "mine")
+    terminal.quiet()
+    assert {os.environ[name] for name in terminal.QUIET} == {"mine"}
 
 
 # -- shrink and quickstart -------------------------------------------------------------------------------------------------
@@ -470,8 +525,7 @@ def test_wrong_files_for_predict(places, work, name, content, said):
 
 
 def test_measure_prints_json_alone_and_looks_up_the_run_s_data(places, work):
-    text = f"model: {places[0]}\ntask: text-classification\ndata: {places[1]}\nsteps:\n  - drop_layers: {{keep: 1}}\n"
-    (work / "recipe.yaml").write_text(text)
+    write_recipe(places, "drop_layers: {keep: 1}")
     ran = call("run", "recipe.yaml", "-o", "out", "--threads", "1")
     assert ran.exit_code == 0, ran.output
     assert "01-drop_layers" in ran.stdout

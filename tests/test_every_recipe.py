@@ -16,6 +16,13 @@ SHORT = {"epochs": 1, "augment": 1, "samples": 16, "keep": 1}
 """Fields cut down to what a tiny model and few texts take."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MULTUM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipes")

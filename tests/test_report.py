@@ -19,12 +19,13 @@ from multum.report import report, summary, test_summary
 from multum.report_run import parse, points, short
 
 FULL = (12, 1536)
+SHRUNK = [(6, 300), (0, 220), (5, 310), (3, 290), (0, 150)]
 RUNGS = [
     # name, technique, blocks, vocabulary, MB, ms, accuracy
     ("rung-01", "vocabulary trimmed to the data", [FULL] * 6, 14210, 15.9, 3.61, 0.869),
     ("rung-02", "heads, neurons and layers pruned, distilled", [(10, 940)] * 5 + [(7, 610)], 14210, 12.9, 2.31, 0.871),
-    ("rung-03", "heads, neurons and layers pruned, distilled", [(8, 512), (5, 300), (7, 420), (4, 610), (2, 380), (3, 92)], 14210, 10.1, 1.52, 0.866),
-    ("rung-04", "heads, neurons and layers pruned, distilled", [(6, 300), (0, 220), (5, 310), (3, 290), (0, 150)], 14210, 8.8, 0.97, 0.861),
+    ("rung-03", "heads, neurons and layers pruned, distilled", [(8, 512), (5, 300), (7, 420)] * 2, 14210, 10.1, 1.52, 0.866),
+    ("rung-04", "heads, neurons and layers pruned, distilled", SHRUNK, 14210, 8.8, 0.97, 0.861),
     ("rung-05", "heads, neurons and layers pruned, distilled", [(5, 180), (4, 190), (2, 210)], 14210, 7.4, 0.66, 0.851),
     ("rung-05-longer", "distilled for longer", [(5, 180), (4, 190), (2, 210)], 14210, 7.4, 0.66, 0.856),
 ]  # fmt: skip
@@ -149,7 +150,7 @@ RECIPE = {
     "steps": [
         {"step": "finetune", "fields": {"epochs": 2, "learning_rate": 1e-4}, "parameters": [22713986, 22713986]},
         {"step": "trim_vocabulary", "fields": {"splits": ["train"]}, "parameters": [22713986, 16449410]},
-        {"step": "prune_structured", "fields": {"speedup": 1.5}, "kept_blocks": [0, 1, 2, 3, 4, 5], "parameters": [16449410, 12012300]},
+        {"step": "prune_structured", "fields": {"speedup": 1.5}, "kept_blocks": list(range(6)), "parameters": [16449410, 12012300]},
         {"step": "prune_structured", "fields": {"speedup": 1.5}, "kept_blocks": [0, 1, 3, 4, 5], "parameters": [12012300, 9000100]},
         {"step": "distill", "fields": {"epochs": 1, "temperature": 2.0}, "parameters": [9000100, 9000100]},
     ],
@@ -343,7 +344,7 @@ def test_few_and_many_blocks(tmp_path, count):
 def test_better_than_the_original_and_the_original_itself(tmp_path):
     run = sample_run()
     run["candidates"][8]["test"]["quality"] |= {"value": 0.872, "ci95": [0.85, 0.89]}
-    assert "0.5 points higher on held-out test" in made(tmp_path, run)
+    assert "0.5 points higher on held-out test" in Page(made(tmp_path, run)).text
     run["chosen"] = "original"
     assert "The original stays" in made(tmp_path, run)
 
@@ -400,6 +401,34 @@ def test_missing_and_damaged_runs(tmp_path):
     for words in ("candidates[1].validation.speed", "'technique'", "candidates[3].blocks", "rung-77"):
         assert words in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    if path:
+        yield path
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(item, (*path, key))
+
+
+@pytest.mark.parametrize("junk", [None, "text", -1, 10**400, [], {}, [1, "a"], True], ids=lambda junk: repr(junk)[:9])
+def test_any_one_wrong_value_gives_a_page_or_an_input_error(tmp_path, monkeypatch, junk):
+    monkeypatch.setattr("multum.report_page._charts", lambda run: {})
+    original = sample_run()
+    original["candidates"] = [original["candidates"][i] for i in (0, 8)]
+    pages = 0
+    for path in [*places(original)]:
+        run = copy.deepcopy(original)
+        inside = run
+        for key in path[:-1]:
+            inside = inside[key]
+        inside[path[-1]] = junk
+        try:
+            made(tmp_path, run)
+            pages += 1
+        except InputError as error:
+            assert "damaged" in str(error), path  # noqa: PT017
+    assert pages > 20
 
 
 def test_output_elsewhere(tmp_path):

@@ -9,7 +9,7 @@ import typer
 
 from . import __version__
 from . import options as opt
-from .failures import INTERRUPTED, Commands
+from .failures import INTERRUPTED, STOPPED, Commands
 
 app = typer.Typer(
     cls=Commands,
@@ -285,7 +285,7 @@ def doctor(as_json: opt.Json = False) -> None:
 
 def main() -> None:
     """The entry point of the `multum` command."""
-    from .terminal import STOPPED, quiet, say
+    from .terminal import quiet, say
 
     quiet()
     try:

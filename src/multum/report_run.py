@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Run:
     def scale(self) -> float:
         """100 where the metric is a share and is shown in per cent, else 1."""
         seen = [m for c in self.candidates for m in (c.validation, c.test) if m]
-        return 100.0 if all(0 <= m.low and m.high <= 1 for m in seen) else 1.0
+        return 100.0 if all(m.low >= 0 and m.high <= 1 for m in seen) else 1.0
 
     @property
     def percent(self) -> str:
@@ -124,14 +124,16 @@ def read_run(path: Path) -> dict[str, Any]:
         InputError: missing or damaged.
     """
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
+        run = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_nothing, parse_float=_number(float), parse_int=_number(int)
+        )
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; a report is made from the folder of a run") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(run, dict):
         raise InputError(f"{path} is damaged: it holds no object")
-    return _printable(run)
+    return {_printable(key): _printable(value) for key, value in run.items()}
 
 
 def parse(run: Mapping[str, Any]) -> Run:
@@ -173,9 +175,9 @@ class _Check:
         return kind()
 
     def number(self, entry: Any, key: str, where: str, *, positive: bool = False) -> float:
-        value = entry.get(key) if isinstance(entry, dict) else None
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and (value > 0 or not positive):
-            return value
+        value: Any = entry.get(key) if isinstance(entry, dict) else None
+        if _finite(value) and (value > 0 or not positive):
+            return float(value)
         self.problems.append(f"{where}: {key!r} is missing or no {'positive ' if positive else ''}number")
         return 1.0
 
@@ -193,7 +195,7 @@ def _candidate(check: _Check, entry: Any, where: str, first: bool) -> Candidate:
         vocabulary=int(check.number(entry, "vocabulary", where)),
         drop=check.number(entry, "drop", where),
         speedup=check.number(entry, "speedup", where, positive=True),
-        broken=[str(reason) for reason in (entry.get("broken") or [] if isinstance(entry, dict) else [])],
+        broken=[str(reason) for reason in check.of(entry, "broken", list, where)],
         validation=_metrics(check, check.of(entry, "validation", dict, where), f"{where}.validation"),
         test=_metrics(check, test, f"{where}.test") if test else None,
         is_original=first or folder == "original",
@@ -231,7 +233,16 @@ def _pairs(check: _Check, value: list[Any], where: str) -> list[tuple[int, int]]
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _nothing(_: str) -> None:
+    """NaN and Infinity: numbers that are missing."""
+
+
+def _number(kind: type) -> Callable[[str], float | None]:
+    """Numbers beyond what can be computed with are missing too."""
+    return lambda text: kind(text) if abs(float(text)) < 1e300 else None
 
 
 def _printable(value: Any) -> Any:

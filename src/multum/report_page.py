@@ -1,0 +1,222 @@
+"""What the report says: a run -> the values and the sentences that the templates show."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import report_charts as charts
+from .report_curve import curve
+from .report_run import Candidate, Metrics, Run, megabytes, milliseconds, points, runtime, short, times
+
+AUTO_CLASSES = {"text-classification": "AutoModelForSequenceClassification"}
+"""What Transformers calls the class that loads a model for the task."""
+
+
+def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Everything that the templates show."""
+    raw = run.raw
+    task = str(raw["task"])
+    return {
+        "run": run,
+        "raw": raw,
+        "name": name,
+        "title": str(raw["model"]),
+        "verdict": verdict(run),
+        "limits": _limits(run),
+        "charts": _charts(run),
+        "blocks": _blocks(run, recipe),
+        "recipe": recipe,
+        "tests": [c for c in run.candidates if c.test],
+        "auto_class": AUTO_CLASSES.get(task, "AutoModel"),
+        "base_model": _hub_id(str(recipe.get("base") or raw["model"])),
+        "served": run.chosen and runtime(run.chosen),
+        "python_path": json.dumps(f"{name}/chosen", ensure_ascii=False),
+        "shell_path": shlex.quote(f"{name}/chosen"),
+        "dictionary": lambda value: value if isinstance(value, dict) else {},
+        "listing": lambda value: value if isinstance(value, list) else [],
+        "color": lambda c: charts.kind(run, c),
+        "interval": lambda m: interval(run, m),
+        "ratio": lambda c: ratio(run, c),
+        "test_drop": lambda c: test_drop(run, c),
+        "colors": charts.COLORS,
+    }
+
+
+def verdict(run: Run) -> dict[str, str]:
+    """The result in plain words: state (`met`, `missed` or `unfinished`), headline, what it rests on, why."""
+    if run.chosen is None:
+        done = len(run.candidates)
+        text = f"{done} candidate{'s' * (done != 1)} measured so far." if done else "Nothing has been measured yet."
+        return {
+            "state": "unfinished",
+            "headline": "This run is not finished",
+            "evidence": f"{text} No model has been chosen, and the test split has not been read.",
+            "why": "Start the same command again: it goes on where it stopped.",
+        }
+    first, best = run.original, run.chosen
+    on_test = bool(first.test and best.test)
+    before, after = (first.test, best.test) if first.test and best.test else (first.validation, best.validation)
+    drop = test_drop(run, best) if on_test else best.drop
+    speed, size = ratio(run, best)[0], before.size / after.size
+    where = "on held-out test" if on_test else "on validation"
+    headline = (
+        "The original stays: nothing else was chosen"
+        if best is first
+        else f"{_compared(speed, 'faster', 'slower')}, {_compared(size, 'smaller', 'larger')}, {_moved(drop)} {where}"
+    )
+    overlap = "overlap" if before.low <= after.high and after.low <= before.high else "do not overlap"
+    evidence = (
+        f"{after.metric[:1].upper()}{after.metric[1:]} {interval(run, after, '95 % interval ', run.percent)} against "
+        f"{interval(run, before, unit=run.percent)} for the original, on the same {after.n:,} texts. The two intervals {overlap}"
+        + ("; by them alone no difference is shown." if overlap == "overlap" else ", so chance is an unlikely cause.")
+    )
+    met = bool(run.raw.get("met"))
+    why = str(run.raw.get("why") or "; ".join(best.broken))
+    return {
+        "state": "met" if met else "missed",
+        "headline": headline,
+        "evidence": evidence if best is not first else "",
+        "why": why,
+    }
+
+
+def _compared(ratio: float, more: str, less: str) -> str:
+    return f"{times(ratio)} {more}" if ratio >= 1 else f"{times(1 / ratio)} {less}"
+
+
+def _moved(drop: float) -> str:
+    if f"{abs(drop):.2f}" == "0.00":
+        return "no change in score"
+    return f"{points(abs(drop))} {'lower' if drop > 0 else 'higher'}"
+
+
+def _limits(run: Run) -> list[dict[str, Any]]:
+    """Every limit asked for, with what the chosen model reached on validation."""
+    best, rows = run.chosen, []
+    for key, asked in run.budget.items():
+        if asked is None:
+            continue
+        label, wanted = {
+            "max_drop": ("Drop", f"at most {points(asked)}"),
+            "max_latency_ms": ("Latency", f"at most {asked:g} ms"),
+            "max_size_bytes": ("Size", f"at most {megabytes(asked)}"),
+            "min_speedup": ("Speed-up", f"at least {asked:g}×"),
+        }[key]
+        row: dict[str, Any] = {"label": label, "asked": wanted}
+        if best:
+            reached, held = {
+                "max_drop": (points(best.drop), best.drop <= asked),
+                "max_latency_ms": (milliseconds(best.validation.p50), best.validation.p50 <= asked),
+                "max_size_bytes": (megabytes(best.validation.size), best.validation.size <= asked),
+                "min_speedup": (times(best.speedup), best.speedup >= asked),
+            }[key]
+            row |= {"reached": reached, "held": held}
+        rows.append(row)
+    return rows
+
+
+def _charts(run: Run) -> dict[str, str]:
+    """Inline SVG by name, wide and narrow."""
+    from markupsafe import Markup
+
+    if not run.candidates:
+        return {}
+    metric = run.original.validation.metric
+    words = {
+        "curve": f"{metric} against latency for {len(run.candidates)} candidates. The figures are in the table of all candidates.",
+        "p50": _spoken(run, "p50", milliseconds),
+        "size": _spoken(run, "size", megabytes),
+    }
+    drawn: dict[str, str] = {}
+    for variant, size, fall in (("wide", (1040, 420), 500), ("narrow", (346, 400), 342)):
+        pictures = {
+            "curve": curve(run, width=size[0], height=size[1]),
+            "p50": charts.waterfall(run, "p50", width=fall),
+            "size": charts.waterfall(run, "size", width=fall),
+        }
+        for name, drawing in pictures.items():
+            drawn[name] = drawn.get(name, Markup("")) + Markup(charts.inline(drawing, name=variant, label=words[name]))  # noqa: S704
+    return drawn
+
+
+def _spoken(run: Run, measure: str, written: Any) -> str:
+    return "; ".join(f"{part.title}: {written(part.after)}" for part in charts.parts(run, measure))
+
+
+def _blocks(run: Run, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of every block, next to what the original had."""
+    if (shown := run.shown) is None:
+        return {}
+    before = run.original.blocks
+    places = _places(run, recipe)
+    left = dict(zip(places or range(len(shown.blocks)), shown.blocks, strict=True))
+    rows = [
+        {
+            "number": at + 1,
+            "heads": left.get(at, (0, 0))[0],
+            "neurons": left.get(at, (0, 0))[1],
+            "all_heads": heads,
+            "all_neurons": neurons,
+            "removed": left.get(at, (0, 0)) == (0, 0),
+        }
+        for at, (heads, neurons) in enumerate(before)
+    ]
+    return {
+        "of": shown,
+        "rows": rows,
+        "unplaced": places is None,
+        "removed": sum(row["removed"] for row in rows),
+        "heads": (sum(h for h, _ in shown.blocks), sum(h for h, _ in before)),
+        "neurons": (sum(n for _, n in shown.blocks), sum(n for _, n in before)),
+    }
+
+
+def _places(run: Run, recipe: Mapping[str, Any]) -> list[int] | None:
+    """For every block that is left its place in the original, None if the recipe does not tell."""
+    before, places = len(run.original.blocks), list(range(len(run.shown.blocks) if run.shown else 0))
+    if len(places) == before:
+        return places
+    done, steps = (
+        value if isinstance(value, list) else [] for value in (run.raw["candidates"][0].get("steps"), recipe.get("steps"))
+    )
+    steps = [step for step in steps[len(done) :] if isinstance(step, dict)]
+    records = [step["kept_blocks"] for step in steps if isinstance(step.get("kept_blocks"), list)]
+    for kept in reversed(records):
+        if any(place >= len(kept) or not isinstance(kept[place], int) for place in places):
+            return None
+        places = [kept[place] for place in places]
+    inside = all(0 <= place < before for place in places) and len(set(places)) == len(places)
+    return places if inside and (records or not places) else None
+
+
+def interval(run: Run, metrics: Metrics, words: str = "", unit: str = "") -> str:
+    digits = 1 if run.scale == 100 else 3
+    value, low, high = (f"{number * run.scale:.{digits}f}" for number in (metrics.value, metrics.low, metrics.high))
+    return f"{value}{unit} ({words}{low}–{high})"
+
+
+def test_drop(run: Run, candidate: Candidate) -> float:
+    """Points lost on test."""
+    first = run.original.test
+    return (first.value - candidate.test.value) * run.scale if first and candidate.test else candidate.drop
+
+
+def ratio(run: Run, candidate: Candidate) -> tuple[float, str]:
+    """How many times faster than the original, on test if it was measured there, with its interval in words."""
+    paired = candidate.test.raw["speed"].get("ratio_to_first") if candidate.test else None
+    if not isinstance(paired, dict) or not isinstance(paired.get("value"), (int, float)) or paired["value"] <= 0:
+        return candidate.speedup, ""
+    bounds: Any = paired.get("ci95")
+    good = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds)
+    return paired["value"], f"{short(bounds[0])}–{short(bounds[1])}" if good else ""
+
+
+def _hub_id(source: str) -> str | None:
+    """The model's name on the Hub, or None for a folder."""
+    looks = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source, flags=re.ASCII)
+    return source if looks and not Path(source).exists() else None

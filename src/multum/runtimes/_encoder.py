@@ -1,0 +1,179 @@
+"""An encoder classifier as plain arrays, read off a model by the families table or drawn at random: what a graph is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "tanh": "tanh"}
+"""Names in configs -> names in graphs."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W + b with W (in, out)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer normalization."""
+
+    gamma: np.ndarray
+    beta: np.ndarray
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class EncoderBlock:
+    """One block. `heads` 0 or `up` None means that the part was removed; its output is then the bias alone."""
+
+    heads: int
+    query: Linear | None
+    key: Linear | None
+    value: Linear | None
+    attention_output: Linear
+    attention_norm: Norm
+    up: Linear | None
+    down: Linear
+    feed_forward_norm: Norm
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A whole classifier that reads the first token."""
+
+    words: np.ndarray
+    """(vocabulary, width)."""
+    positions: np.ndarray
+    """(tokens, width), from a text's first token on."""
+    types: np.ndarray | None
+    """(2, width) where pairs are told apart; else already added to the positions."""
+    embeddings_norm: Norm
+    projection: Linear | None
+    blocks: Sequence[EncoderBlock]
+    activation: str
+    head_dense: Linear | None
+    head_activation: str
+    head_output: Linear
+
+
+def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
+    """The arrays of a transformers sequence classifier.
+
+    Raises:
+        InputError: the architecture or its activation is unknown.
+    """
+    from ..core.families import base_of, blocks_of, family_of
+    from ..core.surgery import head_size, heads_and_neurons
+
+    family, base, config = family_of(module), base_of(module), module.config
+    name = getattr(config, "hidden_act", None) or config.activation
+    if name not in ACTIVATIONS:
+        raise InputError(f"activation {name!r} cannot be exported; known: {', '.join(ACTIVATIONS)}")
+    positions = _array(base.get_submodule(family.position_embeddings).weight)[family.position_offset :][:max_length]
+    types = None
+    if family.token_type_embeddings:
+        types = _array(base.get_submodule(family.token_type_embeddings).weight)
+        if not pairs or len(types) == 1:
+            positions, types = positions + types[0], None
+    projection = None
+    if family.embeddings_projection and hasattr(base, family.embeddings_projection):
+        projection = _linear(base.get_submodule(family.embeddings_projection))
+    blocks = []
+    for block, (heads, neurons) in zip(blocks_of(module), heads_and_neurons(module), strict=True):
+        part = block.get_submodule
+        inputs = [_linear(part(path)) if heads else None for path in (family.query, family.key, family.value)]
+        blocks.append(
+            EncoderBlock(
+                heads,
+                *inputs,
+                _linear(part(family.attention_output)),
+                _norm(part(family.attention_norm)),
+                _linear(part(family.up)) if neurons else None,
+                _linear(part(family.down)),
+                _norm(part(family.feed_forward_norm)),
+            )
+        )
+    size = head_size(module)
+    for block in blocks:
+        assert block.query is None or block.query.weight.shape[1] == block.heads * size  # noqa: S101
+    return Encoder(
+        words=_array(base.get_submodule(family.word_embeddings).weight),
+        positions=positions,
+        types=types,
+        embeddings_norm=_norm(base.get_submodule(family.embeddings_norm)),
+        projection=projection,
+        blocks=blocks,
+        activation=ACTIVATIONS[name],
+        head_dense=_linear(module.get_submodule(family.head_dense)) if family.head_dense else None,
+        head_activation=family.head_activation,
+        head_output=_linear(module.get_submodule(family.head_output)),
+    )
+
+
+def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, vocabulary: int = 1000, tokens: int = 512) -> Encoder:
+    """Random weights of the given shapes: speed does not depend on their values.
+
+    Args:
+        hidden: width.
+        head_size: width of one head.
+        blocks: (heads, neurons) of each.
+        vocabulary: rows of the embeddings; a look-up takes the same time in any number of them.
+        tokens: longest text.
+    """
+    rng = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> np.ndarray:
+        return (0.05 * rng.standard_normal(shape)).astype(np.float32)
+
+    def linear(inputs: int, outputs: int) -> Linear:
+        return Linear(matrix(inputs, outputs), matrix(outputs))
+
+    norm = Norm(np.ones(hidden, np.float32), np.zeros(hidden, np.float32), 1e-12)
+    return Encoder(
+        words=matrix(vocabulary, hidden),
+        positions=matrix(tokens, hidden),
+        types=None,
+        embeddings_norm=norm,
+        projection=None,
+        blocks=[
+            EncoderBlock(
+                heads,
+                *(linear(hidden, heads * head_size) if heads else None for _ in range(3)),
+                linear(heads * head_size, hidden),
+                norm,
+                linear(hidden, neurons) if neurons else None,
+                linear(neurons, hidden),
+                norm,
+            )
+            for heads, neurons in blocks
+        ],
+        activation="gelu",
+        head_dense=linear(hidden, hidden),
+        head_activation="tanh",
+        head_output=linear(hidden, 2),
+    )
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return np.asarray(tensor.detach().cpu().float().numpy())
+
+
+def _linear(part: Any) -> Linear:
+    """A linear layer, or what surgery left of one: a bias."""
+    outputs = part.out_features
+    weight = _array(part.weight).T if part.in_features else np.zeros((0, outputs), np.float32)
+    bias = np.zeros(outputs, np.float32) if part.bias is None else _array(part.bias)
+    return Linear(np.ascontiguousarray(weight), bias)
+
+
+def _norm(part: Any) -> Norm:
+    return Norm(_array(part.weight), _array(part.bias), float(part.eps))

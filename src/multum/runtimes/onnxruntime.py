@@ -1,0 +1,130 @@
+"""onnxruntime on the CPU: fp32 and int8, word embeddings included in the int8."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime
+
+from ..errors import InputError
+from ._folder import export_folder, prove, read_manifest
+from ._predictor import GraphPredictor, Text, cores
+
+if TYPE_CHECKING:
+    from ..core.model import Model
+
+PRECISIONS = ("fp32", "int8")
+EXTRA: str | None = None
+GRAPH = "model.onnx"
+
+
+def unavailable() -> str | None:
+    """onnxruntime comes with multum."""
+    return None
+
+
+def export(
+    model: Model,
+    folder: Path,
+    *,
+    precision: str,
+    inputs: Sequence[Text],
+    max_length: int,
+    pairs: bool,
+    task: str = "text-classification",
+    **_: Any,
+) -> dict[str, Any]:
+    """Write an export folder.
+
+    Args:
+        model: a sequence classifier of a known family.
+        folder: replaced if it exists; whole or not at all.
+        precision: one of `PRECISIONS`.
+        inputs: real inputs on which the export must answer as torch does.
+        max_length: tokens after which a text is cut.
+        pairs: inputs are pairs of texts.
+
+    Returns:
+        How far the answers agree.
+
+    Raises:
+        InputError: unknown precision or architecture.
+        ParityError: the answers differ.
+    """
+    from . import _encoder, _encoder_graph
+
+    if precision not in PRECISIONS:
+        raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
+    graph = _encoder_graph.write(_encoder.read(model.module, max_length=max_length, pairs=pairs), precision=precision, pairs=pairs)
+    manifest = {
+        "runtime": "onnxruntime",
+        "precision": precision,
+        "task": task,
+        "max_length": max_length,
+        "pairs": pairs,
+        "inputs": [value.name for value in graph.graph.input],
+    }
+    with export_folder(model, folder, manifest) as work:
+        (work / GRAPH).write_bytes(graph.SerializeToString())
+        return prove(model, work, open(work).predict, inputs)
+
+
+def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
+    """A predictor of an export folder.
+
+    Raises:
+        InputError: damaged.
+    """
+    folder, threads = Path(folder), threads or cores()
+    manifest = read_manifest(folder)
+    session = _session(folder / GRAPH, threads)
+    names = ["logits"]
+
+    def run(columns: dict[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(session.run(names, columns)[0])
+
+    files = [folder / name for name in (GRAPH, "tokenizer.json", "runtime.json")]
+    return GraphPredictor(folder, manifest, run, files, threads)
+
+
+def probe(
+    hidden: int,
+    head_size: int,
+    blocks: Sequence[tuple[int, int]],
+    *,
+    precision: str,
+    lengths: Sequence[int],
+    threads: int | None = None,
+) -> Callable[[], float]:
+    """A timer of a random model with these blocks: milliseconds of one pass at batch 1, averaged over the text lengths."""
+    from . import _encoder, _encoder_graph
+
+    encoder = _encoder.draw(hidden, head_size, blocks, tokens=max(lengths))
+    session = _session(_encoder_graph.write(encoder, precision=precision).SerializeToString(), threads or cores())
+    ids = [np.ones((1, length), dtype=np.int64) for length in lengths]
+
+    def once() -> float:
+        started = time.perf_counter()
+        for row in ids:
+            session.run(None, {"input_ids": row, "attention_mask": row})
+        return 1e3 * (time.perf_counter() - started) / len(ids)
+
+    return once
+
+
+def _session(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(
+            str(graph) if isinstance(graph, Path) else graph, options, providers=["CPUExecutionProvider"]
+        )
+    except (RuntimeError, OSError, onnxruntime.capi.onnxruntime_pybind11_state.OrtException) as error:
+        raise InputError(
+            f"{graph if isinstance(graph, Path) else 'graph'} cannot be opened: {str(error).splitlines()[0]}"
+        ) from error
