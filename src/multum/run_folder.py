@@ -63,8 +63,6 @@ class RunFolder:
         for candidate in self.candidates:
             self._judge(candidate)
         self._started = time.monotonic() - self.values["elapsed_s"]
-        path.mkdir(parents=True, exist_ok=True)
-        self.write()
 
     @property
     def candidates(self) -> list[dict[str, Any]]:
@@ -97,13 +95,13 @@ class RunFolder:
         """Something the reader of the report should know."""
         if text not in self.values["data"]["notes"]:
             self.values["data"]["notes"].append(text)
-            self.write()
 
     def elapsed(self) -> float:
         """Seconds since the run began, pauses between calls left out."""
         return time.monotonic() - self._started
 
     def write(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
         self.values["elapsed_s"] = round(self.elapsed(), 1)
         write_json(self.path / RUN, self.values)
 

@@ -1,4 +1,4 @@
-"""An encoder classifier as plain arrays, read off a model by the families table or drawn at random: what a graph is written from."""
+"""An encoder classifier as plain arrays, what a graph is written from: read off a model by the families table or drawn."""
 
 from __future__ import annotations
 

@@ -1,0 +1,104 @@
+"""One target in a process of its own, told over a pipe what to time. `measure` starts it; it is no command for people.
+
+    python -m multum._measure_worker TARGET THREADS
+
+One JSON object a line, in and out. Whatever libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import runtimes
+from .errors import MultumError
+
+Text = str | tuple[str, str]
+
+
+def open_target(target: Path, threads: int) -> Any:
+    """A model folder is run by torch even where it ships an export, because it is the folder that was asked for."""
+    if (target / "runtime.json").is_file():
+        return runtimes.open(target, threads=threads)
+    return runtimes.find("pytorch").open(target, threads=threads)
+
+
+def about(predictor: Any) -> dict[str, Any]:
+    """What the parent needs to know before it asks for times."""
+    facts = {name: getattr(predictor, name) for name in ("labels", "runtime", "precision", "threads", "max_length")}
+    facts["bytes"] = sum(path.stat().st_size for path in predictor.files)
+    if hasattr(predictor, "module"):
+        from .core.profile import profile
+
+        facts["model"] = profile(predictor.module)
+    return facts
+
+
+def answer(predictor: Any, order: dict[str, Any]) -> Any:
+    """Carry out one order."""
+    texts: list[Text] = [tuple(text) if isinstance(text, list) else text for text in order.get("texts", [])]
+    match order["do"]:
+        case "predict":
+            np.save(order["save"], predictor.predict(texts, order["batch"]))
+            return None
+        case "count":
+            return [predictor.tokenize([text]) for text in texts]
+        case "time":
+            return _milliseconds(predictor.predict, texts)
+        case "tokenize":
+            return _milliseconds(predictor.tokenize, texts)
+        case "throughput":
+            started = time.perf_counter()
+            predictor.predict(texts, order["batch"])
+            return len(texts) / (time.perf_counter() - started)
+        case "memory":
+            return peak_memory()
+    raise ValueError(order["do"])
+
+
+def peak_memory() -> float:
+    """Highest resident memory of this process, in MB."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the parent had when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def main(target: str, threads: str) -> None:
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def reply(**values: Any) -> None:
+        replies.write(json.dumps(values) + "\n")
+        replies.flush()
+
+    try:
+        predictor = open_target(Path(target), int(threads))
+        reply(result=about(predictor))
+        for line in sys.stdin:
+            reply(result=answer(predictor, json.loads(line)))
+    except MultumError as error:
+        reply(error=str(error))
+
+
+def _milliseconds(call: Any, texts: Sequence[Text]) -> list[float]:
+    times = []
+    for text in texts:
+        started = time.perf_counter()
+        call([text])
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
