@@ -1,0 +1,251 @@
+"""What every runtime must do. A runtime joins by existing in `multum.runtimes`; one line in the table below is all it adds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from onnx import numpy_helper
+
+from multum import runtimes
+from multum.core.model import Model
+from multum.errors import InputError, MissingExtra, ParityError
+from multum.runtimes import _encoder, _encoder_graph
+from multum.runtimes._encoder_graph import quantize
+
+EXPORTED: dict[str, tuple[str, ...]] = {"onnxruntime": tiny.FAMILIES, "openvino": ("bert", "roberta")}
+"""Runtimes with an export, and the families to try it on: all where it takes no time."""
+CASES = [
+    (runtime, precision, family) for runtime, families in EXPORTED.items() for precision in ("fp32", "int8") for family in families
+]
+CLOSE = {"fp32": 1e-4, "int8": 0.15}
+"""Largest difference of a logit; tiny models spread their answers over a few units."""
+
+
+def export(runtime: str, model: Model, folder: Path, *, precision: str = "fp32", pairs: bool = False) -> dict[str, Any]:
+    task = tiny.task(pairs=pairs)
+    return runtimes.find(runtime).export(
+        model,
+        folder,
+        precision=precision,
+        inputs=task.inputs("validation"),
+        calibration=task.calibration(model, 64),
+        max_length=task.length_limit(model),
+        pairs=pairs,
+    )
+
+
+def expected(model: Model, inputs: Any) -> np.ndarray:
+    """The slow reference: one text at a time through transformers."""
+    rows = []
+    for text in inputs:
+        batch = model.tokenizer(
+            *(text if isinstance(text, tuple) else (text,)), truncation=True, max_length=64, return_tensors="pt"
+        )
+        if model.module.config.model_type == "distilbert":
+            batch.pop("token_type_ids", None)
+        with torch.no_grad():
+            rows.append(model.module(**batch).logits[0].numpy())
+    return np.stack(rows)
+
+
+def test_every_runtime_is_tried_here() -> None:
+    assert set(runtimes.names()) == {*EXPORTED, "pytorch"}
+    for name in runtimes.names():
+        assert runtimes.find(name).PRECISIONS
+    with pytest.raises(InputError, match="onnxruntime"):
+        runtimes.find("abacus")
+
+
+@pytest.mark.parametrize(("runtime", "precision", "family"), CASES)
+def test_exports_answer_as_torch_does(runtime: str, precision: str, family: str, tmp_path: Path) -> None:
+    model, inputs = tiny.uneven(tiny.model(family, layers=3)), tiny.task().inputs("test")
+    facts = export(runtime, model, tmp_path / "out", precision=precision)
+    predictor = runtimes.open(tmp_path / "out", threads=1)
+    whole, reference = predictor.predict(inputs), expected(model, inputs)
+    assert whole.dtype == np.float32
+    np.testing.assert_allclose(whole, reference, atol=CLOSE[precision])
+    # Padding beside longer texts changes nothing but rounding, and the order is that of the inputs.
+    singly = np.concatenate([predictor.predict([text]) for text in inputs])
+    np.testing.assert_allclose(whole, singly, atol=1e-4 if precision == "fp32" else CLOSE["int8"])
+    assert facts["max_difference"] == pytest.approx(
+        json.loads((tmp_path / "out" / "runtime.json").read_text())["parity"]["max_difference"]
+    )
+    assert predictor.labels == ["negative", "positive"]
+    assert predictor.predict([]).shape == (0, 2)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_pairs_and_depths_in_onnxruntime(family: str, layers: int, tmp_path: Path) -> None:
+    model, inputs = tiny.model(family, layers=layers), tiny.task(pairs=True).inputs("test")
+    export("onnxruntime", model, tmp_path / "out", pairs=True)
+    found = runtimes.open(tmp_path / "out", threads=1).predict(inputs)
+    np.testing.assert_allclose(found, expected(model, inputs), atol=1e-4)
+    swapped = runtimes.open(tmp_path / "out", threads=1).predict([(b, a) for a, b in inputs])
+    assert np.abs(swapped - found).max() > 1e-3
+
+
+def test_pairs_in_openvino(tmp_path: Path) -> None:
+    model, inputs = tiny.model("bert"), tiny.task(pairs=True).inputs("test")
+    export("openvino", model, tmp_path / "out", pairs=True)
+    np.testing.assert_allclose(runtimes.open(tmp_path / "out", threads=1).predict(inputs), expected(model, inputs), atol=1e-4)
+
+
+def test_long_texts_are_cut_as_torch_cuts_them(tmp_path: Path) -> None:
+    model, text = tiny.model("roberta"), "a wonderful film " * 100
+    export("onnxruntime", model, tmp_path / "out")
+    predictor = runtimes.open(tmp_path / "out", threads=1)
+    assert predictor.tokenize([text]) == tiny.POSITIONS
+    np.testing.assert_allclose(predictor.predict([text, "short"]), expected(model, [text, "short"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new"])
+def test_other_activations(activation: str, tmp_path: Path) -> None:
+    model = tiny.model()
+    config = model.module.config.to_dict() | {"hidden_act": activation}
+    module = type(model.module)(type(model.module.config).from_dict(config)).eval()
+    module.load_state_dict(model.module.state_dict())
+    changed = Model(module=module, tokenizer=model.tokenizer, source="tiny")
+    export("onnxruntime", changed, tmp_path / "out")
+    inputs = tiny.task().inputs("test")
+    np.testing.assert_allclose(runtimes.open(tmp_path / "out").predict(inputs), expected(changed, inputs), atol=1e-4)
+
+
+def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.module.config.hidden_act = "mish"
+    with pytest.raises(InputError, match="mish"):
+        export("onnxruntime", model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_wrong_graph_is_refused_and_leaves_nothing(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = _encoder_graph.write
+
+    def tampered(*args: Any, **kwargs: Any) -> onnx.ModelProto:
+        graph = write(*args, **kwargs)
+        for tensor in graph.graph.initializer:
+            if tensor.name == "head.weight":
+                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:, ::-1].copy(), tensor.name))
+        return graph
+
+    monkeypatch.setattr(_encoder_graph, "write", tampered)
+    with pytest.raises(ParityError, match="answers differently"):
+        export("onnxruntime", tiny.model(), tmp_path / "out", precision=precision)
+    assert not list(tmp_path.iterdir())
+
+
+def test_eight_bits_include_the_embeddings(tmp_path: Path) -> None:
+    model = tiny.model()
+    export("onnxruntime", model, tmp_path / "out", precision="int8")
+    graph = onnx.load(tmp_path / "out" / "model.onnx")
+    words = next(tensor for tensor in graph.graph.initializer if tensor.name == "words")
+    assert words.data_type == onnx.TensorProto.INT8
+    assert list(words.dims) == [len(model.tokenizer), 32]
+    matrices = [
+        tensor for tensor in graph.graph.initializer if len(tensor.dims) == 2 and tensor.data_type == onnx.TensorProto.FLOAT
+    ]
+    assert {tensor.name for tensor in matrices} <= {"positions", "head.weight", "words.scale"}
+
+
+def test_quantize_rounds_to_the_nearest_of_255_steps() -> None:
+    weight = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    weight[:, 5] = 0
+    values, scales = quantize(weight)
+    assert np.abs(values).max() == 127
+    assert (np.abs(values * scales - weight) <= scales / 2 + 1e-7).all()
+    assert not values[:, 5].any()
+
+
+def test_only_the_first_token_goes_on_behind_the_last_attention() -> None:
+    model = tiny.uneven(tiny.model(layers=3))
+
+    graph = _encoder_graph.write(_encoder.read(model.module, max_length=64, pairs=False), precision="fp32")
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("MultiHeadAttention") == 1
+    assert kinds.count("Attention") == 1
+
+
+def test_opening_an_export_imports_no_torch(tmp_path: Path) -> None:
+    for runtime in EXPORTED:
+        export(runtime, tiny.model(), tmp_path / runtime)
+        code = (
+            "import sys, multum.runtimes as r; "
+            f"r.open({str(tmp_path / runtime)!r}, threads=1).predict(['a film']); "
+            "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, runtime
+
+
+def test_a_model_folder_is_run_by_torch_and_a_shipped_one_by_its_export(tmp_path: Path) -> None:
+    model, inputs = tiny.model(), tiny.task().inputs("test")
+    model.save(tmp_path / "m")
+    predictor = runtimes.open(tmp_path / "m", threads=1)
+    assert predictor.runtime == "pytorch"
+    assert {path.name for path in predictor.files} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    np.testing.assert_allclose(predictor.predict(inputs), expected(model, inputs), atol=1e-5)
+    export("onnxruntime", model, tmp_path / "m" / "onnxruntime-int8", precision="int8")
+    (tmp_path / "m" / "ship.json").write_text('{"target": "onnxruntime-int8"}')
+    assert runtimes.open(tmp_path / "m", threads=1).precision == "int8"
+    (tmp_path / "m" / "ship.json").write_text('{"target": "../elsewhere"}')
+    with pytest.raises(InputError, match="names no export"):
+        runtimes.open(tmp_path / "m")
+
+
+def test_folders_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a model folder"):
+        runtimes.open(tmp_path)
+    for runtime, graph in (("onnxruntime", "model.onnx"), ("openvino", "model.xml")):
+        export(runtime, tiny.model(), tmp_path / runtime)
+        (tmp_path / runtime / graph).write_bytes(b"junk")
+        with pytest.raises(InputError, match="cannot be opened"):
+            runtimes.open(tmp_path / runtime)
+    (tmp_path / "onnxruntime" / "tokenizer.json").write_text("{")
+    export("onnxruntime", tiny.model(), tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        runtimes.open(tmp_path / "other")
+    (tmp_path / "other" / "runtime.json").write_text("[]")
+    with pytest.raises(InputError, match="runtime[.]json"):
+        runtimes.open(tmp_path / "other")
+
+
+def test_unknown_precisions_and_missing_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for runtime in EXPORTED:
+        with pytest.raises(InputError, match="int2"):
+            export(runtime, tiny.model(), tmp_path / "out", precision="int2")
+    with pytest.raises(InputError, match="nothing to export"):
+        runtimes.find("pytorch").export(tiny.model(), tmp_path / "out")
+    openvino = runtimes.find("openvino")
+    monkeypatch.setattr(openvino, "find_spec", lambda name: None)
+    assert "pip install 'multum[openvino]'" in openvino.unavailable()
+    with pytest.raises(MissingExtra, match="multum\\[openvino\\]"):
+        export("openvino", tiny.model(), tmp_path / "out")
+
+
+def test_probes_of_more_blocks_hold_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from multum.runtimes import onnxruntime
+
+    seen = []
+    real = _encoder_graph.write
+    monkeypatch.setattr(_encoder_graph, "write", lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1])
+    for blocks in ([], [(2, 8)], [(2, 8), (0, 8)]):
+        assert onnxruntime.probe(32, 8, blocks, precision="int8", lengths=[4, 9], threads=1)() > 0
+    counts = [len(graph.graph.node) for graph in seen]
+    assert counts == sorted(set(counts))
+    assert _encoder.draw(32, 8, [(2, 8)]).blocks[0].heads == 2
