@@ -32,7 +32,7 @@ EFFORT = replace(
     distill={"epochs": 1, "augment": 1, "batch_size": 16},
     prune={"samples": 16, "neuron_group": 4},
     rounds=3,
-    train_all_rungs=True,
+    teach_below=1.0,
 )
 
 

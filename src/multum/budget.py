@@ -53,8 +53,9 @@ class Effort:
     distill: Mapping[str, Any]
     prune: Mapping[str, Any]
     rounds: int
-    train_all_rungs: bool
-    """False leaves a rung untrained when closed-form repair alone keeps the drop under half of what is allowed."""
+    teach_below: float
+    """Rungs above this share of the original's predicted latency are repaired in closed form only: teaching them is dear, and
+    what they lack is taught further down. If the first taught rung fails, the walk goes back up and teaches the one above."""
 
 
 FULL = Effort(
@@ -62,12 +63,12 @@ FULL = Effort(
     distill={"epochs": 3, "augment": 4},
     prune={"samples": 1024},
     rounds=30,
-    train_all_rungs=True,
+    teach_below=1.0,
 )
 QUICK = Effort(
     finetune={"epochs": 2, "learning_rate": 1e-4},
-    distill={"epochs": 1, "augment": 3},
+    distill={"epochs": 1, "augment": 2},
     prune={"samples": 384},
     rounds=12,
-    train_all_rungs=False,
+    teach_below=0.25,
 )

@@ -14,7 +14,6 @@ from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model
 from .core.step import make
 from .core.surgery import heads_and_neurons
-from .core.teacher import logits
 from .core.training import progress as training_progress
 from .errors import InputError
 from .plan import ahead, pace
@@ -80,19 +79,26 @@ class Ladder:
         self._enter("rung-01", "vocabulary trimmed")
 
     def rungs(self) -> None:
-        """Down, about 1.5 times faster each, until the drop passes what is allowed, after one retry."""
-        above, allowed = "rung-01", self.run.budget.max_drop
+        """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry."""
+        above: list[str] = ["rung-01"]
         for number in range(2, MAX_RUNGS + 1):
             self._expect(number - 1)
             name = f"rung-{number:02d}"
-            if not self._rung(name, above):
+            if not self._rung(name, above[-1]):
                 return
-            if self._drop(name) > allowed:
-                longer = f"{name}-longer"
-                if not self._longer(longer, name) or self._drop(longer) > allowed:
+            if self._taught(name) and not self._holds(name):
+                if self._teach_again(f"{name}-longer", name, RETRY):
+                    name = f"{name}-longer"
+                else:
+                    self._go_back(above)
                     return
-                name = longer
-            above = name
+            above.append(name)
+
+    def _go_back(self, above: list[str]) -> None:
+        """Teach the rungs that were passed untaught, from the lowest up, until one holds."""
+        for name in reversed(above[1:]):
+            if self._holds(name) or self._taught(name) or self._teach_again(f"{name}-taught", name, 1):
+                return
 
     def ship(self) -> dict[str, Any]:
         """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
@@ -125,8 +131,8 @@ class Ladder:
         if best["test"]:
             return
         compared = {c["name"]: c for c in (self.run.candidates[0], self.run.strongest(), best)}
-        targets = [self.folder / c["target"] for c in compared.values()]
-        targets[-1] = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
+        shipped = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
+        targets = [shipped if c is best else self.folder / c["target"] for c in compared.values()]
         with self.progress.stage("measure on the test split"):
             metrics = self.bench.measure(targets, split="test", rounds=max(30, self.effort.rounds))
         for candidate, found in zip(compared.values(), metrics, strict=True):
@@ -144,21 +150,21 @@ class Ladder:
                 return False
             options = {"speedup": STEP, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
             model = self._step(f"{name}: prune and repair", "prune_structured", model, **options, **self.effort.prune)
-            if self.effort.train_all_rungs or self._drop_in_torch(model) > self.run.budget.max_drop / 2:
+            if self._share(model) <= self.effort.teach_below:
                 model = self._teach(name, model, 1)
             self._save(model, folder)
-        taught = read_json(folder / "recipe.json")["steps"][-1]["step"] == "distill"
-        self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if taught else "repaired"))
+        self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"))
         return True
 
-    def _longer(self, name: str, shorter: str) -> bool:
+    def _teach_again(self, name: str, source: str, times: int) -> bool:
+        """Teach a rung that is there already, under a new name. True when it then keeps the drop."""
         if not (self.folder / name).exists():
             if not self._time_for(name):
                 return False
-            model = self.task.load(str(self.folder / shorter))
-            self._save(self._teach(name, model, RETRY), self.folder / name)
-        self._enter(name, "distilled for longer")
-        return True
+            model = self.task.load(str(self.folder / source))
+            self._save(self._teach(name, model, times), self.folder / name)
+        self._enter(name, "distilled for longer" if self._taught(source) else "distilled")
+        return self._holds(name)
 
     def _teach(self, name: str, model: Model, times: int) -> Model:
         options = {**self.effort.distill, "epochs": self.effort.distill["epochs"] * times}
@@ -169,14 +175,16 @@ class Ladder:
         """Whether a rung 1.5 times faster than this one still has room for a head."""
         return self.table.total(heads_and_neurons(model.module)) / STEP > self.table.total([(1, 0)])
 
-    def _drop_in_torch(self, model: Model) -> float:
-        """The drop on validation of a model that is not exported yet."""
-        rows = list(self.task.encode(model, "validation"))
-        quality = self.task.score(logits(model.module, rows, model.tokenizer.pad_token_id), "validation")
-        return float(self.task.drop_of(self.run.candidates[0]["validation"], {"quality": quality.to_json()}))
+    def _share(self, model: Model) -> float:
+        """The predicted latency against the original's."""
+        return self.table.total(heads_and_neurons(model.module)) / self.table.total(self.run.candidates[0]["blocks"])
 
-    def _drop(self, name: str) -> float:
-        return float(next(c["drop"] for c in self.run.candidates if c["name"] == name))
+    def _taught(self, name: str) -> bool:
+        return bool(read_json(self.folder / name / "recipe.json")["steps"][-1]["step"] == "distill")
+
+    def _holds(self, name: str) -> bool:
+        """Whether a rung keeps the drop; the other limits say nothing about how far down to go."""
+        return any(c["name"] == name and c["drop"] <= self.run.budget.max_drop for c in self.run.candidates)
 
     # -- what every leg uses -------------------------------------------------------------------------------------------------
 
@@ -186,6 +194,7 @@ class Ladder:
 
     def _save(self, model: Model, folder: Path) -> None:
         data = self.run.values["data"]
+        self.bench.keep_stages()  # a folder without run.json beside it would look like somebody else's
         model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed})
         self.bench.keep_stages()
 

@@ -73,11 +73,9 @@ def measure(
                 worker.tokenizing += worker.ask("tokenize", texts=texts)
             if progress:
                 progress((number + 1) / (rounds + 1))
-        batches = inputs[: 16 * batch_size]
         for worker in workers:
             saved = Path(scratch) / "logits.npy"
-            worker.throughput = worker.ask("throughput", texts=batches, batch=batch_size)
-            worker.ask("predict", texts=inputs, batch=batch_size, save=str(saved))
+            worker.throughput = len(inputs) / worker.ask("predict", texts=inputs, batch=batch_size, save=str(saved))
             worker.predictions = np.load(saved)[:, worker.columns]
             worker.lengths = np.array(worker.ask("count", texts=inputs))
             worker.memory = worker.ask("memory")

@@ -49,7 +49,7 @@ def ahead(
     for rung in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
         share = step ** (1 - rung)
         stages.append((f"rung-{rung:02d}: prune and repair", PRUNING * effort.prune["samples"] * pace * share))
-        if effort.train_all_rungs or rung > USUAL_RUNGS // 2:
+        if share <= effort.teach_below:
             stages.append((f"rung-{rung:02d}: distil", TRAINING * effort.distill["epochs"] * passes * share))
             if not taught:
                 stages[-1] = (stages[-1][0], stages[-1][1] + passes)

@@ -104,6 +104,9 @@ def fit(
         trainer.remove_callback(PrinterCallback)
         last = get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
         result = trainer.train(resume_from_checkpoint=last)
+        # accelerate leaves its autocast around `forward`, which a saved and loaded copy would not have.
+        for name in ("forward", "_original_forward"):
+            module.__dict__.pop(name, None)
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
     module.eval()
