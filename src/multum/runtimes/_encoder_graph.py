@@ -1,7 +1,9 @@
 """Writes an encoder classifier as an ONNX graph of onnxruntime's fused operators.
 
-A traced graph spends most of a small model's time between its many little nodes. Here a block is four or five nodes, and:
+A traced graph spends most of a small model's time between its many little nodes. Here a block is a dozen nodes, and:
 
+- layer normalization as an instance normalization whose channels are the tokens: the same arithmetic, but onnxruntime's kernel for
+  it is vectorized (18 µs instead of 48 µs for 26 tokens of width 384, where a whole small model takes 300 µs);
 - 8-bit weights with a scale per output column, activations quantized as they come (one scale per tensor);
 - 8-bit word embeddings with a scale per row, turned back after the look-up;
 - a classifier reads the first token only. So in the last block that attends the keys and values are those of all tokens, but
@@ -38,6 +40,8 @@ class _Writer:
         self.inputs = ["input_ids", "attention_mask", *(["token_type_ids"] if pairs and encoder.types is not None else [])]
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
+        self.first_only = False
+        """From here on there is one token."""
 
     def model(self) -> onnx.ModelProto:
         blocks = self.encoder.blocks
@@ -135,7 +139,7 @@ class _Writer:
 
     def first_token(self, x: str) -> str:
         """(batch, tokens, width) -> (batch, 1, width), once per tensor."""
-        name = f"{x}.first"
+        name, self.first_only = f"{x}.first", True
         if not any(name in node.output for node in self.nodes):
             self.node("Gather", [x, self.constant("index0", np.array([0]))], name, axis=1)
         return name
@@ -163,21 +167,37 @@ class _Writer:
         )
 
     def linear_add_norm(self, x: str, linear: Linear, residual: str, norm: Norm, name: str) -> str:
-        bias = self.constant(f"{name}.out.bias", linear.bias)
-        return self.add_norm(self.product(x, linear, f"{name}.out"), residual, norm, name, bias)
+        return self.add_norm(self.linear(x, linear, f"{name}.out"), residual, norm, name)
 
-    def add_norm(self, x: str, residual: str, norm: Norm, name: str, *bias: str) -> str:
-        inputs = [x, residual, *self.norm_constants(norm, name), *bias]
-        return self.node("SkipLayerNormalization", inputs, f"{name}.norm", domain=FUSED, epsilon=norm.epsilon)
+    def add_norm(self, x: str, residual: str, norm: Norm, name: str) -> str:
+        return self.norm(self.node("Add", [x, residual], f"{name}.sum"), norm, name)
 
     def bias_norm(self, x: str, bias: np.ndarray, norm: Norm, name: str) -> str:
         """What a removed sublayer leaves: its bias and its norm."""
-        total = self.node("Add", [x, self.constant(f"{name}.left.bias", bias)], f"{name}.left") if bias.any() else x
-        inputs = [total, *self.norm_constants(norm, name)]
-        return self.node("LayerNormalization", inputs, f"{name}.norm", axis=-1, epsilon=norm.epsilon)
+        return self.norm(
+            self.node("Add", [x, self.constant(f"{name}.left.bias", bias)], f"{name}.left") if bias.any() else x, norm, name
+        )
 
-    def norm_constants(self, norm: Norm, name: str) -> list[str]:
-        return [self.constant(f"{name}.gamma", norm.gamma), self.constant(f"{name}.beta", norm.beta)]
+    def norm(self, x: str, norm: Norm, name: str) -> str:
+        unit = self.unit_scale(1 if self.first_only else None)
+        plain = self.node("InstanceNormalization", [x, *unit], f"{name}.plain", epsilon=norm.epsilon)
+        scaled = self.node("Mul", [plain, self.constant(f"{name}.gamma", norm.gamma)], f"{name}.scaled")
+        return self.node("Add", [scaled, self.constant(f"{name}.beta", norm.beta)], f"{name}.norm")
+
+    def unit_scale(self, tokens: int | None) -> list[str]:
+        """A scale of one and a shift of zero for every token; None for as many as the text has."""
+        values = {
+            "ones": np.ones(len(self.encoder.positions), np.float32),
+            "zeros": np.zeros(len(self.encoder.positions), np.float32),
+        }
+        if tokens is not None:
+            return [self.constant(f"{name}{tokens}", value[:tokens]) for name, value in values.items()]
+        zero = self.constant("zero", np.array([0]))
+        names = [f"{name}.tokens" for name in values]
+        for name, value in values.items():
+            if not any(f"{name}.tokens" in node.output for node in self.nodes):
+                self.node("Slice", [self.constant(name, value), zero, "tokens", zero], f"{name}.tokens")
+        return names
 
     def quantized(self, name: str, weight: np.ndarray) -> list[str]:
         values, scales = quantize(weight)
