@@ -82,7 +82,8 @@ class Bench:
     def latency_table(self, model: Model) -> LatencyTable:
         path = self.folder / "latency.json"
         if not path.exists():
-            config, precision = model.module.config, self.run.strongest()["precision"]
+            config, strongest = model.module.config, self.run.strongest()
+            precision, threads = strongest["precision"], strongest["validation"]["speed"]["threads"]
             lengths = sorted(len(row["input_ids"]) for row in self.task.encode(model, "validation"))
             lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
             heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
@@ -91,13 +92,11 @@ class Bench:
             probe = runtimes.find("onnxruntime").probe
             with self.progress.stage("measure the latency table"):
                 LatencyTable.measure(
-                    lambda blocks: probe(
-                        config.hidden_size, size, blocks, precision=precision, lengths=lengths, threads=self.threads
-                    ),
+                    lambda blocks: probe(config.hidden_size, size, blocks, precision=precision, lengths=lengths, threads=threads),
                     heads=heads,
                     neurons=neurons,
                     rounds=self.rounds,
-                    about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": self.threads},
+                    about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
                 ).save(path)
         self.run.values["latency_table"] = read_json(path)
         return LatencyTable.load(path)

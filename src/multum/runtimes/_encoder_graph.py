@@ -12,7 +12,7 @@ A traced graph spends most of a small model's time between its many little nodes
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import onnx
@@ -32,6 +32,11 @@ def write(encoder: Encoder, *, precision: str, pairs: bool = False) -> onnx.Mode
         pairs: give the graph a `token_type_ids` input even where the model does not tell token types apart.
     """
     return _Writer(encoder, int8=precision == "int8", pairs=pairs).model()
+
+
+class _Options(TypedDict):
+    domain: str
+    num_heads: int
 
 
 class _Writer:
@@ -100,7 +105,7 @@ class _Writer:
     def attend_all(self, x: str, block: EncoderBlock, name: str) -> str:
         joined = _side_by_side(block.query, block.key, block.value)
         width = joined.weight.shape[1] // 3
-        output, options = f"{name}.context", {"domain": FUSED, "num_heads": block.heads}
+        output, options = f"{name}.context", _Options(domain=FUSED, num_heads=block.heads)
         bias = self.constant(f"{name}.qkv.bias", joined.bias)
         if not self.int8:
             weight = self.constant(f"{name}.qkv", joined.weight)

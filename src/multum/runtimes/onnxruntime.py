@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state
 
+from ..core.folders import write_json
+from ..core.latency import interleave
 from ..errors import InputError
-from ._folder import export_folder, prove, read_manifest
+from ._folder import MANIFEST, export_folder, prove, read_manifest
 from ._predictor import GraphPredictor, Text, cores
 
 if TYPE_CHECKING:
@@ -20,6 +23,14 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "int8")
 EXTRA: str | None = None
 GRAPH = "model.onnx"
+TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
+"""Texts and rounds with which the number of threads is chosen; several must take less than this share of one's time."""
+OPENING_ERRORS = (
+    RuntimeError,
+    OSError,
+    *(value for value in vars(onnxruntime_pybind11_state).values() if isinstance(value, type) and issubclass(value, Exception)),
+)
+"""onnxruntime has a class of error for every status code, and no common base for them."""
 
 
 def unavailable() -> str | None:
@@ -70,25 +81,54 @@ def export(
     }
     with export_folder(model, folder, manifest) as work:
         (work / GRAPH).write_bytes(graph.SerializeToString())
-        return prove(model, work, open(work).predict, inputs)
+        proof = prove(model, work, open(work).predict, inputs)
+        write_json(work / MANIFEST, read_manifest(work) | {"threads": _best_threads(work, inputs[:TIMED])})
+        return proof
 
 
 def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     """A predictor of an export folder.
+
+    Args:
+        folder: the export folder.
+        threads: at most so many. A single text is answered on as many of them as were fastest at export; batches use all.
 
     Raises:
         InputError: damaged.
     """
     folder, threads = Path(folder), threads or cores()
     manifest = read_manifest(folder)
-    session = _session(folder / GRAPH, threads)
+    few = min(threads, manifest.get("threads", threads))
+    sessions = {few: _session(folder / GRAPH, few)}
     names = ["logits"]
 
     def run(columns: dict[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(session.run(names, columns)[0])
+        wanted = few if len(columns["input_ids"]) == 1 else threads
+        if wanted not in sessions:
+            sessions[wanted] = _session(folder / GRAPH, wanted)
+        return np.asarray(sessions[wanted].run(names, columns)[0])
 
     files = [folder / name for name in (GRAPH, "tokenizer.json", "runtime.json")]
-    return GraphPredictor(folder, manifest, run, files, threads)
+    return GraphPredictor(folder, manifest, run, files, few)
+
+
+def _best_threads(folder: Path, inputs: Sequence[Text]) -> int:
+    """One thread, or all where they answer single texts faster by more than noise. A small model's threads mostly wait."""
+    most = cores()
+
+    def timer(threads: int) -> Callable[[], float]:
+        predictor = open(folder, threads=threads)
+
+        def once() -> float:
+            started = time.perf_counter()
+            for text in inputs:
+                predictor.predict([text])
+            return time.perf_counter() - started
+
+        return once
+
+    seconds = interleave({str(threads): timer(threads) for threads in {1, most}}, ROUNDS)
+    return most if seconds[str(most)] < WORTH_IT * seconds["1"] else 1
 
 
 def probe(
@@ -104,7 +144,8 @@ def probe(
     from . import _encoder, _encoder_graph
 
     encoder = _encoder.draw(hidden, head_size, blocks, tokens=max(lengths))
-    session = _session(_encoder_graph.write(encoder, precision=precision).SerializeToString(), threads or cores())
+    # Many of these are timed in turns: threads that go on spinning after a pass would slow down the next one's.
+    session = _session(_encoder_graph.write(encoder, precision=precision).SerializeToString(), threads or cores(), quiet=True)
     ids = [np.ones((1, length), dtype=np.int64) for length in lengths]
 
     def once() -> float:
@@ -116,15 +157,17 @@ def probe(
     return once
 
 
-def _session(graph: Path | bytes, threads: int) -> onnxruntime.InferenceSession:
+def _session(graph: Path | bytes, threads: int, *, quiet: bool = False) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if quiet:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return onnxruntime.InferenceSession(
             str(graph) if isinstance(graph, Path) else graph, options, providers=["CPUExecutionProvider"]
         )
-    except (RuntimeError, OSError, onnxruntime.capi.onnxruntime_pybind11_state.OrtException) as error:
+    except OPENING_ERRORS as error:
         raise InputError(
             f"{graph if isinstance(graph, Path) else 'graph'} cannot be opened: {str(error).splitlines()[0]}"
         ) from error

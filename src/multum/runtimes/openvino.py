@@ -114,8 +114,10 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
 
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
     import torch
-    from transformers.exporters import NNCFOpenVINOQuantizer
-    from transformers.exporters.exporter_openvino import OpenVINOConfig, OpenVINOExporter
+    import transformers.exporters
+    from transformers.exporters import exporter_openvino
+
+    library: Any = transformers.exporters
 
     # Two texts of different length: what a dimension of size 1 would be taken for is a constant.
     example = {name: value[:2].repeat(2, 1)[:2] for name, value in calibration[-1].items()}
@@ -127,9 +129,10 @@ def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize
             for batch in calibration
             for row in range(len(batch["input_ids"]))
         ]
-        options["quantizer"] = NNCFOpenVINOQuantizer(calibration_dataset=texts)
+        options["quantizer"] = library.NNCFOpenVINOQuantizer(calibration_dataset=texts)
     # The exporter patches the module it is given.
-    return OpenVINOExporter().export(model.copy().module, example, config=OpenVINOConfig(**options)).program
+    exporter: Any = exporter_openvino
+    return exporter.OpenVINOExporter().export(model.copy().module, example, config=exporter.OpenVINOConfig(**options)).program
 
 
 @contextlib.contextmanager
