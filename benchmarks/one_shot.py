@@ -17,13 +17,13 @@ from typing import Any
 import fisher_masks
 from common import print_table, save
 
+from multum._measure import measure
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
 from multum.core.step import make
 from multum.core.surgery import heads_and_neurons
 from multum.data import open_task
 from multum.example import fetch
-from multum.measure import measure
 from multum.runtimes import find
 
 SPEEDUPS = (1.5, 2.0)

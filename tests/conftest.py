@@ -7,4 +7,4 @@ import tempfile
 
 CACHE = tempfile.TemporaryDirectory(prefix="multum-tests-")
 os.environ.update({"HF_HUB_OFFLINE": "1", "MULTUM_CACHE": CACHE.name, "HF_DATASETS_CACHE": f"{CACHE.name}/datasets"})
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}

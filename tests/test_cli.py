@@ -412,10 +412,10 @@ def shrunk(monkeypatch):
         if arguments.get("max_drop") == 0:
             raise BudgetNotMet("no model within the budget; the best found is rung-02")
 
-    monkeypatch.setattr(import_module("multum.shrink"), "shrink", shrink)
+    monkeypatch.setattr(import_module("multum._shrink"), "shrink", shrink)
     rows = [["name", "accuracy"], ["rung-02", "91.0"]]
-    monkeypatch.setattr(import_module("multum.report"), "summary", lambda run: rows)
-    monkeypatch.setattr(import_module("multum.report"), "test_summary", lambda run: rows)
+    monkeypatch.setattr(import_module("multum._report"), "summary", lambda run: rows)
+    monkeypatch.setattr(import_module("multum._report"), "test_summary", lambda run: rows)
     return calls
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import on_disk
 import pytest
 
+from multum._run import run
 from multum.core.model import Model
 from multum.recipe import Entry, read
-from multum.run import run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SHORT = {"epochs": 1, "augment": 1, "samples": 16, "keep": 1}

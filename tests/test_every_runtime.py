@@ -26,8 +26,8 @@ EXPORTED: dict[str, tuple[str, ...]] = {"onnxruntime": tiny.FAMILIES, "openvino"
 CASES = [
     (runtime, precision, family) for runtime, families in EXPORTED.items() for precision in ("fp32", "int8") for family in families
 ]
-CLOSE = {"fp32": 1e-4, "int8": 0.15}
-"""Largest difference of a logit; tiny models spread their answers over a few units."""
+CLOSE = {"fp32": (1e-4, 1e-4), "int8": (0.5, 0.06)}
+"""Largest and mean difference of a logit; tiny models spread their answers over a few units, and round worse than big ones."""
 
 
 def export(runtime: str, model: Model, folder: Path, *, precision: str = "fp32", pairs: bool = False) -> dict[str, Any]:
@@ -72,10 +72,12 @@ def test_exports_answer_as_torch_does(runtime: str, precision: str, family: str,
     predictor = runtimes.open(tmp_path / "out", threads=1)
     whole, reference = predictor.predict(inputs), expected(model, inputs)
     assert whole.dtype == np.float32
-    np.testing.assert_allclose(whole, reference, atol=CLOSE[precision])
+    largest, mean = CLOSE[precision]
+    np.testing.assert_allclose(whole, reference, atol=largest)
+    assert np.abs(whole - reference).mean() < mean
     # Padding beside longer texts changes nothing but rounding, and the order is that of the inputs.
     singly = np.concatenate([predictor.predict([text]) for text in inputs])
-    np.testing.assert_allclose(whole, singly, atol=1e-4 if precision == "fp32" else CLOSE["int8"])
+    np.testing.assert_allclose(whole, singly, atol=largest)
     assert facts["max_difference"] == pytest.approx(
         json.loads((tmp_path / "out" / "runtime.json").read_text())["parity"]["max_difference"]
     )
@@ -221,7 +223,7 @@ def test_folders_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="damaged"):
         runtimes.open(tmp_path / "other")
     (tmp_path / "other" / "runtime.json").write_text("[]")
-    with pytest.raises(InputError, match="runtime[.]json"):
+    with pytest.raises(InputError, match="is damaged or from another"):
         runtimes.open(tmp_path / "other")
 
 

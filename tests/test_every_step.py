@@ -111,7 +111,10 @@ def test_the_input_model_is_left_as_it_was(name, family, run):
 def test_the_same_seed_gives_the_same_bits(name, family, run):
     made = run(name, family)
     assert made.once.fingerprint() == made.twice.fingerprint()
-    timeless = [{k: v for k, v in m.history[-1].items() if "seconds" not in json.dumps(v) and k != "seconds"} for m in (made.once, made.twice)]
+    timeless = [
+        {k: v for k, v in m.history[-1].items() if "seconds" not in json.dumps(v) and k != "seconds"}
+        for m in (made.once, made.twice)
+    ]
     assert timeless[0] == timeless[1]
 
 
@@ -158,7 +161,11 @@ def test_every_linear_layer_is_changed_or_skipped(name, family, run):
     for layer in entry["skipped"]:
         assert torch.equal(new[layer].weight, old[layer].weight)
     for layer in entry["changed"]:
-        assert layer not in new or new[layer].weight.shape != old[layer].weight.shape or not torch.equal(new[layer].weight, old[layer].weight)
+        assert (
+            layer not in new
+            or new[layer].weight.shape != old[layer].weight.shape
+            or not torch.equal(new[layer].weight, old[layer].weight)
+        )
     assert entry["parameters"] == [made.model.parameters(), made.once.parameters()]
 
 
@@ -198,5 +205,7 @@ def test_every_field_has_a_docstring_and_the_file_a_formula(name):
     assert ast.get_docstring(step)
     for node, after in zip(step.body, [*step.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign):
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+            documented = (
+                isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+            )
             assert documented, f"{name}: field {ast.unparse(node.target)} has no docstring under it"

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from multum import report_charts as charts
+from multum import _report_charts as charts
+from multum._report import report, summary, test_summary
+from multum._report_run import parse, points, short
 from multum.errors import InputError, MultumError
-from multum.report import report, summary, test_summary
-from multum.report_run import parse, points, short
 
 FULL = (12, 1536)
 SHRUNK = [(6, 300), (0, 220), (5, 310), (3, 290), (0, 150)]
@@ -413,7 +413,7 @@ def places(value, path=()):
 
 @pytest.mark.parametrize("junk", [None, "text", -1, 10**400, [], {}, [1, "a"], True], ids=lambda junk: repr(junk)[:9])
 def test_any_one_wrong_value_gives_a_page_or_an_input_error(tmp_path, monkeypatch, junk):
-    monkeypatch.setattr("multum.report_page._charts", lambda run: {})
+    monkeypatch.setattr("multum._report_page._charts", lambda run: {})
     original = sample_run()
     original["candidates"] = [original["candidates"][i] for i in (0, 8)]
     pages = 0
@@ -449,7 +449,7 @@ def test_same_run_same_page(folder, html, tmp_path):
 def test_report_needs_no_torch(tmp_path):
     write(tmp_path, sample_run())
     code = (
-        "import sys, pathlib; from multum.report import report; report(pathlib.Path(sys.argv[1]));"
+        "import sys, pathlib; from multum._report import report; report(pathlib.Path(sys.argv[1]));"
         "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules), 'heavy imports'"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

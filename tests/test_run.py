@@ -8,10 +8,10 @@ import on_disk
 import pytest
 from safetensors.numpy import load_file
 
+from multum._run import run
 from multum.core.model import Model
 from multum.errors import InputError
 from multum.recipe import parse
-from multum.run import run
 from multum.steps.drop_layers import DropLayers
 from multum.steps.finetune import Finetune
 

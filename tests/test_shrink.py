@@ -63,7 +63,8 @@ def small() -> Iterator[None]:
         return table
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("multum.shrink.QUICK", EFFORT)
+        patch.setattr("multum._shrink.QUICK", EFFORT)
+        patch.setattr("multum.ladder.MAX_RUNGS", 3)
         patch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8")])
         patch.setattr(Bench, "latency_table", counted)
         yield

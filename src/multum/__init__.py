@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from . import _hook
 
 if TYPE_CHECKING:
+    from ._measure import measure
+    from ._report import report
+    from ._run import run
+    from ._shrink import shrink
     from .core.model import Model
     from .core.step import Step
     from .core.task import Task
     from .errors import MultumError
-    from .measure import measure
-    from .report import report
-    from .run import run
-    from .shrink import shrink
 
 __version__ = "0.1.0"
 
@@ -29,10 +29,10 @@ _WHERE = {
     "Step": "core.step",
     "Task": "core.task",
     "MultumError": "errors",
-    "measure": "measure",
-    "report": "report",
-    "run": "run",
-    "shrink": "shrink",
+    "measure": "_measure",
+    "report": "_report",
+    "run": "_run",
+    "shrink": "_shrink",
 }
 __all__ = ["Model", "MultumError", "Step", "Task", "measure", "report", "run", "shrink"]
 

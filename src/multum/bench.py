@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from . import runtimes
+from ._measure import measure
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
 from .core.surgery import heads_and_neurons
-from .measure import measure
 from .progress import Progress
 from .run_folder import RunFolder
 

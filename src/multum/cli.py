@@ -97,8 +97,8 @@ def run(
     from . import terminal
 
     written = recipes.read(recipe, **{key: value for key, value in (("model", model), ("data", data)) if value})
+    from ._run import run as run_recipe
     from .commands import progress, show_chain
-    from .run import run as run_recipe
 
     result = run_recipe(written, output, threads=threads, trust_remote_code=trust_remote_code, progress=progress())
     if as_json:
@@ -167,7 +167,7 @@ def measure(
     one_of(split, "--split", ("train", "validation", "test"))
     targets = targets_of(folders, runtime)
     opened = open_for(folders[0], data=data, task=task, columns=columns, seed=seed)
-    from .measure import measure as measure_targets
+    from ._measure import measure as measure_targets
 
     with progress().stage("measure"):
         metrics = measure_targets(targets, opened, split=split, threads=threads, rounds=rounds)
@@ -230,7 +230,7 @@ def report(
 ) -> None:
     """Write the report of a run again: one HTML page that opens offline."""
     from . import terminal
-    from .report import report as write
+    from ._report import report as write
 
     terminal.print_lines(str(write(folder, output) if output else write(folder)))
 

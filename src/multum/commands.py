@@ -64,7 +64,7 @@ def training(stage: str) -> Iterator[None]:
 
 def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
     """The main job, then its summary; also when the budget was not met."""
-    from .shrink import shrink
+    from ._shrink import shrink
 
     missed = None
     try:
@@ -81,7 +81,7 @@ def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
 
 def show_run(folder: Path) -> None:
     """The table of a run folder, what was chosen and what to do with it."""
-    from .report import summary, test_summary
+    from ._report import summary, test_summary
 
     run = read_json(folder / RUN)
     terminal.print_rows(summary(run), "On the validation split", marked=run["chosen"])

@@ -34,7 +34,7 @@ class RunFolder:
         self.path, self.budget = path, budget
         check_folder(path, arguments)
         if (path / RUN).exists():
-            self.values = read_json(path / RUN)
+            self.values: dict[str, Any] = read_json(path / RUN)
             if self.values["data"]["fingerprints"] != dict(task.fingerprints):
                 raise InputError(f"{path} was made from other data than {arguments['data']} holds now; choose another -o")
         else:
@@ -98,7 +98,7 @@ class RunFolder:
 
     def elapsed(self) -> float:
         """Seconds since the run began, pauses between calls left out."""
-        return time.monotonic() - self._started
+        return float(time.monotonic() - self._started)
 
     def write(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
         InputError: the architecture or its activation is unknown.
     """
     from ..core.families import base_of, blocks_of, family_of
-    from ..core.surgery import head_size, heads_and_neurons
+    from ..core.surgery import heads_and_neurons
 
     family, base, config = family_of(module), base_of(module), module.config
     name = getattr(config, "hidden_act", None) or config.activation
@@ -90,11 +90,13 @@ def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
     blocks = []
     for block, (heads, neurons) in zip(blocks_of(module), heads_and_neurons(module), strict=True):
         part = block.get_submodule
-        inputs = [_linear(part(path)) if heads else None for path in (family.query, family.key, family.value)]
+        query, key, value = (_linear(part(path)) if heads else None for path in (family.query, family.key, family.value))
         blocks.append(
             EncoderBlock(
                 heads,
-                *inputs,
+                query,
+                key,
+                value,
                 _linear(part(family.attention_output)),
                 _norm(part(family.attention_norm)),
                 _linear(part(family.up)) if neurons else None,
@@ -102,9 +104,6 @@ def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
                 _norm(part(family.feed_forward_norm)),
             )
         )
-    size = head_size(module)
-    for block in blocks:
-        assert block.query is None or block.query.weight.shape[1] == block.heads * size  # noqa: S101
     return Encoder(
         words=_array(base.get_submodule(family.word_embeddings).weight),
         positions=positions,
@@ -147,7 +146,9 @@ def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, voca
         blocks=[
             EncoderBlock(
                 heads,
-                *(linear(hidden, heads * head_size) if heads else None for _ in range(3)),
+                linear(hidden, heads * head_size) if heads else None,
+                linear(hidden, heads * head_size) if heads else None,
+                linear(hidden, heads * head_size) if heads else None,
                 linear(heads * head_size, hidden),
                 norm,
                 linear(hidden, neurons) if neurons else None,

@@ -25,7 +25,7 @@ EXTRA: str | None = None
 GRAPH = "model.onnx"
 TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
 """Texts and rounds with which the number of threads is chosen; several must take less than this share of one's time."""
-OPENING_ERRORS = (
+OPENING_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     OSError,
     *(value for value in vars(onnxruntime_pybind11_state).values() if isinstance(value, type) and issubclass(value, Exception)),

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .report_charts import COLORS, FONT_SIZE, SHAPES, altair, kind, rule, svg, text_width
-from .report_run import Candidate, Run, points, runtime, short
+from ._report_charts import COLORS, FONT_SIZE, SHAPES, altair, kind, rule, svg, text_width
+from ._report_run import Candidate, Run, points, runtime, short
 
 LINE = 0.3
 """What it costs a label to cross a thin line, where covering another label or a point costs 1."""

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ._measure import measure
 from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
 from .core.step import Step, find, make
@@ -26,7 +27,6 @@ from .core.surgery import heads_and_neurons
 from .core.training import progress as training_progress
 from .data import open_task
 from .errors import InputError
-from .measure import measure
 from .progress import Progress
 from .recipe import MODEL, STAGE, Entry, Recipe, check, locate, read
 

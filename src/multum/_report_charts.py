@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from .report_run import Candidate, Run, megabytes, milliseconds, runtime, times
+from ._report_run import Candidate, Run, megabytes, milliseconds, runtime, times
 
 COLORS = {
     "ink": "#1d1c1a",

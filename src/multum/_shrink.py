@@ -14,13 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ._report import report
 from .budget import FULL, QUICK, Budget
 from .core.folders import write_json
 from .data import open_task
 from .errors import BudgetNotMet
 from .ladder import Ladder
 from .progress import Progress
-from .report import report
 from .run_folder import RunFolder, check_folder
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import report_charts as charts
-from .report_curve import curve
-from .report_run import Candidate, Metrics, Run, megabytes, milliseconds, points, runtime, short, times
+from . import _report_charts as charts
+from ._report_curve import curve
+from ._report_run import Candidate, Metrics, Run, megabytes, milliseconds, points, runtime, short, times
 
 AUTO_CLASSES = {"text-classification": "AutoModelForSequenceClassification"}
 """What Transformers calls the class that loads a model for the task."""

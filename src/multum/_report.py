@@ -14,9 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, MultumError
-from .report_page import interval, page, ratio, test_drop
-from .report_run import (
+from ._report_page import interval, page, ratio, test_drop
+from ._report_run import (
     Candidate,
     Metrics,
     Run,
@@ -31,6 +30,7 @@ from .report_run import (
     short,
     times,
 )
+from .errors import InputError, MultumError
 
 
 def report(folder: Path, output: Path | None = None) -> Path:

@@ -1,0 +1,218 @@
+"""Walking a model block by block against its own forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from multum.core.blocks import Block, first_calls, outputs_from, walk_blocks
+from multum.core.families import blocks_of, family_of
+from multum.core.surgery import keep_heads
+from multum.core.task import Batch
+
+FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)
+
+
+def made(name: str = "bert", samples: int = 40) -> tuple[nn.Module, list[Batch]]:
+    """A model and batches, two or more of them and some with padding."""
+    model = tiny.model(name, layers=3)
+    batches = tiny.task().calibration(model, samples)
+    assert len(batches) > 1
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    return model.module, batches
+
+
+@torch.no_grad()
+def states(module: nn.Module, batch: Batch) -> list[torch.Tensor]:
+    """The hidden state before every block and after the last one, in one plain forward pass."""
+    seen: list[torch.Tensor] = []
+
+    def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    handles: list[Any] = [block.register_forward_pre_hook(before) for block in blocks_of(module)]
+    handles.append(blocks_of(module)[-1].register_forward_hook(after))
+    module(**batch)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@torch.no_grad()
+def logits(module: Any, batches: Sequence[Batch]) -> torch.Tensor:
+    return torch.cat([module(**batch).logits for batch in batches])
+
+
+@torch.no_grad()
+def walked(
+    module: nn.Module, batches: Sequence[Batch], visit: Callable[[Block], None] = lambda _: None
+) -> list[list[torch.Tensor]]:
+    """Per block and batch, what the block receives; at the end what the last one puts out."""
+    received: list[list[torch.Tensor]] = []
+    for block in walk_blocks(module, batches):
+        received.append([args[0] for args, _ in block.calls])
+        visit(block)
+        out = [block.run(i) for i in range(len(batches))]
+    return [*received, out]
+
+
+@FAMILIES
+def test_a_walk_is_the_forward_pass(name: str) -> None:
+    module, batches = made(name)
+    steps = walked(module, batches)
+    assert len(steps) == 4
+    for number, batch in enumerate(batches):
+        for mine, forward in zip([step[number] for step in steps], states(module, batch), strict=True):
+            assert torch.equal(mine, forward)
+
+
+def test_blocks_come_in_order_with_their_modules() -> None:
+    module, batches = made()
+    with torch.no_grad():
+        seen = [(block.index, block.module) for block in walk_blocks(module, batches)]
+    assert [index for index, _ in seen] == [0, 1, 2]
+    assert all(part is own for (_, part), own in zip(seen, blocks_of(module), strict=True))
+
+
+@FAMILIES
+def test_a_changed_block_changes_what_the_next_receives(name: str) -> None:
+    module, batches = made(name)
+    path = family_of(module).down
+    before = walked(module, batches)
+
+    def halve(block: Block) -> None:
+        if block.index == 1:
+            block.module.get_submodule(path).weight.mul_(0.5)
+
+    after = walked(module, batches, halve)
+    for number, batch in enumerate(batches):
+        assert torch.equal(after[0][number], before[0][number])
+        assert torch.equal(after[1][number], before[1][number])
+        assert not torch.allclose(after[2][number], before[2][number])
+        for mine, forward in zip([step[number] for step in after], states(module, batch), strict=True):
+            assert torch.equal(mine, forward)
+
+
+def test_a_block_may_be_changed_in_shape() -> None:
+    module, batches = made()
+
+    def two_heads(block: Block) -> None:
+        if block.index == 0:
+            keep_heads(block.module, family_of(module), [1, 2], 8)
+
+    after = walked(module, batches, two_heads)
+    for number, batch in enumerate(batches):
+        assert torch.equal(after[-1][number], states(module, batch)[-1])
+
+
+@torch.no_grad()
+def test_two_walks_stay_apart() -> None:
+    module, batches = made()
+    other, _ = made()
+    path = family_of(module).attention_output
+    alone = walked(module, batches)
+    for mine, theirs in zip(walk_blocks(module, batches), walk_blocks(other, batches), strict=True):
+        assert mine.index == theirs.index
+        assert all(torch.equal(args[0], alone[mine.index][i]) for i, (args, _) in enumerate(mine.calls))
+        same = [torch.equal(args[0], alone[mine.index][i]) for i, (args, _) in enumerate(theirs.calls)]
+        assert all(same) == (mine.index == 0)
+        theirs.module.get_submodule(path).weight.neg_()
+
+
+@FAMILIES
+@torch.no_grad()
+def test_flows_are_those_of_texts_without_padding(name: str) -> None:
+    module, batches = made(name)
+    family = family_of(module)
+    paths = (family.attention_output, family.down, family.feed_forward_norm)
+    batch = next(batch for batch in batches if (batch["attention_mask"] == 0).any())
+    lengths = batch["attention_mask"].sum(1).tolist()
+    single = [{key: value[i : i + 1, :length] for key, value in batch.items()} for i, length in enumerate(lengths)]
+    for together, apart in zip(walk_blocks(module, [batch]), walk_blocks(module, single), strict=True):
+        padded = together.flows(0, paths)
+        plain = [apart.flows(i, paths) for i in range(len(single))]
+        for path in paths:
+            assert len(padded[path].input) == sum(lengths)
+            torch.testing.assert_close(padded[path].input, torch.cat([one[path].input for one in plain]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(padded[path].output, torch.cat([one[path].output for one in plain]), rtol=1e-4, atol=1e-5)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_flows_go_into_and_out_of_the_part(name: str) -> None:
+    module, batches = made(name)
+    family = family_of(module)
+    for block in walk_blocks(module, batches):
+        for path in (family.attention_output, family.down, family.feed_forward_norm):
+            flow = block.flows(1, (path,))[path]
+            torch.testing.assert_close(block.module.get_submodule(path)(flow.input), flow.output)
+        # The last norm is the end of the block.
+        torch.testing.assert_close(flow.output, block.run(1)[block.masks[1]])
+
+
+@torch.no_grad()
+def test_flows_leave_no_hook_behind() -> None:
+    module, batches = made()
+    path = family_of(module).down
+    block = next(iter(walk_blocks(module, batches)))
+    block.flows(0, (path,))
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
+@FAMILIES
+@torch.no_grad()
+def test_outputs_from_a_block_are_the_whole_forward(name: str) -> None:
+    module, batches = made(name)
+    whole = logits(module, batches)
+    assert torch.equal(outputs_from(module, None, batches), whole)
+    for block in walk_blocks(module, batches):
+        assert torch.equal(outputs_from(module, block, batches), whole)
+        assert torch.equal(outputs_from(module, block, batches[:1]), whole[: len(batches[0]["input_ids"])])
+
+
+@FAMILIES
+@torch.no_grad()
+def test_outputs_from_see_a_changed_block_and_leave_the_model_whole(name: str) -> None:
+    module, batches = made(name)
+    path, blocks, whole = family_of(module).down, list(blocks_of(module)), logits(module, batches)
+    for block in walk_blocks(module, batches):
+        linear = block.module.get_submodule(path)
+        kept = linear.weight.clone()
+        linear.weight.zero_()
+        changed = outputs_from(module, block, batches)
+        assert torch.equal(changed, logits(module, batches))
+        assert not torch.allclose(changed, whole)
+        linear.weight.copy_(kept)
+    assert list(blocks_of(module)) == blocks
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    assert torch.equal(logits(module, batches), whole)
+
+
+@torch.no_grad()
+def test_outputs_from_leave_out_the_blocks_before() -> None:
+    module, batches = made()
+    whole = logits(module, batches)
+    for block in walk_blocks(module, batches):
+        if block.index == 2:
+            for part in blocks_of(module)[:2]:
+                part.register_forward_hook(lambda *_: pytest.fail("a block before was run"))
+            assert torch.equal(outputs_from(module, block, batches), whole)
+
+
+@FAMILIES
+def test_first_calls_stop_before_the_first_block(name: str) -> None:
+    module, batches = made(name)
+    runs: list[int] = []
+    for part in blocks_of(module):
+        part.register_forward_hook(lambda *_: runs.append(1))
+    calls = first_calls(module, batches)
+    assert runs == []
+    assert [args[0].shape[:2] for args, _ in calls] == [batch["input_ids"].shape for batch in batches]

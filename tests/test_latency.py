@@ -1,0 +1,179 @@
+"""The latency table against a machine whose costs are known."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from multum.core.latency import Blocks, LatencyTable, Timer, grid, interleave
+
+HEADS, NEURONS = 4, 384
+BASE, EMPTY = 5.0, 0.25
+
+
+def attention(heads: int) -> float:
+    return EMPTY + (0.5 + 1.5 * heads if heads else 0.0)
+
+
+def attention_last(heads: int) -> float:
+    return 0.125 + 0.75 * heads
+
+
+def feed_forward(neurons: int) -> float:
+    return EMPTY + (1.0 + neurons / 64 if neurons else 0.0)
+
+
+def feed_forward_last(neurons: int) -> float:
+    return neurons / 512
+
+
+def cost(blocks: Blocks) -> float:
+    """What the made-up machine takes: additive, with a fixed cost of any width and cheap blocks at the end."""
+    attending = [i for i, (heads, _) in enumerate(blocks) if heads]
+    total = BASE
+    for i, (heads, neurons) in enumerate(blocks):
+        if attending and i < attending[-1]:
+            total += attention(heads) + feed_forward(neurons)
+        elif attending and i == attending[-1]:
+            total += attention_last(heads) + feed_forward_last(neurons)
+        else:
+            total += feed_forward_last(neurons)
+    return total
+
+
+def made(rounds: int = 3) -> LatencyTable:
+    return LatencyTable.measure(lambda blocks: lambda: cost(blocks), heads=HEADS, neurons=NEURONS, rounds=rounds)
+
+
+def test_measure_finds_every_part() -> None:
+    table = made()
+    assert table.base == BASE
+    assert dict(table.attention) == pytest.approx({h: attention(h) for h in grid(HEADS)})
+    assert dict(table.feed_forward) == pytest.approx({n: feed_forward(n) for n in grid(NEURONS)})
+    assert {h: c for h, c in table.attention_last.items() if h} == pytest.approx({h: attention_last(h) for h in grid(HEADS) if h})
+    assert dict(table.feed_forward_last) == pytest.approx({n: feed_forward_last(n) for n in grid(NEURONS)})
+
+
+def test_totals_are_those_of_the_machine() -> None:
+    table = made()
+    parts = [(4, 384), (2, 96), (3, 0), (0, 192), (1, 4)]
+    for blocks in product(parts, repeat=3):
+        assert table.total(blocks) == pytest.approx(cost(blocks)), blocks
+
+
+def test_between_measured_counts_it_is_a_straight_line() -> None:
+    table = made()
+    for neurons in (30, 72, 100, 383):
+        assert table.block(2, neurons) == pytest.approx(attention(2) + feed_forward(neurons))
+    # Between nothing and the least width there is a step that is not resolved.
+    middle = (feed_forward(0) + feed_forward(4)) / 2
+    assert table.block(2, 2) == pytest.approx(attention(2) + middle)
+
+
+def test_beyond_the_last_count_the_line_goes_on() -> None:
+    assert made().block(6, 500) == pytest.approx(attention(6) + feed_forward(500))
+
+
+def test_the_last_attending_block_has_its_own_columns() -> None:
+    table = made()
+    assert table.block(2, 96, last=True) == pytest.approx(attention_last(2) + feed_forward_last(96))
+    assert table.block(0, 96, after_last=True) == pytest.approx(feed_forward_last(96))
+    assert table.total([(2, 96), (2, 96), (0, 96)]) == pytest.approx(
+        BASE + table.block(2, 96) + table.block(2, 96, last=True) + table.block(0, 96, after_last=True)
+    )
+
+
+def test_without_heads_anywhere_every_block_works_on_one_token() -> None:
+    assert made().total([(0, 96), (0, 192)]) == pytest.approx(BASE + feed_forward_last(96) + feed_forward_last(192))
+
+
+def test_an_empty_block_is_free() -> None:
+    table = made()
+    assert table.block(0, 0) == table.block(0, 0, last=True) == table.block(0, 0, after_last=True) == 0
+    assert table.total([(0, 0), (2, 96), (0, 0)]) == table.total([(2, 96)])
+    assert table.total([]) == BASE
+
+
+def test_noise_never_makes_more_units_cheaper() -> None:
+    def noisy(blocks: Blocks) -> Timer:
+        return lambda: cost(blocks) - (20.0 if any(h == 3 or n == 192 for h, n in blocks) else 0.0)
+
+    table = LatencyTable.measure(noisy, heads=HEADS, neurons=NEURONS, rounds=1)
+    for costs in (table.attention, table.attention_last, table.feed_forward, table.feed_forward_last):
+        values = [costs[count] for count in sorted(costs)]
+        assert values == sorted(values)
+        assert min(values) >= 0
+    assert table.attention[3] == table.attention[2]
+    assert table.feed_forward[192] == table.feed_forward[144]
+
+
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    about = {"runtime": "onnxruntime", "threads": 1, "lengths": [8, 16]}
+    table = LatencyTable.measure(lambda blocks: lambda: cost(blocks), heads=HEADS, neurons=NEURONS, rounds=1, about=about)
+    table.save(tmp_path / "table.json")
+    loaded = LatencyTable.load(tmp_path / "table.json")
+    assert loaded == table
+    assert loaded.about == about
+    assert loaded.total([(3, 100), (2, 7)]) == table.total([(3, 100), (2, 7)])
+
+
+def test_by_macs_counts_the_products() -> None:
+    hidden, size, tokens, heads, neurons = 12, 3, 7, 4, 40
+    table = LatencyTable.by_macs(hidden=hidden, head_size=size, heads=heads, neurons=neurons, tokens=tokens)
+
+    def products(h: int, n: int) -> int:
+        projections = [(tokens, hidden, h * size)] * 3 + [(tokens, h * size, hidden)]
+        scores_and_mixing = [(tokens, size, tokens), (tokens, tokens, size)] * h
+        feed_forward = [(tokens, hidden, n), (tokens, n, hidden)]
+        return sum(a * b * c for a, b, c in projections + scores_and_mixing + feed_forward)
+
+    blocks = [(4, 40), (1, 17), (3, 0), (0, 1)]
+    for h, n in blocks:
+        assert table.block(h, n) == pytest.approx(products(h, n))
+    assert table.total(blocks) == pytest.approx(sum(products(h, n) for h, n in blocks))
+    assert table.unit == "MACs"
+
+
+@pytest.mark.parametrize("full", [1, 2, 3, 8, 12, 96, 384, 3072])
+def test_the_grid_reaches_from_none_to_all(full: int) -> None:
+    counts = grid(full)
+    assert counts[0] == 0
+    assert counts[-1] == full
+    assert counts == sorted(set(counts))
+    assert 1 <= counts[1] <= max(1, full // 12)
+
+
+@pytest.mark.parametrize("full", [1, 2, 3, 12])
+def test_any_model_can_be_measured(full: int) -> None:
+    table = LatencyTable.measure(lambda blocks: lambda: cost(blocks), heads=full, neurons=full, rounds=1)
+    for blocks in ([(full, full)] * 3, [(1, full), (full, 1)]):
+        assert table.total(blocks) == pytest.approx(cost(blocks))
+
+
+def test_interleave_takes_medians_in_turns() -> None:
+    calls: list[str] = []
+    # The first value is the warm-up's and does not count.
+    seen = {"a": [100.0, 1.0, 9.0, 2.0], "b": [0.0, 5.0, 4.0, 300.0]}
+    left = {name: iter(values) for name, values in seen.items()}
+
+    def timer(name: str) -> Timer:
+        def once() -> float:
+            calls.append(name)
+            return next(left[name])
+
+        return once
+
+    assert interleave({name: timer(name) for name in seen}, 3) == {"a": 2.0, "b": 5.0}
+    assert calls == ["a", "b"] * 4
+
+
+def test_measure_is_not_disturbed_by_a_spike() -> None:
+    passes = iter(range(10**6))
+
+    def disturbed(blocks: Blocks) -> Timer:
+        return lambda: cost(blocks) + (50.0 if next(passes) % 97 == 0 else 0.0)
+
+    spiky = LatencyTable.measure(disturbed, heads=HEADS, neurons=NEURONS, rounds=5)
+    assert spiky == made()
