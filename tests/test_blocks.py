@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,15 @@ from multum.core.surgery import keep_heads
 from multum.core.task import Batch
 
 FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers this small are not made faster by threads, and a busy machine makes them wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def made(name: str = "bert", samples: int = 40) -> tuple[nn.Module, list[Batch]]:

@@ -71,6 +71,7 @@ def test_weights_after_several_removals_are_the_least_squares_weights(size: int)
     w, inverse = weight.clone(), torch.linalg.inv(h)
     for gone in ([1], [5, 2]):
         remove_(w, inverse, torch.tensor(features_of(gone, size)))
+    assert not w[:, features_of([1, 2, 5], size)].any()  # to the bit
     kept = features_of([0, 3, 4], size)
     exact = least_squares(weight, h, kept)[0]
     np.testing.assert_allclose(w.numpy(), exact, atol=1e-8)

@@ -16,6 +16,10 @@ from .progress import Progress
 from .run_folder import RunFolder
 
 
+BUSY = 0.6
+"""Spread of the rounds' medians, against their median, that texts of different lengths do not explain."""
+
+
 class Bench:
     """Exports and measures the models of one run.
 
@@ -51,7 +55,11 @@ class Bench:
         return targets
 
     def measure(self, targets: Sequence[Path], split: str = "validation", rounds: int | None = None) -> list[dict[str, Any]]:
-        return measure(targets, self.task, split=split, threads=self.threads, rounds=rounds or self.rounds)
+        """Measure targets, and say so where the machine was too busy for the figures to be trusted."""
+        found = measure(targets, self.task, split=split, threads=self.threads, rounds=rounds or self.rounds)
+        if max(metrics["speed"]["spread"] for metrics in found) > BUSY:
+            self.run.note("something else ran on this machine while it was measured: latencies and speed-ups are not to be trusted")
+        return found
 
     def add(self, name: str, folder: Path, target: Path, technique: str, model: Model, metrics: dict[str, Any]) -> None:
         """Write a measured candidate into `run.json`."""

@@ -159,12 +159,17 @@ class PruneStructured(Step):
         kept = cut(module, sublayers, after)
         if self.repair:
             repair(whole, module, batches, kept)
+        inside = set(blocks_of(module).modules())
         return {
             "blocks": [before, [after[i] for i in kept]],
             "kept_blocks": kept,
             "predicted": [table.total(before), table.total([after[i] for i in kept])],
             "unit": table.unit,
-            "skipped": dict.fromkeys(model.linears(), "embeddings and head are not cut by this step"),
+            "skipped": {
+                name: "embeddings and head are not cut by this step"
+                for name, linear in model.linears().items()
+                if linear not in inside
+            },
         }
 
     def _table(self, module: nn.Module, batches: Sequence[Batch]) -> LatencyTable:
