@@ -24,8 +24,8 @@ import numpy as np
 from .core.folders import read_json, write_json
 from .errors import MultumError
 
-WARM_UP = 10
-"""Texts that every target answers before the first round."""
+WARM_UP = 5
+"""Texts that a target answers untimed at the start of every turn, after it has waited for the others."""
 RESAMPLES = 2000
 """Of the rounds, for the interval of a ratio."""
 
@@ -37,7 +37,7 @@ def measure(
     split: str = "test",
     threads: int | None = None,
     rounds: int = 30,
-    texts_per_round: int = 20,
+    texts_per_round: int = 50,
     batch_size: int = 32,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -66,9 +66,9 @@ def measure(
         for worker in workers:
             worker.facts = worker.receive()
             worker.columns = task.columns_for(worker.facts["labels"])
-            worker.ask("time", texts=turns[0][:WARM_UP])
         for number, texts in enumerate(turns):
             for worker in workers:
+                worker.ask("time", texts=texts[:WARM_UP])
                 worker.times.append(worker.ask("time", texts=texts))
                 worker.tokenizing += worker.ask("tokenize", texts=texts)
             if progress:

@@ -15,7 +15,6 @@ from .core.surgery import heads_and_neurons
 from .progress import Progress
 from .run_folder import RunFolder
 
-
 BUSY = 0.6
 """Spread of the rounds' medians, against their median, that texts of different lengths do not explain."""
 

@@ -53,22 +53,27 @@ class Effort:
     distill: Mapping[str, Any]
     prune: Mapping[str, Any]
     rounds: int
+    """Of every measurement."""
     teach_below: float
     """Rungs above this share of the original's predicted latency are repaired in closed form only: teaching them is dear, and
-    what they lack is taught further down. If the first taught rung fails, the walk goes back up and teaches the one above."""
+    what they lack is taught further down. If the first taught rung fails, the walk goes back up and teaches those above."""
+    retry: int
+    """How many times longer a rung that dropped too much is taught once more; 0 for not at all."""
 
 
 FULL = Effort(
     finetune={"epochs": 4, "learning_rate": 1e-4},
-    distill={"epochs": 3, "augment": 4},
+    distill={"epochs": 2, "augment": 4},
     prune={"samples": 1024},
     rounds=30,
-    teach_below=1.0,
+    teach_below=0.5,
+    retry=3,
 )
 QUICK = Effort(
     finetune={"epochs": 2, "learning_rate": 1e-4},
     distill={"epochs": 1, "augment": 2},
-    prune={"samples": 384},
+    prune={"samples": 256},
     rounds=12,
     teach_below=0.25,
+    retry=0,
 )

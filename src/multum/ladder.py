@@ -22,8 +22,6 @@ from .run_folder import RunFolder
 
 STEP = 1.5
 """How much faster the next rung is meant to be."""
-RETRY = 2
-"""How many times longer a rung that dropped too much is taught before the walk ends."""
 MAX_RUNGS = 16
 
 
@@ -79,18 +77,23 @@ class Ladder:
         self._enter("rung-01", "vocabulary trimmed")
 
     def rungs(self) -> None:
-        """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry."""
-        above: list[str] = ["rung-01"]
+        """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry and half a step."""
+        above, step = ["rung-01"], STEP
         for number in range(2, MAX_RUNGS + 1):
             self._expect(number - 1)
             name = f"rung-{number:02d}"
-            if not self._rung(name, above[-1]):
+            if not self._rung(name, above[-1], step):
                 return
             if self._taught(name) and not self._holds(name):
-                if self._teach_again(f"{name}-longer", name, RETRY):
+                if self.effort.retry and self._teach_again(f"{name}-longer", name, self.effort.retry):
                     name = f"{name}-longer"
-                else:
+                elif not self._holds(above[-1]):
                     self._go_back(above)
+                    return
+                elif step == STEP:
+                    step = STEP**0.5
+                    continue
+                else:
                     return
             above.append(name)
 
@@ -141,14 +144,14 @@ class Ladder:
 
     # -- one rung ------------------------------------------------------------------------------------------------------------
 
-    def _rung(self, name: str, above: str) -> bool:
+    def _rung(self, name: str, above: str, step: float) -> bool:
         """Cut, repair, teach, save and measure one rung; False when it cannot or may not be made."""
         folder = self.folder / name
         if not folder.exists():
             model = self.task.load(str(self.folder / above))
-            if not self._room_below(model) or not self._time_for(name):
+            if not self._room_below(model, step) or not self._time_for(name):
                 return False
-            options = {"speedup": STEP, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
+            options = {"speedup": step, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
             model = self._step(f"{name}: prune and repair", "prune_structured", model, **options, **self.effort.prune)
             if self._share(model) <= self.effort.teach_below:
                 model = self._teach(name, model, 1)
@@ -171,9 +174,9 @@ class Ladder:
         teacher, cache = str(self.folder / "rung-01"), str(self.folder / "teacher")
         return self._step(f"{name}: distil", "distill", model, teacher=teacher, cache=cache, seed=self.seed, **options)
 
-    def _room_below(self, model: Model) -> bool:
-        """Whether a rung 1.5 times faster than this one still has room for a head."""
-        return self.table.total(heads_and_neurons(model.module)) / STEP > self.table.total([(1, 0)])
+    def _room_below(self, model: Model, step: float) -> bool:
+        """Whether a rung faster than this one by a step still has room for a head."""
+        return self.table.total(heads_and_neurons(model.module)) / step > self.table.total([(1, 0)])
 
     def _share(self, model: Model) -> float:
         """The predicted latency against the original's."""

@@ -5,7 +5,7 @@ transformers asks a *quantizer* to prepare the empty model before the weights ar
 
     "quantization_config": {"quant_method": "multum", "shapes": {module name: [out_features, in_features]}}
 
-A shape with 0 rows is an `nn.Identity`, one with 0 columns a `BiasOnly` (see `surgery`). Nothing here is quantized: once
+A shape with 0 rows is a `Removed`, one with 0 columns a `BiasOnly` (see `surgery`). Nothing here is quantized: once
 the weights are in, the model is an ordinary one again, free to train, move and save. Shapes that stock transformers can
 express by itself (fewer layers, the same number of neurons everywhere) are written into its own fields instead, so
 that such a model loads without multum.
@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .families import FAMILIES, blocks_of
-from .surgery import BiasOnly, swap, with_shape
+from .surgery import BiasOnly, head_size, swap, with_shape
 
 METHOD = "multum"
 Shapes = dict[str, tuple[int, int]]
@@ -75,8 +75,9 @@ def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
     unknown = sorted(set(shapes) - set(linears))
     if unknown:
         raise ValueError(f"config.json gives shapes for layers that this model does not have: {', '.join(unknown)}")
+    size = head_size(module)
     for name, (out_features, in_features) in shapes.items():
-        swap(module, name, with_shape(linears[name], out_features, in_features))
+        swap(module, name, with_shape(linears[name], out_features, in_features, head=size))
 
 
 def current_shapes(module: nn.Module) -> Shapes:

@@ -1,8 +1,8 @@
 """The only ways a layer changes shape: keep rows, keep columns, remove, drop a block.
 
 All work on one `nn.Linear` found by its path and put another in its place, so that the state-dict keys stay those of the
-stock model. A matrix with no rows left becomes an `nn.Identity`, one with no columns left a `BiasOnly`: a sublayer whose
-heads or neurons are all gone then adds its bias to the residual stream and costs nothing in an exported graph.
+stock model. A matrix with no rows left becomes a `Removed`, one with no columns left a `BiasOnly`: a sublayer whose heads or
+neurons are all gone then adds its bias to the residual stream and costs nothing in an exported graph.
 """
 
 from __future__ import annotations
@@ -14,6 +14,23 @@ import torch
 from torch import nn
 
 from .families import Family, base_of, blocks_of, family_of
+
+
+class Removed(nn.Module):
+    """A linear layer with no output features left. What it returns only has a shape that attention code can view as one head;
+    the `BiasOnly` behind it does not look at it.
+
+    Args:
+        width: features to pass on, one head's.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, features) -> (batch, tokens, width)."""
+        return x[..., : self.width]
 
 
 class BiasOnly(nn.Module):
@@ -34,11 +51,11 @@ class BiasOnly(nn.Module):
         return self.bias.expand(*x.shape[:-1], self.out_features)
 
 
-def with_shape(linear: nn.Linear, out_features: int, in_features: int) -> nn.Module:
-    """A new, unfilled layer of the given shape, on the device and in the dtype of `linear`."""
+def with_shape(linear: nn.Linear, out_features: int, in_features: int, *, head: int = 1) -> nn.Module:
+    """A new, unfilled layer of the given shape, on the device and in the dtype of `linear`; `head` is the width of one head."""
     where: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     if out_features == 0:
-        return nn.Identity()
+        return Removed(head)
     if in_features == 0:
         return BiasOnly(out_features, **where)
     return nn.Linear(in_features, out_features, bias=linear.bias is not None, **where)
@@ -50,12 +67,12 @@ def swap(root: nn.Module, path: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), name, new)
 
 
-def keep_rows(root: nn.Module, path: str, rows: Sequence[int]) -> None:
+def keep_rows(root: nn.Module, path: str, rows: Sequence[int], *, head: int = 1) -> None:
     """Keep these output features of the linear layer at `path`, in this order."""
     old = root.get_submodule(path)
     if not isinstance(old, nn.Linear):
         raise TypeError(f"{path} is no linear layer")
-    new = with_shape(old, len(rows), old.in_features)
+    new = with_shape(old, len(rows), old.in_features, head=head)
     if isinstance(new, nn.Linear):
         index = torch.as_tensor(rows, dtype=torch.long, device=old.weight.device)
         with torch.no_grad():
@@ -95,7 +112,7 @@ def keep_heads(block: nn.Module, family: Family, heads: Sequence[int], size: int
     """Keep these heads of a block (numbered among those it has now); the rest leave query, key, value and output."""
     features = head_features(heads, size)
     for path in (family.query, family.key, family.value):
-        keep_rows(block, path, features)
+        keep_rows(block, path, features, head=size)
     keep_columns(block, family.attention_output, features)
 
 

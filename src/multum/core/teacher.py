@@ -17,7 +17,7 @@ from torch import nn
 
 from .folders import cache_home, digest, read_json, write_json
 from .model import Model
-from .training import Precision, Rows, autocast, pad, progress, resolve_precision
+from .training import FEW_SHAPES, Precision, Rows, autocast, pad, progress, resolve_precision
 
 CHUNK = 2048
 """Rows between two writes."""
@@ -41,7 +41,7 @@ def logits(module: nn.Module, rows: Rows, pad_token_id: int, *, batch_size: int 
     result: np.ndarray | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = pad([model_inputs(rows[i]) for i in chosen], pad_token_id)
+        batch = pad([model_inputs(rows[i]) for i in chosen], pad_token_id, multiple=FEW_SHAPES)
         with autocast(precision):
             output = module(**{name: value.to(device) for name, value in batch.items()}).logits
         values = output.float().cpu().numpy()

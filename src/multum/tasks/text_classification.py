@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from ..core.model import Model
 from ..core.task import Batch, Quality, SplitName
-from ..core.training import pad
+from ..core.training import FEW_SHAPES, pad
 from ..errors import InputError
 
 Text = str | tuple[str, str]
@@ -167,7 +167,8 @@ class TextClassification:
         columns = self._tokenize(model, [texts[i] for i in chosen])
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         rows.sort(key=lambda row: len(row["input_ids"]))
-        return [pad(rows[start : start + BATCH], model.tokenizer.pad_token_id) for start in range(0, len(rows), BATCH)]
+        pad_id = model.tokenizer.pad_token_id
+        return [pad(rows[start : start + BATCH], pad_id, multiple=FEW_SHAPES) for start in range(0, len(rows), BATCH)]
 
     def batches(self, model: Model, split: SplitName, batch_size: int) -> Iterator[Batch]:
         rows = self.encode(model, split)
