@@ -12,8 +12,6 @@ comes to the same result.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +22,6 @@ from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
 from .core.step import Step, find, make
 from .core.surgery import heads_and_neurons
-from .core.training import progress as training_progress
 from .data import open_task
 from .errors import InputError
 from .progress import Progress
@@ -125,7 +122,7 @@ class _Chain:
             return
         before = self.recipe.stages[place - 1] if place else ORIGINAL
         step = self._make(self.recipe.steps[place], place)
-        with self.progress.stage(name), _reporting(self.progress):
+        with self.progress.stage(name):
             model = step(self.task.load(str(self.folder / before)), self.task)
         self._save(model, folder)
         self.summary["stages"] = self.progress.stages()
@@ -228,13 +225,3 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
     other = [key for key in now if before.get(key) != now[key]]
     if other:
         raise InputError(f"{folder} holds the run of another recipe ({', '.join(other)} differ); choose another -o to keep both")
-
-
-@contextmanager
-def _reporting(progress: Progress) -> Iterator[None]:
-    """Lets training report how far it is."""
-    token = training_progress.set(progress.update)
-    try:
-        yield
-    finally:
-        training_progress.reset(token)

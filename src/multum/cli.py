@@ -25,6 +25,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False) -> None:
+    """Shrink a pretrained Transformer to a budget, with evidence of what the shrinking cost."""
     if version:
         print(f"multum {__version__}")
         raise typer.Exit
@@ -125,7 +126,7 @@ def apply(
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
     from . import data as data_sets
     from . import recipe, terminal, units
-    from .commands import fields_of, new_folder, together, training
+    from .commands import fields_of, new_folder, progress, together
     from .core.step import make
 
     wrong = recipe.check_sources(model, task, data)
@@ -137,7 +138,7 @@ def apply(
     )
     opened = data_sets.open_task(task, recipe.locate(data), columns=parsed["columns"], seed=seed or 0)
     before = opened.load(recipe.locate(model), trust_remote_code=trust_remote_code)
-    with training(step):
+    with progress().stage(step):
         after = parsed["step"](before, opened)
     after.save(output, {"task": task, "seed": seed or 0})
     entry = after.history[-1]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +45,6 @@ def one_of(value: str, what: str, known: Sequence[str]) -> None:
 def progress() -> Progress:
     """Progress on stderr."""
     return Progress(terminal.err())
-
-
-@contextmanager
-def training(stage: str) -> Iterator[None]:
-    """One stage on stderr that training tells how far it is."""
-    from .core.training import progress as listener
-
-    shown = progress()
-    with shown.stage(stage):
-        token = listener.set(shown.update)
-        try:
-            yield
-        finally:
-            listener.reset(token)
 
 
 def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:

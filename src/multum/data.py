@@ -6,7 +6,6 @@ labels, and training rows that also stand in a split they would leak into. What 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import pandas as pd
 from datasets import ClassLabel, Dataset
 
+from .core.folders import digest
 from .errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -85,9 +85,8 @@ def read(
     Raises:
         InputError: lists everything that is wrong with the data.
     """
-    mapping = dict(mapping or {})
     tables = _from_hub(source[3:]) if source.startswith("hf:") else _from_disk(Path(source))
-    tables = _rename(tables, columns, optional, mapping, source)
+    tables = _rename(tables, columns, optional, mapping or {}, source)
     texts = [name for name in (*columns, *optional) if name != stratify]
     keys = [key for key in keys if all(key in table for table in tables.values())]
     notes: list[str] = []
@@ -298,5 +297,4 @@ def _without_leaks(tables: dict[str, pd.DataFrame], keys: Sequence[str], notes: 
 
 
 def _fingerprint(table: pd.DataFrame) -> str:
-    columns = sorted(table.columns)
-    return hashlib.sha256(table[columns].to_json(orient="values", force_ascii=False).encode()).hexdigest()[:16]
+    return digest(table[sorted(table.columns)].to_json(orient="values", force_ascii=False))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model
 from .core.step import make
 from .core.surgery import heads_and_neurons
-from .core.training import progress as training_progress
 from .errors import InputError
 from .plan import ahead, pace
 from .progress import Progress
@@ -192,7 +189,7 @@ class Ladder:
     # -- what every leg uses -------------------------------------------------------------------------------------------------
 
     def _step(self, stage: str, step: str, model: Model, **fields: Any) -> Model:
-        with self.progress.stage(stage), _reporting(self.progress):
+        with self.progress.stage(stage):
             return make(step, fields)(model, self.task)
 
     def _save(self, model: Model, folder: Path) -> None:
@@ -241,13 +238,3 @@ class Ladder:
             return True
         self.run.note(f"stopped before {name}: it would have ended after the time limit of {limit:g} s")
         return False
-
-
-@contextmanager
-def _reporting(progress: Progress) -> Iterator[None]:
-    """Lets training say how far it is."""
-    token = training_progress.set(progress.update)
-    try:
-        yield
-    finally:
-        training_progress.reset(token)

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bars
 
+from .core.reporting import listening
+
 PACE_KNOWN = 0.05
 """Share of a stage after which its own pace says more than the plan."""
 
@@ -58,7 +60,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Run one stage. One that fails is not written down as done."""
+        """Run one stage, which may `report` how far it is. One that fails is not written down as done."""
         planned = next((item for item in self._plan if item[0] == name), None)
         if planned:
             self._plan.remove(planned)
@@ -75,7 +77,7 @@ class Progress:
             disable=not console.is_terminal,
         )
         try:
-            with self._bars:
+            with self._bars, listening(self.update):
                 self._bars.add_task(name, total=100, left=_clock(self.seconds_left()))
                 yield
         finally:

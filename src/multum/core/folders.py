@@ -7,9 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ..errors import InputError, MultumError
 
@@ -19,10 +21,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `target`, renamed to `target` when the block ends well and deleted when it does not.
 
     An existing `target` is replaced, at the moment of the rename. A full disk or a read-only place becomes one clear error.
+    What a process that was killed left half-written is swept away.
     """
     target = Path(target)
     work = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        _sweep(target)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
@@ -33,12 +37,28 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             work.rename(target)
+    except SafetensorError as error:  # its words for a full disk
+        raise MultumError(f"cannot write {target}: {error}") from error
     except OSError as error:
         if error.errno is None:  # raised by a library about something else than the file system
             raise
         raise MultumError(f"cannot write {target}: {error.strerror}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Put away the temporary siblings of `target` whose process is gone."""
+    import psutil
+
+    for left in target.parent.glob(f".{target.name}.*.*"):
+        process, kind = left.name.split(".")[-2:]
+        if kind not in ("part", "old") or not process.isdigit() or psutil.pid_exists(int(process)):
+            continue
+        if kind == "old" and not target.exists():  # killed between the two renames
+            left.rename(target)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,7 +68,8 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise MultumError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from .folders import cache_home, digest, read_json, write_json
 from .model import Model
-from .training import FEW_SHAPES, Precision, Rows, autocast, pad, progress, resolve_precision
+from .reporting import report
+from .training import FEW_SHAPES, Precision, Rows, autocast, pad, resolve_precision
 
 CHUNK = 2048
 """Rows between two writes."""
@@ -91,8 +92,7 @@ def cached_logits(teacher: Model, rows: Rows, folder: Path, *, precision: Precis
         values.flush()
         done[str(start)] = digest(part.tobytes())
         write_json(index, done)
-        if report := progress.get():
-            report((number + 1) / len(starts))
+        report((number + 1) / len(starts))
     return np.memmap(path, dtype=np.float32, mode="r", shape=shape)
 
 

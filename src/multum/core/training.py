@@ -10,7 +10,6 @@ import contextlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import MultumError
 from .model import Model
+from .reporting import report
 
 Rows = Sequence[Mapping[str, Any]]
 Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
@@ -30,9 +30,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 FEW_SHAPES = 8
 """Batches are padded to a multiple of so many tokens. Matrix kernels are prepared for every new shape, which takes longer than
 running them where a model is small: without this a small student trains at less than half the speed."""
-
-progress: ContextVar[Callable[[float], None] | None] = ContextVar("multum_training_progress", default=None)
-"""Called with the fraction done, 0 to 1, after every training step, where somebody wants to know."""
 
 
 def fit(
@@ -97,6 +94,7 @@ def fit(
                 save_strategy="epoch" if checkpoints else "no",
                 save_total_limit=1,
                 logging_strategy="no",
+                logging_nan_inf_filter=False,  # it would hide a divergence in the mean
                 report_to="none",
                 disable_tqdm=True,
                 remove_unused_columns=False,
@@ -119,7 +117,7 @@ def fit(
 
 
 def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Right-pad token columns to the longest, or the next multiple of a number, and stack everything: (batch, tokens) or (batch,)."""
+    """Right-pad token columns to the longest, or the next multiple of a number, and stack: (batch, tokens) or (batch,)."""
     longest = math.ceil(max(len(feature["input_ids"]) for feature in features) / multiple) * multiple
     fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     return {
@@ -178,8 +176,7 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for action in self.actions:
             action(kwargs["model"])
-        if report := progress.get():
-            report(state.global_step / state.max_steps)
+        report(state.global_step / state.max_steps)
 
 
 @contextlib.contextmanager

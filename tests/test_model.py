@@ -1,0 +1,120 @@
+"""Model: what is loaded, what is refused, what a folder keeps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from on_disk import listing, model_folder
+
+from multum.core.model import Model
+from multum.errors import InputError
+
+HEAD = "AutoModelForSequenceClassification"
+
+
+def load(source: Path | str) -> Model:
+    return Model.load(source, auto_class=HEAD)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_saved_and_loaded_it_is_the_same(family: str, tmp_path: Path) -> None:
+    model = tiny.uneven(tiny.model(family, layers=3))
+    model.history.append({"step": "made up"})
+    model.save(tmp_path / "model", {"task": "text-classification"})
+    again = load(tmp_path / "model")
+    assert again.fingerprint() == model.fingerprint()
+    assert (again.source, again.history, again.new_weights) == (model.source, model.history, ())
+    recipe = json.loads((tmp_path / "model" / "recipe.json").read_text(encoding="utf-8"))
+    assert recipe["task"] == "text-classification"
+    assert {"base", "versions", "machine", "when"} <= set(recipe)
+    assert not [name for name in listing(tmp_path) if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_the_fingerprint_is_the_same_in_every_process(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    code = f"from multum import Model; print(Model.load({str(folder)!r}, auto_class={HEAD!r}).fingerprint())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == load(folder).fingerprint()
+
+
+def test_the_fingerprint_sees_weights_shapes_and_tokenizer() -> None:
+    model = tiny.model()
+    found = {model.fingerprint()}
+    with torch.no_grad():
+        model.module.classifier.weight[0, 0] += 1e-6
+    found.add(model.fingerprint())
+    model.tokenizer.add_tokens(["zebra"])
+    found.add(model.fingerprint())
+    assert len(found) == 3
+    model.tokenizer("some text", truncation=True, max_length=4, padding="max_length")
+    assert model.fingerprint() in found  # a call's own options do not make another model
+
+
+def test_a_copy_is_independent() -> None:
+    model = tiny.model()
+    before, copy = model.fingerprint(), model.copy()
+    with torch.no_grad():
+        copy.module.classifier.weight.zero_()
+    copy.tokenizer.add_tokens(["zebra"])
+    copy.history.append({})
+    assert model.fingerprint() == before
+    assert model.history == []
+
+
+def test_an_untrained_head_is_known(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.module.bert.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    assert any(name.startswith("classifier") for name in load(tmp_path).new_weights)
+
+
+def damaged(folder: Path) -> Path:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return folder
+
+
+def without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def of_another_kind(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (damaged, "weights are damaged"),
+        (pickled, "pickled weights, which multum does not open"),
+        (lambda folder: without(folder, "model.safetensors"), "no weights"),
+        (lambda folder: without(folder, "config.json"), "no config.json"),
+        (of_another_kind, "cannot load it as AutoModelForSequenceClassification"),
+        (lambda folder: folder / "config.json", "is a file"),
+        (lambda folder: folder / "nowhere", "no such folder"),
+        (lambda folder: "no/such/place", "no such folder"),
+    ],
+)
+def test_what_is_no_model_is_refused(break_it: object, says: str, tmp_path: Path) -> None:
+    source = break_it(model_folder(tmp_path / "model"))  # type: ignore[operator]
+    with pytest.raises(InputError, match=says):
+        load(source)
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_clear_error() -> None:
+    with pytest.raises(InputError, match="cannot load it as"):
+        load("nobody/no-such-model")

@@ -1,0 +1,67 @@
+"""Steps by name: made from what a file or a command line gives, applied without touching what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+
+from multum.core.model import Model
+from multum.core.step import Step, find, from_history, make, names
+from multum.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shift(Step):
+    """Adds to one bias, says why it left another layer alone, and leaves the model in training mode."""
+
+    by: float = 1.0
+
+    def apply(self, model: Model, task: Any) -> Mapping[str, Any]:
+        model.module.train()
+        model.module.classifier.weight.data += self.by
+        return {"skipped": {"bert.pooler.dense": "it is the pooler"}, "shifted": self.by}
+
+
+def test_a_step_changes_a_copy_and_accounts_for_every_layer() -> None:
+    model = tiny.model()
+    before = model.fingerprint()
+    after = Shift(by=2.0)(model, tiny.task())
+    assert model.fingerprint() == before
+    assert model.history == []
+    assert not after.module.training
+    (entry,) = after.history
+    assert entry["fields"] == {"by": 2.0}
+    assert entry["shifted"] == 2.0
+    assert entry["changed"] == {"classifier": "weights"}
+    assert set(entry["changed"]) | set(entry["skipped"]) == set(model.linears())
+    assert entry["skipped"]["bert.pooler.dense"] == "it is the pooler"
+    assert entry["parameters"] == [model.parameters(), model.parameters()]
+
+
+def test_numbers_may_come_as_text() -> None:
+    assert make("finetune", {"learning_rate": "2e-5", "epochs": "3"}) == find("finetune")(learning_rate=2e-5, epochs=3)
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        make("finetune", {"learning_rate": "fast", "epochs": [1], "size": 3, "precision": "fp8"})
+    text = str(caught.value)
+    assert len(caught.value.problems) == 4
+    for part in ("learning_rate", "'fast'", "epochs", "no field named 'size'", "batch_size", "precision", "'fp8'"):
+        assert part in text
+
+
+def test_unknown_steps_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"no step named 'melt'.*distill.*finetune"):
+        make("melt", {})
+    assert "finetune" in names()
+
+
+def test_a_history_entry_makes_the_same_step_again() -> None:
+    step = make("finetune", {"epochs": 0.5, "seed": 3})
+    assert from_history({"step": "finetune", "fields": {**vars(step)}}) == step
+    assert step.name == "finetune"

@@ -1,0 +1,160 @@
+"""fit() against a loop written out in plain torch, and what it must leave as it was."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from multum.core.model import Model
+from multum.core.reporting import listening
+from multum.core.training import fit, pad, resolve_precision, training_problems
+from multum.errors import MultumError
+
+QUICK: dict[str, Any] = {"learning_rate": 1e-3, "precision": "fp32", "dropout": False}
+
+
+def label_loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return module(**batch).loss
+
+
+def rows_of(model: Model, count: int = 16) -> list[Any]:
+    return list(tiny.task(n_train=count).encode(model, "train"))
+
+
+def same(a: nn.Module, b: nn.Module, tolerance: float = 0.0) -> bool:
+    other = b.state_dict()
+    return all(torch.allclose(value, other[name], rtol=0, atol=tolerance) for name, value in a.state_dict().items())
+
+
+def test_it_is_adamw_with_linear_warm_up_decay_and_clipping() -> None:
+    """One batch an epoch, so that the order of the examples cannot matter; then ten optimizer steps by hand."""
+    model, steps, rate, decay, warm = tiny.model(), 10, 1e-3, 0.1, 2
+    by_hand = model.copy().module
+    rows = rows_of(model)
+    fit(model, rows, label_loss, epochs=steps, batch_size=len(rows), weight_decay=decay, warmup=warm / steps, **QUICK)
+
+    plain = [p for name, p in by_hand.named_parameters() if name.endswith("bias") or "LayerNorm" in name]
+    matrices = [p for name, p in by_hand.named_parameters() if not (name.endswith("bias") or "LayerNorm" in name)]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}], lr=rate)
+    batch = pad(rows, model.tokenizer.pad_token_id)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (step / warm if step < warm else (steps - step) / (steps - warm))
+        loss = by_hand(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = by_hand.state_dict()
+    for name, value in model.module.state_dict().items():
+        # The gradient of a key's bias is nothing but rounding, which Adam makes as large as any other.
+        assert name.endswith("key.bias") or torch.allclose(value, expected[name], rtol=0, atol=2e-5), name
+
+
+def test_every_example_is_seen_once_an_epoch() -> None:
+    model, seen = tiny.model(), []
+    rows = [{**row, "index": index} for index, row in enumerate(rows_of(model, 21))]
+
+    def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.extend(batch.pop("index").tolist())
+        return module(**batch).loss
+
+    fit(model, rows, loss, epochs=2, batch_size=4, **QUICK)
+    assert sorted(seen[:21]) == sorted(seen[21:]) == list(range(21))
+
+
+def test_equal_seeds_give_equal_weights() -> None:
+    results = []
+    for seed in (1, 1, 2):
+        model = tiny.model()
+        fit(model, rows_of(model), label_loss, epochs=2, learning_rate=1e-3, batch_size=4, precision="fp32", seed=seed)
+        results.append(model.module)
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_zeros_stay_zero() -> None:
+    model = tiny.model()
+    layer = model.module.bert.encoder.layer[0].intermediate.dense
+    layer.weight.data[::2] = 0.0
+    fit(model, rows_of(model), label_loss, epochs=3, batch_size=4, **QUICK)
+    assert not layer.weight[::2].any()
+    assert layer.weight[1::2].all()
+
+
+def test_what_it_changes_for_training_it_puts_back() -> None:
+    model = tiny.model()
+    model.module.set_attn_implementation("sdpa")
+    rates = [part.p for part in model.module.modules() if isinstance(part, nn.Dropout)]
+    forward = type(model.module).forward
+    fit(model, rows_of(model), label_loss, epochs=1, batch_size=8, learning_rate=1e-3, dropout=False, precision="bf16")
+    assert [part.p for part in model.module.modules() if isinstance(part, nn.Dropout)] == rates
+    assert model.module.config._attn_implementation == "sdpa"
+    assert model.module.forward.__func__ is forward  # no autocast left around it
+    assert not model.module.training
+
+
+def test_it_goes_on_from_its_last_checkpoint_to_the_same_weights(tmp_path: Path) -> None:
+    whole, broken = tiny.model(), tiny.model()
+    options = {"epochs": 4, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32"}
+    fit(whole, rows_of(whole), label_loss, checkpoints=tmp_path / "whole", **options)
+
+    calls = 0
+
+    def until_interrupted(module: nn.Module) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 10:  # in the third of four epochs
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(broken, rows_of(broken), label_loss, checkpoints=tmp_path / "broken", after_step=until_interrupted, **options)
+    again = tiny.model()
+    fit(again, rows_of(again), label_loss, checkpoints=tmp_path / "broken", **options)
+    assert same(whole.module, again.module, 1e-6)
+
+
+def test_progress_rises_to_one() -> None:
+    model, heard = tiny.model(), []
+    with listening(heard.append):
+        fit(model, rows_of(model), label_loss, epochs=2, batch_size=4, **QUICK)
+    assert heard == sorted(heard)
+    assert len(heard) == 8
+    assert heard[-1] == 1.0
+
+
+def test_a_loss_that_is_no_number_is_an_error() -> None:
+    model = tiny.model()
+    with pytest.raises(MultumError, match="lower learning rate"):
+        fit(model, rows_of(model), lambda m, b: label_loss(m, b) * math.nan, epochs=1, **QUICK)
+
+
+def test_padding_to_a_multiple() -> None:
+    features = [
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "token_type_ids": [0, 1, 1], "labels": 1},
+        {"input_ids": [8], "attention_mask": [1], "token_type_ids": [1], "labels": 0},
+    ]
+    batch = pad(features, 9, multiple=4)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 9], [8, 9, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["token_type_ids"].tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert pad(features, 9)["input_ids"].shape == (2, 3)
+
+
+def test_asked_for_precisions_are_taken() -> None:
+    assert resolve_precision("fp32") == "fp32"
+    assert resolve_precision("bf16") == "bf16"
+    assert resolve_precision("auto") in ("fp32", "bf16")
+
+
+def test_all_wrong_hyper_parameters_are_named() -> None:
+    assert training_problems(1, 1e-4, 8, 0.1) == []
+    named = training_problems(0, 2.0, 0, 1.0)
+    assert [problem.split()[0] for problem in named] == ["epochs", "learning_rate", "batch_size", "warmup"]
