@@ -15,7 +15,8 @@ import yaml
 
 from multum import _report_charts as charts
 from multum._report import report, summary, test_summary
-from multum._report_run import parse, points, short
+from multum._report_run import parse
+from multum._report_words import points, short
 from multum.errors import InputError, MultumError
 
 FULL = (12, 1536)
@@ -285,6 +286,14 @@ def test_waterfall_adds_up(measure):
     assert last.change == getattr(run.chosen.validation, measure)
     names = ["original, onnxruntime fp32", "original, onnxruntime int8", "rung-01", "rung-02", "rung-03", "rung-04"]
     assert [row.name for row in steps] == names  # OpenVINO is not on the way
+
+
+def test_path_leaves_out_rungs_that_led_nowhere():
+    run = sample_run()
+    other = copy.deepcopy(run["candidates"][8])
+    run["candidates"].append(other | {"name": "rung-03-taught", "folder": "rung-03-taught", "made_from": "rung-03"})
+    run["chosen"] = "rung-03-taught"
+    assert [c.name for c in parse(run).path()][-4:] == ["rung-01", "rung-02", "rung-03", "rung-03-taught"]
 
 
 def test_path_to_another_runtime_and_to_an_export():

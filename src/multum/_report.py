@@ -15,21 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ._report_page import interval, page, ratio, test_drop
-from ._report_run import (
-    Candidate,
-    Metrics,
-    Run,
-    duration,
-    lost,
-    megabytes,
-    milliseconds,
-    parse,
-    points,
-    read_run,
-    runtime,
-    short,
-    times,
-)
+from ._report_run import Candidate, Metrics, Run, parse, read_run
+from ._report_words import duration, lost, megabytes, milliseconds, points, runtime, short, times
 from .errors import InputError, MultumError
 
 

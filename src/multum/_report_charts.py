@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ._report_run import Candidate, Run, megabytes, milliseconds, runtime, times
+from ._report_run import Candidate, Run
+from ._report_words import megabytes, milliseconds, runtime, times
 
 COLORS = {
     "ink": "#1d1c1a",

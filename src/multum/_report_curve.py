@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ._report_charts import COLORS, FONT_SIZE, SHAPES, altair, kind, rule, svg, text_width
-from ._report_run import Candidate, Run, points, runtime, short
+from ._report_run import Candidate, Run
+from ._report_words import points, runtime, short
 
 LINE = 0.3
 """What it costs a label to cross a thin line, where covering another label or a point costs 1."""
@@ -34,9 +35,17 @@ def curve(run: Run, *, width: int, height: int) -> str:
     ]
     base = alt.Chart(alt.Data(values=values))
     color = alt.Color("color:N", scale=None)
-    walk = [v for v, c in zip(values, run.candidates, strict=True) if not c.is_original and c.technique != "another runtime"]
+    # A line from every rung to the one it was made from.
+    at = {c.name: value for value, c in zip(values, run.candidates, strict=True)}
+    walk = [
+        {**at[end.name], "pair": number}
+        for number, c in enumerate(run.candidates)
+        if (parent := run.parent(c))
+        for end in (parent, c)
+        if c.folder != parent.folder
+    ]
     layers = [
-        alt.Chart(alt.Data(values=walk)).mark_line(strokeWidth=1.5, color=COLORS["faint"]).encode(x=x, y=y, order="p50:Q"),
+        alt.Chart(alt.Data(values=walk)).mark_line(strokeWidth=1.5, color=COLORS["faint"]).encode(x=x, y=y, detail="pair:N"),
         base.mark_rule(strokeWidth=1.25, opacity=0.55).encode(x=x, y=alt.Y("low:Q", scale=y_scale), y2="high:Q", color=color),
         base.mark_point(filled=True, opacity=1).encode(
             x=x, y=y, color=color, shape=alt.Shape("shape:N", scale=None), size=alt.Size("size:Q", scale=None)

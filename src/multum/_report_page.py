@@ -11,7 +11,8 @@ from typing import Any
 
 from . import _report_charts as charts
 from ._report_curve import curve
-from ._report_run import Candidate, Metrics, Run, megabytes, milliseconds, points, runtime, short, times
+from ._report_run import Candidate, Metrics, Run
+from ._report_words import megabytes, milliseconds, points, runtime, short, times
 
 AUTO_CLASSES = {"text-classification": "AutoModelForSequenceClassification"}
 """What Transformers calls the class that loads a model for the task."""

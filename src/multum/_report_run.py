@@ -1,4 +1,4 @@
-"""A run as the report sees it: `run.json` checked, typed, and put into words."""
+"""A run as the report sees it: `run.json` checked and typed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-
-RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
-"""How the runtimes write their own names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +38,8 @@ class Candidate:
     name: str
     folder: str
     technique: str
+    made_from: str | None
+    """The folder it was made from, where that is known."""
     runtime: str
     precision: str
     blocks: list[tuple[int, int]]
@@ -97,9 +96,9 @@ class Run:
 
         Of the original's exports only those on the way: the runtime that the rungs run on, up to their precision.
         """
-        if not self.candidates:
+        end = self.shown
+        if end is None:
             return []
-        end = self.chosen or self.candidates[-1]
         rungs = [c for c in self.candidates if not c.is_original]
         walk = rungs[0] if rungs and not end.is_original else end
         way = [self.original]
@@ -108,13 +107,18 @@ class Run:
                 way.append(candidate)
                 if candidate.precision == walk.precision:
                     break
-        for candidate in rungs:
-            if end.is_original:
-                break
-            way.append(candidate)
-            if candidate.folder == end.folder:
-                break
-        return way if end in way else [*way, end]
+        if end.is_original:
+            return way if end in way else [*way, end]
+        made = [end]
+        while parent := self.parent(made[0]):
+            made.insert(0, parent)
+        return way + made
+
+    def parent(self, candidate: Candidate) -> Candidate | None:
+        """The rung that a rung was made from: the one it names, or else the one before it."""
+        rungs = [c for c in self.candidates if not c.is_original]
+        earlier = rungs[: rungs.index(candidate)] if candidate in rungs else []
+        return next((c for c in reversed(earlier) if candidate.made_from in (None, c.folder)), None)
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -189,6 +193,7 @@ def _candidate(check: _Check, entry: Any, where: str, first: bool) -> Candidate:
         name=check.of(entry, "name", str, where),
         folder=folder,
         technique=check.of(entry, "technique", str, where),
+        made_from=entry.get("made_from") if isinstance(entry, dict) else None,
         runtime=check.of(entry, "runtime", str, where),
         precision=check.of(entry, "precision", str, where),
         blocks=_pairs(check, check.of(entry, "blocks", list, where), f"{where}.blocks"),
@@ -252,48 +257,3 @@ def _printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_printable(key): _printable(item) for key, item in value.items()}
     return [_printable(item) for item in value] if isinstance(value, list) else value
-
-
-# -- numbers in words --------------------------------------------------------------------------------------------------------
-
-
-def short(value: float, digits: int = 3) -> str:
-    """A number to `digits` significant digits, without exponent, no digit before the point lost."""
-    if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else "–"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
-
-
-def milliseconds(value: float, digits: int = 3) -> str:
-    return f"{short(value, digits)} ms"
-
-
-def megabytes(value: float, digits: int = 3) -> str:
-    return f"{short(value / 1e6, digits)} MB"
-
-
-def times(value: float) -> str:
-    """A ratio: `14.2×`, `128×`."""
-    return f"{short(value, 2 if value < 1 else 3)}×"
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
-def lost(value: float) -> str:
-    """A drop in a table. Nothing lost has no sign."""
-    return f"{round(value, 2) + 0.0:.2f}"
-
-
-def points(value: float) -> str:
-    """`0.6 points`, `1 point`."""
-    text = f"{value:.2f}".rstrip("0").rstrip(".")
-    return f"{text} point" + ("" if text == "1" else "s")
-
-
-def runtime(candidate: Candidate) -> str:
-    return f"{RUNTIMES.get(candidate.runtime, candidate.runtime)} {candidate.precision}"

@@ -172,6 +172,7 @@ class _Chain:
             "folder": folder.name,
             "target": folder.name,
             "technique": folder.name[3:].replace("_", " "),
+            "made_from": None,
             "runtime": metrics["speed"]["runtime"],
             "precision": metrics["speed"]["precision"],
             "blocks": blocks,

@@ -60,8 +60,17 @@ class Bench:
             self.run.note("something else ran on this machine while it was measured: latencies and speed-ups are not to be trusted")
         return found
 
-    def add(self, name: str, folder: Path, target: Path, technique: str, model: Model, metrics: dict[str, Any]) -> None:
-        """Write a measured candidate into `run.json`."""
+    def add(
+        self,
+        name: str,
+        folder: Path,
+        target: Path,
+        technique: str,
+        model: Model,
+        metrics: dict[str, Any],
+        made_from: str | None = None,
+    ) -> None:
+        """Write a measured candidate into `run.json`; `made_from` names the folder it came from."""
         original = self.run.candidates[0] if self.run.candidates else None
         blocks = heads_and_neurons(model.module)
         # Rungs are timed beside the original's fastest form, which was timed beside the original in torch.
@@ -73,6 +82,7 @@ class Bench:
                 "folder": folder.name,
                 "target": str(target.relative_to(self.folder)),
                 "technique": technique,
+                "made_from": made_from,
                 "runtime": metrics["speed"]["runtime"],
                 "precision": metrics["speed"]["precision"],
                 "blocks": blocks,

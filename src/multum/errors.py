@@ -6,6 +6,11 @@ line prints it without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import os
+import re
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
 
 class MultumError(Exception):
     """Base of all errors that multum raises on purpose."""
@@ -46,3 +51,17 @@ class BudgetNotMet(MultumError):
     """No model within the budget was found. The best one found is saved and named in the text."""
 
     exit_code = 1
+
+
+def of_the_system(error: BaseException) -> str | None:
+    """What the operating system refused (a full disk, a place that may not be written to); None for any other error.
+
+    Libraries written in Rust (safetensors, tokenizers) say it in the text of an error of their own.
+    """
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno) + (f" ({error.filename})" if error.filename else "")
+    if found := _OS_ERROR.search(str(error)):
+        return os.strerror(int(found[1]))
+    return None

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from types import TracebackType
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from .errors import MultumError
+from .errors import MultumError, of_the_system
 
 RESUMABLE = ("quickstart", "shrink", "run")
 INTERRUPTED = 130
 STOPPED = "Stopped. Nothing half-written was kept, and nothing finished was lost"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class Commands(TyperGroup):
@@ -46,17 +43,3 @@ class _InWords:
         if error is not None and (reason := of_the_system(error)):
             terminal.complain(f"{reason}. Nothing half-written was kept; mend this and run the same command again")
             raise typer.Exit(MultumError.exit_code) from error
-
-
-def of_the_system(error: BaseException) -> str | None:
-    """What the operating system refused (a full disk, a place that may not be written to); None for any other error.
-
-    Libraries written in Rust (safetensors, tokenizers) say it in the text of an error of their own.
-    """
-    if isinstance(error, BrokenPipeError):
-        return None
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno) + (f" ({error.filename})" if error.filename else "")
-    if found := _OS_ERROR.search(str(error)):
-        return os.strerror(int(found[1]))
-    return None

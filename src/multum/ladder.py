@@ -71,7 +71,7 @@ class Ladder:
         if not folder.exists():
             model = self.task.load(str(self.folder / "original"))
             self._save(self._step("rung-01: trim the vocabulary", "trim_vocabulary", model), folder)
-        self._enter("rung-01", "vocabulary trimmed")
+        self._enter("rung-01", "vocabulary trimmed", "original")
 
     def rungs(self) -> None:
         """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry and half a step."""
@@ -114,7 +114,7 @@ class Ladder:
                 measured = self.bench.measure([self.folder / self.run.strongest()["target"], *new])[1:]
             for target, metrics in zip(new, measured, strict=True):
                 form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
-                self.bench.add(f"{best['name']}, {form}", source, target, form, model, metrics)
+                self.bench.add(f"{best['name']}, {form}", source, target, "another runtime", model, metrics, source.name)
         best = self.run.best()
         if self.run.values.get("shipped") != best["name"] or not folder.exists():
             with whole_folder(folder) as work:
@@ -153,7 +153,7 @@ class Ladder:
             if self._share(model) <= self.effort.teach_below:
                 model = self._teach(name, model, 1)
             self._save(model, folder)
-        self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"))
+        self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"), above)
         return True
 
     def _teach_again(self, name: str, source: str, times: int) -> bool:
@@ -163,7 +163,7 @@ class Ladder:
                 return False
             model = self.task.load(str(self.folder / source))
             self._save(self._teach(name, model, times), self.folder / name)
-        self._enter(name, "distilled for longer" if self._taught(source) else "distilled")
+        self._enter(name, "distilled for longer" if self._taught(source) else "distilled", source)
         return self._holds(name)
 
     def _teach(self, name: str, model: Model, times: int) -> Model:
@@ -198,7 +198,7 @@ class Ladder:
         model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed})
         self.bench.keep_stages()
 
-    def _enter(self, name: str, technique: str) -> None:
+    def _enter(self, name: str, technique: str, made_from: str) -> None:
         """Export a rung to the runtime that the walk is measured on, measure it, write it down."""
         if self.run.find(name):
             return
@@ -207,7 +207,7 @@ class Ladder:
         (target,) = self.bench.export(model, folder, [(strongest["runtime"], strongest["precision"])])
         with self.progress.stage(f"{name}: measure"):
             _, metrics = self.bench.measure([self.folder / strongest["target"], target])
-        self.bench.add(name, folder, target, technique, model, metrics)
+        self.bench.add(name, folder, target, technique, model, metrics, made_from)
 
     def _expect(self, rungs_done: int) -> None:
         taught = (self.folder / "teacher").exists()

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..errors import InputError, MultumError
+from ..errors import InputError, MultumError, of_the_system
 
 
 @contextmanager
@@ -37,12 +37,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             work.rename(target)
-    except SafetensorError as error:  # its words for a full disk
-        raise MultumError(f"cannot write {target}: {error}") from error
-    except OSError as error:
-        if error.errno is None:  # raised by a library about something else than the file system
-            raise
-        raise MultumError(f"cannot write {target}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        if reason := of_the_system(error):
+            raise MultumError(f"cannot write {target}: {reason}") from error
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -1,0 +1,58 @@
+"""The report's numbers and names in words."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._report_run import Candidate
+
+RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+"""How the runtimes write their own names."""
+
+
+def short(value: float, digits: int = 3) -> str:
+    """A number to `digits` significant digits, without exponent, no digit before the point lost."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def milliseconds(value: float, digits: int = 3) -> str:
+    """`0.412 ms`."""
+    return f"{short(value, digits)} ms"
+
+
+def megabytes(value: float, digits: int = 3) -> str:
+    """`7.81 MB` of so many bytes."""
+    return f"{short(value / 1e6, digits)} MB"
+
+
+def times(value: float) -> str:
+    """A ratio: `14.2×`, `128×`."""
+    return f"{short(value, 2 if value < 1 else 3)}×"
+
+
+def duration(seconds: float) -> str:
+    """`2 min 5 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+
+
+def lost(value: float) -> str:
+    """A drop in a table. Nothing lost has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def points(value: float) -> str:
+    """`0.6 points`, `1 point`."""
+    text = f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{text} point" + ("" if text == "1" else "s")
+
+
+def runtime(candidate: Candidate) -> str:
+    """The runtime and precision of a candidate, as people write them."""
+    return f"{RUNTIMES.get(candidate.runtime, candidate.runtime)} {candidate.precision}"
