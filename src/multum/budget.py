@@ -63,11 +63,11 @@ class Effort:
 
 FULL = Effort(
     finetune={"epochs": 4, "learning_rate": 1e-4},
-    distill={"epochs": 2, "augment": 4},
+    distill={"epochs": 1, "augment": 8},
     prune={"samples": 1024},
     rounds=30,
     teach_below=0.5,
-    retry=3,
+    retry=4,
 )
 QUICK = Effort(
     finetune={"epochs": 2, "learning_rate": 1e-4},
