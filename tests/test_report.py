@@ -288,6 +288,18 @@ def test_waterfall_adds_up(measure):
     assert [row.name for row in steps] == names  # OpenVINO is not on the way
 
 
+def test_a_recipe_s_run_names_its_own_folder(tmp_path):
+    run = sample_run() | {"kind": "recipe"}
+    folder = write(tmp_path / "reviews", run, chosen=False)
+    (folder / "model").mkdir()
+    (folder / "model" / "recipe.json").write_text(json.dumps(RECIPE))
+    page = report(folder).read_text(encoding="utf-8")
+    assert "multum predict reviews/model" in page
+    assert "reviews/chosen" not in page
+    assert 'from_pretrained("model")' in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "model" / "README.md").is_file()
+
+
 def test_path_leaves_out_rungs_that_led_nowhere():
     run = sample_run()
     other = copy.deepcopy(run["candidates"][8])
@@ -299,7 +311,8 @@ def test_path_leaves_out_rungs_that_led_nowhere():
 def test_path_to_another_runtime_and_to_an_export():
     run = sample_run()
     other = copy.deepcopy(run["candidates"][8])
-    run["candidates"].append(other | {"name": "rung-04, openvino", "runtime": "openvino", "technique": "another runtime"})
+    again = {"name": "rung-04, openvino", "runtime": "openvino", "technique": "another runtime", "made_from": "rung-04"}
+    run["candidates"].append(other | again)
     run["chosen"] = "rung-04, openvino"
     assert [c.name for c in parse(run).path()][-2:] == ["rung-04", "rung-04, openvino"]
     run["chosen"] = "original, openvino int8"

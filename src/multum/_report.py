@@ -35,7 +35,7 @@ def report(folder: Path, output: Path | None = None) -> Path:
     """
     folder = Path(folder)
     run = parse(read_run(folder / "run.json"))
-    recipe_file = folder / ("chosen" if run.chosen else Path(run.shown.folder).name if run.shown else ".") / "recipe.json"
+    recipe_file = folder / (run.ships if run.chosen else Path(run.shown.folder).name if run.shown else ".") / "recipe.json"
     recipe = read_run(recipe_file) if recipe_file.is_file() else {}
     name = folder.resolve().name
     context = page(run, recipe, name)
@@ -45,8 +45,8 @@ def report(folder: Path, output: Path | None = None) -> Path:
     _write(output, _template("report.html.j2").render(context))
     card = _template("card.md.j2")
     _write(folder / "README.md", card.render(context, at_chosen=False))
-    if (folder / "chosen").is_dir() and run.chosen:
-        _write(folder / "chosen" / "README.md", card.render(context, at_chosen=True))
+    if (folder / run.ships).is_dir() and run.chosen:
+        _write(folder / run.ships / "README.md", card.render(context, at_chosen=True))
     return output
 
 

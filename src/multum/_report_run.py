@@ -74,6 +74,11 @@ class Run:
         return self.chosen or (self.candidates[-1] if self.candidates else None)
 
     @property
+    def ships(self) -> str:
+        """The folder that ships: what a search chose, or a recipe's last model."""
+        return "model" if self.raw.get("kind") == "recipe" else "chosen"
+
+    @property
     def scale(self) -> float:
         """100 where the metric is a share and is shown in per cent, else 1."""
         seen = [m for c in self.candidates for m in (c.validation, c.test) if m]

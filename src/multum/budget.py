@@ -74,6 +74,6 @@ QUICK = Effort(
     distill={"epochs": 1, "augment": 2},
     prune={"samples": 256},
     rounds=12,
-    teach_below=0.25,
+    teach_below=0.3,
     retry=0,
 )

@@ -20,6 +20,8 @@ from .run_folder import RunFolder
 STEP = 1.5
 """How much faster the next rung is meant to be."""
 MAX_RUNGS = 16
+FAR_SLOWER = 1.5
+"""A runtime that took so much longer than the fastest on the original is not tried on what ships."""
 
 
 class Ladder:
@@ -106,7 +108,7 @@ class Ladder:
         best = self.run.best()
         source, folder = self.folder / best["folder"], self.folder / "chosen"
         model = self.task.load(str(source))
-        wanted = [offer for offer in bench.offers() if offer[1] == best["precision"] or offer == ("onnxruntime", "int8")]
+        wanted = [offer for offer in self._worth_trying() if offer[1] == best["precision"] or offer == ("onnxruntime", "int8")]
         targets = self.bench.export(model, source, wanted)
         known = {candidate["target"] for candidate in self.run.candidates}
         if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
@@ -125,6 +127,12 @@ class Ladder:
             self.run.values["shipped"] = best["name"]
             self.run.write()
         return best
+
+    def _worth_trying(self) -> list[tuple[str, str]]:
+        """The forms in which the original was not far slower than in its fastest."""
+        limit = FAR_SLOWER * self.run.strongest()["validation"]["speed"]["p50_ms"]
+        forms = [c for c in self.run.candidates[1:] if c["folder"] == "original" and c["validation"]["speed"]["p50_ms"] <= limit]
+        return [(c["runtime"], c["precision"]) for c in forms]
 
     def test(self, best: dict[str, Any]) -> None:
         """The only look at the test split: the original in torch, its fastest form, and what ships."""

@@ -1,0 +1,54 @@
+"""Whether `multum measure` times the original in torch as a ten-line script does that knows only transformers.
+
+    python benchmarks/latency_agreement.py [MODEL]
+
+Both answer the same number of test texts of the film reviews one by one, each in a fresh process, in turns: torch fp32, eager, all
+cores. What is given is the ratio of the two medians, round by round, and beside it how far the script's own rounds lie apart.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import median_with_range, print_table, save
+
+from multum._measure import measure
+from multum.data import open_task
+from multum.example import fetch
+
+ROUNDS, TEXTS = 7, 300
+
+
+def main() -> None:
+    task = open_task("text-classification", str(fetch("reviews-en")))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        task.load(sys.argv[1] if len(sys.argv) > 1 else str(fetch("minilm"))).save(folder)
+        texts = Path(scratch) / "texts.json"
+        rows = []
+        for seed in range(ROUNDS):
+            texts.write_text(json.dumps(random.Random(seed).choices(task.inputs("test"), k=TEXTS)), encoding="utf-8")
+            script = [sys.executable, str(Path(__file__).with_name("ten_lines.py")), str(folder), str(texts)]
+            alone = float(subprocess.run(script, check=True, capture_output=True, text=True).stdout)
+            (metrics,) = measure([folder], task, rounds=TEXTS // 50, texts_per_round=50)
+            rows.append((alone, metrics["speed"]["p50_ms"]))
+            print(f"script {rows[-1][0]:.3f} ms, measure {rows[-1][1]:.3f} ms", flush=True)
+    ratio = median_with_range([ours / alone for alone, ours in rows])
+    alone = median_with_range([alone for alone, _ in rows])
+    print_table(
+        [
+            ["", "median", "lowest", "highest"],
+            ["ten-line script, ms", *(f"{alone[key]:.2f}" for key in ("median", "low", "high"))],
+            ["measure / script", *(f"{ratio[key]:.3f}" for key in ("median", "low", "high"))],
+        ]
+    )
+    save("latency_agreement", {"rounds_ms": rows, "script_ms": alone, "ratio": ratio, "texts": TEXTS})
+
+
+if __name__ == "__main__":
+    main()
