@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: data, tables, and results kept with the machine they were measured on."""
+"""What the benchmark scripts share: data, and results kept with the machine they were measured on."""
 
 from __future__ import annotations
 
@@ -32,15 +32,21 @@ def median_with_range(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """A Markdown table; the first row is its head."""
-    for number, row in enumerate(rows):
-        print("| " + " | ".join(row) + " |")
-        if number == 0:
-            print("|" + " --- |" * len(row))
+def publish(name: str, rows: Sequence[Sequence[str]], values: dict[str, Any], *, summary: str = "") -> None:
+    """Print a table and keep it: `results/NAME.md` to read, `results/NAME.json` with every figure behind it.
 
-
-def save(name: str, values: dict[str, Any]) -> None:
+    Args:
+        rows: the first one is the head.
+        values: what the table was made from.
+        summary: a sentence under it.
+    """
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    about = machine()
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    text = "\n".join([*lines, "", summary] if summary else lines)
+    print(text)
     RESULTS.mkdir(exist_ok=True)
-    about = {"machine": machine(), "versions": versions(), "when": datetime.now(UTC).isoformat(timespec="seconds")}
-    write_json(RESULTS / f"{name}.json", {**values, **about})
+    place = f"`python benchmarks/{name}.py` on {about['cores']} cores of {about['processor']}, {when[:10]}."
+    (RESULTS / f"{name}.md").write_text(f"{text}\n\n{place}\n", encoding="utf-8")
+    write_json(RESULTS / f"{name}.json", {**values, "machine": about, "versions": versions(), "when": when})

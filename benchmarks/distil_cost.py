@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from common import median_with_range, print_table, reviews, save
+from common import median_with_range, publish, reviews
 
 from multum.core.step import make
 from multum.data import open_task
@@ -39,9 +39,8 @@ def main() -> None:
         [name, f"{sorted(column)[ROUNDS // 2]:.1f}"]
         for name, column in zip(("finetune", "distill"), zip(*seconds, strict=True), strict=True)
     ]
-    print_table(rows)
-    print(f"ratio {ratio['median']:.3f} (lowest {ratio['low']:.3f}, highest {ratio['high']:.3f})")
-    save("distil_cost", {"seconds": seconds, "ratio": ratio, "texts": TEXTS, "batch_size": 32})
+    summary = f"Ratio {ratio['median']:.3f} (lowest {ratio['low']:.3f}, highest {ratio['high']:.3f} of {ROUNDS} rounds)."
+    publish("distil_cost", rows, {"seconds": seconds, "ratio": ratio, "texts": TEXTS, "batch_size": 32}, summary=summary)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import median_with_range, print_table, save
+from common import median_with_range, publish
 
 from multum._measure import measure
 from multum.data import open_task
@@ -40,14 +40,12 @@ def main() -> None:
             print(f"script {rows[-1][0]:.3f} ms, measure {rows[-1][1]:.3f} ms", flush=True)
     ratio = median_with_range([ours / alone for alone, ours in rows])
     alone = median_with_range([alone for alone, _ in rows])
-    print_table(
-        [
-            ["", "median", "lowest", "highest"],
-            ["ten-line script, ms", *(f"{alone[key]:.2f}" for key in ("median", "low", "high"))],
-            ["measure / script", *(f"{ratio[key]:.3f}" for key in ("median", "low", "high"))],
-        ]
-    )
-    save("latency_agreement", {"rounds_ms": rows, "script_ms": alone, "ratio": ratio, "texts": TEXTS})
+    table = [
+        ["", "median", "lowest", "highest"],
+        ["ten-line script, ms", *(f"{alone[key]:.2f}" for key in ("median", "low", "high"))],
+        ["measure / script", *(f"{ratio[key]:.3f}" for key in ("median", "low", "high"))],
+    ]
+    publish("latency_agreement", table, {"rounds_ms": rows, "script_ms": alone, "ratio": ratio, "texts": TEXTS})
 
 
 if __name__ == "__main__":

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import fisher_masks
-from common import print_table, save
+from common import publish
 
 from multum._measure import measure
-from multum.core.latency import LatencyTable
+from multum.bench import measured_table
 from multum.core.model import Model
 from multum.core.step import make
-from multum.core.surgery import heads_and_neurons
 from multum.data import open_task
 from multum.example import fetch
 from multum.runtimes import find
 
 SPEEDUPS = (1.5, 2.0)
 SAMPLES = 1024
+THREADS = 2
 LAYERS = {1.5: 4, 2.0: 3}
 
 
@@ -38,7 +38,8 @@ def main() -> None:
         model = task.load(sys.argv[1]) if len(sys.argv) > 1 else task.load(str(fetch("minilm")))
         if not task.is_trained(model):
             model = make("finetune", {"epochs": 3, "learning_rate": 1e-4})(model, task)
-        table = measured_table(model, task, folder / "latency.json")
+        table = measured_table(model, task, precision="int8", threads=THREADS, rounds=12)
+        table.save(folder / "latency.json")
         made: dict[str, Model] = {"whole": model}
         for speedup in SPEEDUPS:
             options = {"speedup": speedup, "samples": SAMPLES, "latency_table": str(folder / "latency.json")}
@@ -54,22 +55,7 @@ def main() -> None:
         ratio, quality = metrics["speed"]["ratio_to_first"], metrics["quality"]
         intervals = [f"{low:.3f} to {high:.3f}" for low, high in (ratio["ci95"], quality["ci95"])]
         rows.append([name, f"{ratio['value']:.2f}x", intervals[0], f"{quality['value']:.4f}", intervals[1]])
-    print_table(rows)
-    save("one_shot", {"models": found})
-
-
-def measured_table(model: Model, task: Any, path: Path) -> LatencyTable:
-    lengths = sorted(len(row["input_ids"]) for row in task.encode(model, "validation"))
-    lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
-    size = model.module.config.hidden_size // model.module.config.num_attention_heads
-    probe = find("onnxruntime").probe
-
-    def timer(blocks: Any) -> Any:
-        return probe(model.module.config.hidden_size, size, blocks, precision="int8", lengths=lengths, threads=2)
-
-    LatencyTable.measure(timer, heads=heads, neurons=neurons).save(path)
-    return LatencyTable.load(path)
+    publish("one_shot", rows, {"models": found})
 
 
 def measured(made: dict[str, Model], task: Any, folder: Path) -> dict[str, Any]:
@@ -86,7 +72,7 @@ def measured(made: dict[str, Model], task: Any, folder: Path) -> dict[str, Any]:
             pairs=task.has_pairs,
         )
         targets.append(target)
-    return dict(zip(made, measure(targets, task, split="test", threads=2), strict=True))
+    return dict(zip(made, measure(targets, task, split="test", threads=THREADS), strict=True))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from common import median_with_range, print_table, save
+from common import median_with_range, publish
 
 import multum
 from multum.core.folders import read_json, write_json
@@ -127,10 +127,13 @@ def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> N
         ]
         for r in runs
     ]
-    print_table([head, *rows])
     keys = ("original_accuracy", "chosen_accuracy", "drop", "over_torch", "over_strongest", "smaller")
     total = {key: median_with_range([r[key] for r in runs]) for key in keys}
-    save("reviews_quick" if quick else "reviews", {"finetune": recipe, "runs": runs, "median": total})
+    summary = "; ".join(
+        f"{key.replace('_', ' ')} {t['median']:.3g} ({t['low']:.3g} to {t['high']:.3g})" for key, t in total.items()
+    )
+    values = {"finetune": recipe, "runs": runs, "median": total}
+    publish("reviews_quick" if quick else "reviews", [head, *rows], values, summary=f"Median over seeds (range): {summary}.")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from common import median_with_range, print_table, save
+from common import median_with_range, publish
 
 ROUNDS = 11
 
@@ -27,11 +27,8 @@ def main() -> None:
         for name, command in commands.items():
             seen[name].append(seconds(*command))
     found = {name: median_with_range(times) for name, times in seen.items()}
-    print_table(
-        [["command", "median s", "lowest", "highest"]]
-        + [[name, *(f"{f[k]:.3f}" for k in ("median", "low", "high"))] for name, f in found.items()]
-    )
-    save("startup", {"seconds": found})
+    rows = [[name, *(f"{f[k]:.3f}" for k in ("median", "low", "high"))] for name, f in found.items()]
+    publish("startup", [["command", "median s", "lowest", "highest"], *rows], {"seconds": found})
 
 
 if __name__ == "__main__":

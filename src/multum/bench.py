@@ -11,7 +11,7 @@ from ._measure import measure
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
-from .core.surgery import heads_and_neurons
+from .core.surgery import head_size, heads_and_neurons
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -99,22 +99,10 @@ class Bench:
     def latency_table(self, model: Model) -> LatencyTable:
         path = self.folder / "latency.json"
         if not path.exists():
-            config, strongest = model.module.config, self.run.strongest()
-            precision, threads = strongest["precision"], strongest["validation"]["speed"]["threads"]
-            lengths = sorted(len(row["input_ids"]) for row in self.task.encode(model, "validation"))
-            lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-            heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
-            size = config.hidden_size // config.num_attention_heads
-            # Other runtimes are read off onnxruntime's table: relative costs are what the search needs.
-            probe = runtimes.find("onnxruntime").probe
+            strongest = self.run.strongest()
+            threads = strongest["validation"]["speed"]["threads"]
             with self.progress.stage("measure the latency table"):
-                LatencyTable.measure(
-                    lambda blocks: probe(config.hidden_size, size, blocks, precision=precision, lengths=lengths, threads=threads),
-                    heads=heads,
-                    neurons=neurons,
-                    rounds=self.rounds,
-                    about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
-                ).save(path)
+                measured_table(model, self.task, precision=strongest["precision"], threads=threads, rounds=self.rounds).save(path)
         self.run.values["latency_table"] = read_json(path)
         return LatencyTable.load(path)
 
@@ -122,6 +110,24 @@ class Bench:
         """Write down how long every stage took."""
         self.run.values["stages"] = self.progress.stages()
         self.run.write()
+
+
+def measured_table(model: Model, task: Any, *, precision: str, threads: int, rounds: int) -> LatencyTable:
+    """What heads, neurons and blocks cost on this machine, at the lengths of the task's own texts.
+
+    In onnxruntime, whatever runtime ships: relative costs are what the search needs.
+    """
+    lengths = sorted(len(row["input_ids"]) for row in task.encode(model, "validation"))
+    lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
+    hidden, size, probe = model.module.config.hidden_size, head_size(model.module), runtimes.find("onnxruntime").probe
+    return LatencyTable.measure(
+        lambda blocks: probe(hidden, size, blocks, precision=precision, lengths=lengths, threads=threads),
+        heads=heads,
+        neurons=neurons,
+        rounds=rounds,
+        about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
+    )
 
 
 def offers() -> list[tuple[str, str]]:
