@@ -1,0 +1,100 @@
+"""The turns of the walk: which rung is made from which, how fast, and where it ends. Rungs are made up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from multum.ladder import MAX_RUNGS, STEP, Ladder
+
+HALF = STEP**0.5
+
+
+class MadeUp(Ladder):
+    """Every rung costs what `drops` says (rungs that are not named drop 9 points); a run's own parts are left out."""
+
+    def __init__(self, drops: dict[str, float], *, retry: int = 0, taught_from: int = 2, room: int = MAX_RUNGS) -> None:
+        self.drops, self.taught_from, self.room = drops, taught_from, room
+        self.effort = SimpleNamespace(retry=retry)
+        self.made: list[tuple[str, str, float]] = []
+
+    def _expect(self, rungs_done: int) -> None:
+        pass
+
+    def _rung(self, name: str, above: str, step: float) -> bool:
+        if len(self.made) == self.room:
+            return False
+        self.made.append((name, above, step))
+        return True
+
+    def _teach_again(self, name: str, source: str, times: int) -> bool:
+        self.made.append((name, source, float(times)))
+        return self._holds(name)
+
+    def _taught(self, name: str) -> bool:
+        return name.endswith(("-longer", "-taught")) or int(name[5:7]) >= self.taught_from
+
+    def _holds(self, name: str) -> bool:
+        return self.drops.get(name, 9.0) <= 1.0
+
+
+def walk(drops: dict[str, float], **options: int) -> list[tuple[str, str, float]]:
+    ladder = MadeUp(drops, **options)
+    ladder.rungs()
+    return ladder.made
+
+
+def test_rungs_are_made_one_from_the_other_until_one_fails_and_half_a_step_fails_too() -> None:
+    assert walk({"rung-01": 0, "rung-02": 0.3, "rung-03": 0.9}) == [
+        ("rung-02", "rung-01", STEP),
+        ("rung-03", "rung-02", STEP),
+        ("rung-04", "rung-03", STEP),
+        ("rung-05", "rung-03", HALF),
+    ]
+
+
+def test_after_half_a_step_that_holds_the_walk_goes_on_in_half_steps() -> None:
+    assert walk({"rung-01": 0, "rung-03": 0.5, "rung-04": 1.0}) == [
+        ("rung-02", "rung-01", STEP),
+        ("rung-03", "rung-01", HALF),
+        ("rung-04", "rung-03", HALF),
+        ("rung-05", "rung-04", HALF),
+    ]
+
+
+def test_a_rung_that_holds_after_longer_teaching_is_what_the_next_is_made_from() -> None:
+    assert walk({"rung-01": 0, "rung-02-longer": 0.8}, retry=4)[:4] == [
+        ("rung-02", "rung-01", STEP),
+        ("rung-02-longer", "rung-02", 4.0),
+        ("rung-03", "rung-02-longer", STEP),
+        ("rung-03-longer", "rung-03", 4.0),
+    ]
+
+
+def test_untaught_rungs_are_passed_whatever_they_drop() -> None:
+    made = walk({"rung-01": 0, "rung-04": 0.5}, taught_from=4)
+    assert made[:4] == [
+        ("rung-02", "rung-01", STEP),
+        ("rung-03", "rung-02", STEP),
+        ("rung-04", "rung-03", STEP),
+        ("rung-05", "rung-04", STEP),
+    ]
+
+
+@pytest.mark.parametrize(("holds", "taught"), [("rung-03-taught", ["rung-03-taught"]), ("", ["rung-03-taught", "rung-02-taught"])])
+def test_when_the_first_taught_rung_fails_those_above_are_taught_from_the_lowest_up(holds: str, taught: list[str]) -> None:
+    made = walk({"rung-01": 0, holds: 0.5}, taught_from=4)
+    assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", *taught]
+
+
+def test_an_untaught_rung_that_holds_needs_no_teaching() -> None:
+    made = walk({"rung-01": 0, "rung-03": 0.2}, taught_from=4)
+    assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", "rung-05"]
+    assert made[-1] == ("rung-05", "rung-03", HALF)
+
+
+def test_the_walk_ends_where_there_is_no_room_or_no_time_and_at_the_last_rung() -> None:
+    everything = {f"rung-{n:02d}": 0.0 for n in range(1, MAX_RUNGS + 5)}
+    assert len(walk(everything, room=3)) == 3
+    assert walk(everything)[-1][0] == f"rung-{MAX_RUNGS:02d}"
