@@ -53,12 +53,12 @@ def removal_order(weight: torch.Tensor, gram: torch.Tensor, size: int, group: in
     """
     w, inverse = weight.double().clone(), torch.linalg.inv(damped(gram))
     units = weight.shape[1] // size
-    alive = torch.ones(units, dtype=torch.bool)
+    alive = torch.ones(units, dtype=torch.bool, device=w.device)
     removed: list[list[int]] = []
     while alive.any():
         scores = errors_of_removal(w, inverse, size).masked_fill(~alive, torch.inf)
         chosen = torch.topk(scores, min(group, int(alive.sum())), largest=False).indices.sort().values
-        features = (chosen[:, None] * size + torch.arange(size)).flatten()
+        features = (chosen[:, None] * size + torch.arange(size, device=w.device)).flatten()
         remove_(w, inverse, features)
         alive[chosen] = False
         removed.append(chosen.tolist())
@@ -72,7 +72,7 @@ def errors_of_removal(w: torch.Tensor, inverse: torch.Tensor, size: int) -> torc
         return w.square().sum(0) / inverse.diagonal().clamp_min(1e-30)
     blocks = torch.stack([inverse[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(units)])
     columns = w.T.reshape(units, size, -1)
-    eye = torch.eye(size, dtype=w.dtype) * 1e-12
+    eye = torch.eye(size, dtype=w.dtype, device=w.device) * 1e-12
     return (columns * torch.linalg.solve(blocks + eye, columns)).sum((1, 2))
 
 

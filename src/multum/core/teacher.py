@@ -18,7 +18,7 @@ from torch import nn
 from .folders import cache_home, digest, read_json, write_json
 from .model import Model
 from .reporting import report
-from .training import FEW_SHAPES, Precision, Rows, autocast, pad, resolve_precision
+from .training import FEW_SHAPES, Precision, Rows, autocast, on_accelerator, pad, resolve_precision
 
 CHUNK = 2048
 """Rows between two writes."""
@@ -88,7 +88,8 @@ def cached_logits(teacher: Model, rows: Rows, folder: Path, *, precision: Precis
             continue
         if str(start) in done:
             logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
-        part[:] = logits(teacher.module, rows[start : start + CHUNK], teacher.tokenizer.pad_token_id, precision=precision)
+        with on_accelerator(teacher.module):
+            part[:] = logits(teacher.module, rows[start : start + CHUNK], teacher.tokenizer.pad_token_id, precision=precision)
         values.flush()
         done[str(start)] = digest(part.tobytes())
         write_json(index, done)

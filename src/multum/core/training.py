@@ -72,6 +72,7 @@ def fit(
     module = model.module
     with (
         tempfile.TemporaryDirectory() as scratch,
+        on_accelerator(module),
         _attention_for_training(module),
         _dropout(module, on=dropout),
         _zeros_kept(module) as zero_again,
@@ -145,6 +146,18 @@ def autocast(precision: Precision) -> Iterator[None]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, torch.bfloat16, enabled=resolve_precision(precision) == "bf16"):
         yield
+
+
+@contextlib.contextmanager
+def on_accelerator(module: nn.Module) -> Iterator[None]:
+    """Have a module on the machine's accelerator, if there is one, and then again where it was."""
+    before = next(module.parameters()).device
+    if torch.accelerator.is_available():
+        module.to(torch.accelerator.current_accelerator())
+    try:
+        yield
+    finally:
+        module.to(before)
 
 
 class _LossTrainer(Trainer):
