@@ -18,7 +18,7 @@ from multum.core.step import make
 from multum.data import open_task
 from multum.example import fetch
 
-ROUNDS = 5
+ROUNDS = 9
 TEXTS = 2000
 
 

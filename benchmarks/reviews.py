@@ -94,6 +94,7 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
         "bytes": [c["test"]["size"]["bytes_on_disk"] for c in (original, strongest, chosen)],
         "smaller": original["test"]["size"]["bytes_on_disk"] / chosen["test"]["size"]["bytes_on_disk"],
         "seconds": run["elapsed_s"],
+        "frontier": [(c["name"], c["speedup"], c["drop"]) for c in run["candidates"] if c["name"].startswith("rung-")],
     }
 
 
@@ -132,6 +133,9 @@ def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> N
     summary = "; ".join(
         f"{key.replace('_', ' ')} {t['median']:.3g} ({t['low']:.3g} to {t['high']:.3g})" for key, t in total.items()
     )
+    for r in runs:
+        walk = ", ".join(f"{name} {speedup:.1f}x {drop:+.2f}" for name, speedup, drop in r["frontier"])
+        summary += f".\n\nThe walk of seed {r['seed']} on validation (speed-up over torch, points lost): {walk}"
     values = {"finetune": recipe, "runs": runs, "median": total}
     publish("reviews_quick" if quick else "reviews", [head, *rows], values, summary=f"Median over seeds (range): {summary}.")
 
