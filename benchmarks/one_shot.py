@@ -2,7 +2,7 @@
 
     python benchmarks/one_shot.py
 
-All three cut the same fine-tuned MiniLM under the same latency table to 1.5x and 2x, from the same 1,024 training texts
+All three cut the same fine-tuned MiniLM under the same latency table to 1.5x and 2x, from 1,024 training texts each
 (`prune_structured` and `drop_layers` see no labels, Fisher masks do). Each result is exported to onnxruntime int8 and measured
 in turns with the whole model on the test split. `drop_layers` tries importance, top and alternate layers, and its best is shown.
 """

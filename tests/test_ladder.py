@@ -98,3 +98,8 @@ def test_the_walk_ends_where_there_is_no_room_or_no_time_and_at_the_last_rung() 
     everything = {f"rung-{n:02d}": 0.0 for n in range(1, MAX_RUNGS + 5)}
     assert len(walk(everything, room=3)) == 3
     assert walk(everything)[-1][0] == f"rung-{MAX_RUNGS:02d}"
+
+
+def test_where_there_is_no_room_below_untaught_rungs_are_taught() -> None:
+    made = walk({"rung-01": 0, "rung-02-taught": 0.5}, taught_from=9, room=1)
+    assert [name for name, _, _ in made] == ["rung-02", "rung-02-taught"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from multum.core.latency import Blocks, LatencyTable, Timer, grid, interleave
+from multum.errors import InputError
 
 HEADS, NEURONS = 4, 384
 BASE, EMPTY = 5.0, 0.25
@@ -177,3 +178,10 @@ def test_measure_is_not_disturbed_by_a_spike() -> None:
 
     spiky = LatencyTable.measure(disturbed, heads=HEADS, neurons=NEURONS, rounds=5)
     assert spiky == made()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"attention": 3}', '{"base": 1, "attention": {"a": 1}}'])
+def test_a_file_that_is_no_table_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="is no latency table"):
+        LatencyTable.load(tmp_path / "table.json")

@@ -24,7 +24,7 @@ from multum.core.model import Model
 from multum.errors import BudgetNotMet, InputError
 from multum.plan import ahead
 from multum.progress import Progress
-from multum.run_folder import RunFolder
+from multum.run_folder import RunFolder, check_folder
 
 EFFORT = replace(
     QUICK,
@@ -223,6 +223,23 @@ def test_best_falls_back_to_what_keeps_the_drop(tmp_path: Path) -> None:
         time_limit_s=None,
     )
     for name, drop, latency in (("original", 0.0, 9.0), ("a", 0.5, 3.0), ("b", 2.0, 1.0)):
-        speed = {"p50_ms": latency}
-        folder.add({"name": name, "drop": drop, "speedup": 1.0, "validation": {"speed": speed, "size": {"bytes_on_disk": 100}}})
+        figures = {"speed": {"p50_ms": latency}, "size": {"bytes_on_disk": 100}}
+        folder.add({"name": name, "drop": drop, "speedup": 9.0 / latency, "validation": figures})
     assert folder.best()["name"] == "a"
+
+
+def test_best_goes_by_the_ratio_taken_in_turns_not_by_milliseconds(tmp_path: Path) -> None:
+    arguments = {"model": "m", "data": "d", "seed": 0, "threads": 1, "quick": True}
+    folder = RunFolder(tmp_path / "run", arguments, task=tiny.task(), budget=Budget(), time_limit_s=None)
+    for name, speedup, latency in (("original", 1.0, 9.0), ("on an idle machine", 3.0, 3.0), ("on a busy one", 4.0, 5.0)):
+        figures = {"speed": {"p50_ms": latency}, "size": {"bytes_on_disk": 100}}
+        folder.add({"name": name, "drop": 0.0, "speedup": speedup, "validation": figures})
+    assert folder.best()["name"] == "on a busy one"
+
+
+def test_a_folder_with_nothing_but_a_half_written_file_may_be_used(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.123.part").touch()
+    check_folder(tmp_path, {})
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds something else"):
+        check_folder(tmp_path, {})

@@ -70,12 +70,11 @@ class Bench:
         metrics: dict[str, Any],
         made_from: str | None = None,
     ) -> None:
-        """Write a measured candidate into `run.json`; `made_from` names the folder it came from."""
+        """Put a measured candidate into the run; `made_from` names the folder it came from. `keep` writes it down."""
         original = self.run.candidates[0] if self.run.candidates else None
         blocks = heads_and_neurons(model.module)
         # Rungs are timed beside the original's fastest form, which was timed beside the original in torch.
         beside = self.run.strongest()["speedup"] if original and folder.name != "original" else 1.0
-        self.keep_stages()
         self.run.add(
             {
                 "name": name,
@@ -106,8 +105,8 @@ class Bench:
         self.run.values["latency_table"] = read_json(path)
         return LatencyTable.load(path)
 
-    def keep_stages(self) -> None:
-        """Write down how long every stage took."""
+    def keep(self) -> None:
+        """Write the run down: its candidates, and how long every stage took."""
         self.run.values["stages"] = self.progress.stages()
         self.run.write()
 

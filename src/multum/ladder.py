@@ -61,10 +61,12 @@ class Ladder:
         if self.run.find("original") is None:
             with self.progress.stage("measure the original"):
                 found = self.bench.measure(targets)
+            # All or none: what is fastest among them decides the rest of the run.
             for target, metrics in zip(targets, found, strict=True):
                 form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
                 name, technique = ("original", "the model in torch") if target == folder else (f"original, {form}", form)
                 self.bench.add(name, folder, target, technique, model, metrics)
+            self.bench.keep()
         self.table = self.bench.latency_table(model)
 
     def vocabulary(self) -> None:
@@ -82,6 +84,8 @@ class Ladder:
             self._expect(number - 1)
             name = f"rung-{number:02d}"
             if not self._rung(name, above[-1], step):
+                if not self._holds(above[-1]) and not self._taught(above[-1]):
+                    self._go_back(above)
                 return
             if self._taught(name) and not self._holds(name):
                 if self.effort.retry and self._teach_again(f"{name}-longer", name, self.effort.retry):
@@ -108,7 +112,8 @@ class Ladder:
         best = self.run.best()
         source, folder = self.folder / best["folder"], self.folder / "chosen"
         model = self.task.load(str(source))
-        wanted = [offer for offer in self._worth_trying() if offer[1] == best["precision"] or offer == ("onnxruntime", "int8")]
+        walked = self.run.find(best["folder"]) or best
+        wanted = [offer for offer in self._worth_trying() if offer[1] == walked["precision"] or offer == ("onnxruntime", "int8")]
         targets = self.bench.export(model, source, wanted)
         known = {candidate["target"] for candidate in self.run.candidates}
         if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
@@ -116,7 +121,8 @@ class Ladder:
                 measured = self.bench.measure([self.folder / self.run.strongest()["target"], *new])[1:]
             for target, metrics in zip(new, measured, strict=True):
                 form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
-                self.bench.add(f"{best['name']}, {form}", source, target, "another runtime", model, metrics, source.name)
+                self.bench.add(f"{source.name}, {form}", source, target, "another runtime", model, metrics, source.name)
+            self.bench.keep()
         best = self.run.best()
         if self.run.values.get("shipped") != best["name"] or not folder.exists():
             with whole_folder(folder) as work:
@@ -145,7 +151,7 @@ class Ladder:
             metrics = self.bench.measure(targets, split="test", rounds=max(30, self.effort.rounds))
         for candidate, found in zip(compared.values(), metrics, strict=True):
             candidate["test"] = found
-        self.bench.keep_stages()
+        self.bench.keep()
 
     # -- one rung ------------------------------------------------------------------------------------------------------------
 
@@ -202,9 +208,9 @@ class Ladder:
 
     def _save(self, model: Model, folder: Path) -> None:
         data = self.run.values["data"]
-        self.bench.keep_stages()  # a folder without run.json beside it would look like somebody else's
+        self.bench.keep()  # a folder without run.json beside it would look like somebody else's
         model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed})
-        self.bench.keep_stages()
+        self.bench.keep()
 
     def _enter(self, name: str, technique: str, made_from: str) -> None:
         """Export a rung to the runtime that the walk is measured on, measure it, write it down."""
@@ -216,6 +222,7 @@ class Ladder:
         with self.progress.stage(f"{name}: measure"):
             _, metrics = self.bench.measure([self.folder / strongest["target"], target])
         self.bench.add(name, folder, target, technique, model, metrics, made_from)
+        self.bench.keep()
 
     def _expect(self, rungs_done: int) -> None:
         taught = (self.folder / "teacher").exists()

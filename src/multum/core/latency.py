@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from ..errors import InputError
 from .folders import read_json, write_json
 
 Blocks = Sequence[tuple[int, int]]
@@ -68,10 +69,18 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: Path) -> Self:
+        """Read a table that `save` wrote.
+
+        Raises:
+            InputError: there is none, or the file holds something else.
+        """
         values = read_json(path)
-        for name in ("attention", "attention_last", "feed_forward", "feed_forward_last"):
-            values[name] = {int(count): float(cost) for count, cost in values[name].items()}
-        return cls(**values)
+        try:
+            for name in ("attention", "attention_last", "feed_forward", "feed_forward_last"):
+                values[name] = {int(count): float(cost) for count, cost in values[name].items()}
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path} is no latency table; a run of shrink keeps one in latency.json") from error
 
     @classmethod
     def by_macs(cls, *, hidden: int, head_size: int, heads: int, neurons: int, tokens: int) -> Self:

@@ -84,7 +84,7 @@ class Model:
             source=past.get("base", source),
             revision=past.get("revision", getattr(config, "_commit_hash", None)),
             history=list(past.get("steps", [])),
-            new_weights=tuple(sorted(info["missing_keys"])),
+            new_weights=tuple(sorted({*info["missing_keys"], *past.get("new_weights", ())})),
         )
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
@@ -104,6 +104,7 @@ class Model:
                 "revision": self.revision,
                 "steps": self.history,
                 "loads_without_multum": stock,
+                **({"new_weights": list(self.new_weights)} if self.new_weights else {}),
                 **(extra or {}),
                 "versions": versions(),
                 "machine": machine(),
