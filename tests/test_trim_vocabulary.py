@@ -337,7 +337,7 @@ def test_random_word_piece_vocabularies_never_lose_a_word():
     """Vocabularies of any shape: where nothing stands in the way, every word that could be spelled still can be."""
     rng, words = random.Random(0), ["".join("abc"[number // 3**i % 3] for i in range(6)) for number in range(3**6)]
     dropped = 0
-    for _ in range(60):
+    for _ in range(150):
         tokens = {"".join(rng.choice("abc") for _ in range(rng.choice((1, 1, 2, 3)))) for _ in range(12)}
         spec = word_piece(*sorted(token if rng.random() < 0.4 else f"##{token}" for token in sorted(tokens | set("abc"))))
         if obstacle(spec):
