@@ -5,14 +5,20 @@ r"""Fisher-mask pruning (Kwon et al. 2022, arXiv:2204.09656), as a rival to comp
 
 1. Search: for every number of heads the most neurons that fit the latency, both the globally most important; the split with the
    most importance wins.
-2. Rearrangement, per layer and with the same count: swap units while the pruned ones' ‖Σ_b (Σ_i∈pruned g_bi)²‖ falls.
-3. Tuning, sublayer by sublayer: one scale per unit, min ‖A s - B‖² with x = s - 1 by LSMR (damp 1) on the normal equations.
+2. Rearrangement, per layer and with the same count: every unit kept, the least important first, changes places with the pruned one
+   that leaves the least Σ_b (Σ_i∈pruned g_bi)².
+3. Tuning, sublayer by sublayer: one scale per unit, min ‖A s - B‖² with x = s - 1 by LSMR (damp 1) on the normal equations. B is
+   what a model has there that was searched, not rearranged, for the square root of the factor.
 
-The latency is the same measured table that multum uses; of the paper's details only the constant column of attention is left out.
+As in the authors' code (github.com/WoosukKwon/retraining-free-pruning) 2,048 training examples are drawn once and used for
+all three, with their labels for the gradients only; the heads of the first block are not tuned, and the feed-forward of the last
+block is tuned for the first token. The latency is the same measured table that multum uses; a column of ones beside the heads,
+which the authors fit and throw away, is left out.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,12 +32,16 @@ from multum.core.families import blocks_of, family_of
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
 from multum.core.surgery import head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
+from multum.core.training import pad
 
+SAMPLES = 2048
+"""The paper's number of training examples."""
+BATCH = 32
 Kept = list[tuple[list[int], list[int]]]
 """Per block the heads and the neurons that stay."""
 
 
-def gradients(model: Model, task: Any, samples: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def gradients(model: Model, task: Any, samples: int, *, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """g_b of every block's heads and neurons: ((batches, heads), (batches, neurons)). Uses labels."""
     module, family, size = model.module.eval(), family_of(model.module), head_size(model.module)
     masks, handles = [], []
@@ -43,9 +53,10 @@ def gradients(model: Model, task: Any, samples: int) -> list[tuple[np.ndarray, n
         masks.append(pair)
     flat = [mask for pair in masks for mask in pair]
     seen: list[list[np.ndarray]] = []
-    for number, batch in enumerate(task.batches(model, "train", 32)):
-        if number * 32 >= samples:
-            break
+    rows = task.encode(model, "train")
+    chosen = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))  # those that task.calibration draws
+    for start in range(0, len(chosen), BATCH):
+        batch = pad([rows[i] for i in chosen[start : start + BATCH]], model.tokenizer.pad_token_id)
         outputs = module(**{name: value for name, value in batch.items() if name != "labels"})
         seen.append([g.numpy() for g in torch.autograd.grad(task.loss(outputs, batch), flat)])
     for handle in handles:
@@ -92,12 +103,12 @@ def rearrange(grads: Sequence[tuple[np.ndarray, np.ndarray]], kept: Kept) -> Kep
     """Within every layer swap what is pruned so that its summed gradient is smallest, cross terms included."""
 
     def swap(g: np.ndarray, keep: list[int]) -> list[int]:
-        pruned = [unit for unit in np.argsort((g**2).sum(0)) if unit not in set(keep)]
-        count = len(pruned)
-        if count == 0 or not keep:
+        order, kept_now = np.argsort((g**2).sum(0)).tolist(), set(keep)
+        pruned = [unit for unit in order if unit not in kept_now]
+        if not pruned or not keep:
             return keep
         total = g[:, pruned].sum(1)
-        for unit in keep:
+        for unit in (unit for unit in order if unit in kept_now):
             candidates = np.array([*pruned, unit])
             costs = ((total + g[:, unit])[:, None] - g[:, candidates]).T
             out = int(candidates[(costs**2).sum(1).argmin()])
@@ -124,6 +135,7 @@ def cut(model: Model, kept: Kept) -> tuple[Model, list[int]]:
 @torch.no_grad()
 def tune(model: Model, blocks: Sequence[int], teacher: Model, teacher_blocks: Sequence[int], batches: Any) -> None:
     """Scale every unit of `model` so that each sublayer gives what the teacher's gives. Stops where a scale runs away."""
+    assert set(blocks) <= set(teacher_blocks), "a block of the student is not among the teacher's"
     family, size = family_of(model.module), head_size(model.module)
     students, last = walk_blocks(model.module, batches), blocks[-1]
     for position, theirs in enumerate(walk_blocks(teacher.module, batches)):
@@ -137,7 +149,7 @@ def tune(model: Model, blocks: Sequence[int], teacher: Model, teacher_blocks: Se
             linear = ours.module.get_submodule(path)
             if not isinstance(linear, nn.Linear) or (path == family.attention_output and number == 0):
                 continue
-            if not _scale(linear, ours, theirs, path, norm, width, first_only=number == last):
+            if not _scale(linear, ours, theirs, path, norm, width, first_only=number == last and path == family.down):
                 return
 
 
@@ -162,11 +174,11 @@ def _scale(linear: nn.Linear, ours: Any, theirs: Any, path: str, norm: str, widt
     return True
 
 
-def prune(model: Model, task: Any, table: LatencyTable, speedup: float, samples: int, *, seed: int = 0) -> Model:
-    """The whole method: gradients, search, rearrangement, tuning towards the model pruned at the square root of the factor."""
-    grads, batches = gradients(model, task, samples), task.calibration(model, samples, seed=seed)
+def prune(model: Model, task: Any, table: LatencyTable, speedup: float, samples: int = SAMPLES, *, seed: int = 0) -> Model:
+    """The whole method: gradients, search, rearrangement, tuning."""
+    grads, batches = gradients(model, task, samples, seed=seed), task.calibration(model, samples, seed=seed)
     full = table.total(heads_and_neurons(model.module))
-    plans = [rearrange(grads, search(grads, table, full / factor)) for factor in (speedup, speedup**0.5)]
-    (result, blocks), (teacher, teacher_blocks) = (cut(model, plan) for plan in plans)
+    result, blocks = cut(model, rearrange(grads, search(grads, table, full / speedup)))
+    teacher, teacher_blocks = cut(model, search(grads, table, full / speedup**0.5))
     tune(result, blocks, teacher, teacher_blocks, batches)
     return result

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 CACHE = tempfile.TemporaryDirectory(prefix="multum-tests-")
 os.environ.update({"HF_HUB_OFFLINE": "1", "MULTUM_CACHE": CACHE.name, "HF_DATASETS_CACHE": f"{CACHE.name}/datasets"})
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers this small are not made faster by threads, and a busy machine makes them wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

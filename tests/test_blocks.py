@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,16 +15,8 @@ from multum.core.families import blocks_of, family_of
 from multum.core.surgery import keep_heads
 from multum.core.task import Batch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small are not made faster by threads, and a busy machine makes them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def made(name: str = "bert", samples: int = 40) -> tuple[nn.Module, list[Batch]]:
@@ -181,10 +173,11 @@ def test_flows_leave_no_hook_behind() -> None:
 def test_outputs_from_a_block_are_the_whole_forward(name: str) -> None:
     module, batches = made(name)
     whole = logits(module, batches)
-    assert torch.equal(outputs_from(module, None, batches), whole)
+    every, last = range(len(batches)), len(batches[-1]["input_ids"])
+    assert torch.equal(outputs_from(module, None, batches, every), whole)
     for block in walk_blocks(module, batches):
-        assert torch.equal(outputs_from(module, block, batches), whole)
-        assert torch.equal(outputs_from(module, block, batches[:1]), whole[: len(batches[0]["input_ids"])])
+        assert torch.equal(outputs_from(module, block, batches, every), whole)
+        assert torch.equal(outputs_from(module, block, batches, every[-1:]), whole[-last:])
 
 
 @FAMILIES
@@ -196,7 +189,7 @@ def test_outputs_from_see_a_changed_block_and_leave_the_model_whole(name: str) -
         linear = block.module.get_submodule(path)
         kept = linear.weight.clone()
         linear.weight.zero_()
-        changed = outputs_from(module, block, batches)
+        changed = outputs_from(module, block, batches, range(len(batches)))
         assert torch.equal(changed, logits(module, batches))
         assert not torch.allclose(changed, whole)
         linear.weight.copy_(kept)
@@ -213,7 +206,7 @@ def test_outputs_from_leave_out_the_blocks_before() -> None:
         if block.index == 2:
             for part in blocks_of(module)[:2]:
                 part.register_forward_hook(lambda *_: pytest.fail("a block before was run"))
-            assert torch.equal(outputs_from(module, block, batches), whole)
+            assert torch.equal(outputs_from(module, block, batches, range(len(batches))), whole)
 
 
 @FAMILIES
@@ -225,3 +218,24 @@ def test_first_calls_stop_before_the_first_block(name: str) -> None:
     calls = first_calls(module, batches)
     assert runs == []
     assert [args[0].shape[:2] for args, _ in calls] == [batch["input_ids"].shape for batch in batches]
+
+
+class Elsewhere:
+    """A tensor that is of no use before it is sent to a device."""
+
+    def __init__(self, value: torch.Tensor, sent: list[torch.device]) -> None:
+        self.value, self.sent = value, sent
+
+    def to(self, device: torch.device) -> torch.Tensor:
+        self.sent.append(device)
+        return self.value.to(device)
+
+
+@torch.no_grad()
+def test_batches_are_sent_to_where_the_model_is() -> None:
+    module, batches = made()
+    sent: list[torch.device] = []
+    elsewhere: Any = [{name: Elsewhere(value, sent) for name, value in batch.items()} for batch in batches]
+    for block in walk_blocks(module, elsewhere):
+        assert torch.equal(outputs_from(module, block, elsewhere, [0]), outputs_from(module, None, batches, [0]))
+    assert set(sent) == {next(module.parameters()).device}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -11,6 +12,7 @@ import torch
 from multum.core.families import blocks_of, family_of
 from multum.core.step import make
 from multum.errors import InputError
+from multum.steps import drop_layers
 from multum.steps.drop_layers import DropLayers, alternate, block_influence, most_influential
 
 
@@ -117,6 +119,13 @@ def test_importance_records_what_it_saw():
     entry = DropLayers(keep=1, which="importance", samples=16, seed=3)(model, task).history[-1]
     assert entry["influence"] == block_influence(model.module, task.calibration(model, 16, seed=3))
     assert entry["kept_blocks"] == [entry["influence"].index(max(entry["influence"]))]
+
+
+def test_importance_is_measured_where_an_accelerator_would_be(monkeypatch):
+    been = []
+    monkeypatch.setattr(drop_layers, "on_accelerator", lambda module: been.append(module) or nullcontext())
+    result = DropLayers(keep=1, which="importance", samples=8)(tiny.model(), tiny.task())
+    assert been == [result.module]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from multum.core.model import Model
 from multum.errors import InputError, MissingExtra, ParityError
 from multum.runtimes import _encoder, _encoder_graph
 from multum.runtimes._encoder_graph import quantize
+from multum.runtimes._predictor import cores
 
 EXPORTED: dict[str, tuple[str, ...]] = {"onnxruntime": tiny.FAMILIES, "openvino": ("bert", "roberta")}
 """Runtimes with an export, and the families to try it on: all where it takes no time."""
@@ -176,6 +177,20 @@ def test_only_the_first_token_goes_on_behind_the_last_attention() -> None:
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("MultiHeadAttention") == 1
     assert kinds.count("Attention") == 1
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+def test_an_export_knows_on_how_many_threads_a_text_is_answered(runtime: str, tmp_path: Path) -> None:
+    model, inputs = tiny.model(), tiny.task().inputs("test")
+    export(runtime, model, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "runtime.json").read_text())
+    assert manifest["threads"] in (1, cores())
+    (tmp_path / "out" / "runtime.json").write_text(json.dumps(manifest | {"threads": 1}))
+    predictor = runtimes.open(tmp_path / "out", threads=2)
+    assert predictor.threads == 1
+    whole = predictor.predict(inputs)
+    np.testing.assert_allclose(whole, expected(model, inputs), atol=1e-4)
+    np.testing.assert_allclose(predictor.predict(inputs[:1]), whole[:1], atol=1e-4)
 
 
 def test_opening_an_export_imports_no_torch(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from multum.budget import FULL
 from multum.ladder import MAX_RUNGS, STEP, Ladder
+from multum.plan import LAST, MEASURE, teaching
 
 HALF = STEP**0.5
 
@@ -18,9 +21,13 @@ class MadeUp(Ladder):
         self.drops, self.taught_from, self.room = drops, taught_from, room
         self.effort = SimpleNamespace(retry=retry)
         self.made: list[tuple[str, str, float]] = []
+        self.there: dict[str, list[Any]] = {}
 
     def _expect(self, rungs_done: int) -> None:
         pass
+
+    def _origin(self, name: str) -> list[Any] | None:
+        return self.there.get(name)
 
     def _rung(self, name: str, above: str, step: float) -> bool:
         if len(self.made) == self.room:
@@ -103,3 +110,28 @@ def test_the_walk_ends_where_there_is_no_room_or_no_time_and_at_the_last_rung() 
 def test_where_there_is_no_room_below_untaught_rungs_are_taught() -> None:
     made = walk({"rung-01": 0, "rung-02-taught": 0.5}, taught_from=9, room=1)
     assert [name for name, _, _ in made] == ["rung-02", "rung-02-taught"]
+
+
+def test_a_rung_that_another_walk_made_from_another_one_keeps_its_name() -> None:
+    ladder = MadeUp({"rung-01": 0, "rung-02": 0.3, "rung-03b": 0.4})
+    ladder.there = {"rung-02": ["rung-01", STEP], "rung-03": ["rung-02-longer", STEP], "rung-04": ["rung-03b", HALF]}
+    ladder.rungs()
+    assert ladder.made[:3] == [("rung-02", "rung-01", STEP), ("rung-03b", "rung-02", STEP), ("rung-04b", "rung-03b", STEP)]
+
+
+@pytest.mark.parametrize(("lag", "fits"), [(1.0, True), (2.0, False)])
+def test_the_time_limit_counts_what_comes_after_the_walk_and_the_pace_so_far(lag: float, fits: bool) -> None:
+    ladder, notes = MadeUp({}), list[str]()
+    ladder.run = SimpleNamespace(values={"time_limit_s": 100.0}, elapsed=lambda: 20.0, note=notes.append)
+    ladder.progress = SimpleNamespace(lag=lambda: lag)
+    last = sum(seconds for _, seconds in LAST)
+    assert ladder._time_for("rung-04", [("rung-04: distil", 70.0 - last)]) is fits
+    assert bool(notes) is not fits
+
+
+def test_teaching_for_longer_is_reckoned_as_longer_and_the_first_waits_for_the_teacher() -> None:
+    def seconds(**options: Any) -> float:
+        return sum(s for _, s in teaching("rung", FULL, 1000, 0.01, 0.25, **options)) - MEASURE
+
+    assert seconds(taught=True, times=4) == pytest.approx(4 * seconds(taught=True))
+    assert seconds(taught=False) - seconds(taught=True) == pytest.approx(1000 * 9 * 0.01)  # a forward pass of 8 variants of each

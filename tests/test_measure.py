@@ -65,6 +65,19 @@ def test_figures_are_written_into_the_targets(measured: Any) -> None:
     np.testing.assert_allclose(turned[:, ::-1], saved, atol=1e-6)
 
 
+def test_int8_answers_are_those_of_texts_alone(tmp_path: Path) -> None:
+    model, task = tiny.model(layers=2), tiny.task(n_test=40)
+    runtimes.find("onnxruntime").export(
+        model, tmp_path / "int8", precision="int8", inputs=task.inputs("validation"), max_length=64, pairs=False
+    )
+    measure([tmp_path / "int8"], task, threads=1, rounds=3, texts_per_round=4)
+    predictor = runtimes.open(tmp_path / "int8", threads=1)
+    alone = np.concatenate([predictor.predict([text]) for text in task.inputs("test")])
+    together = predictor.predict(task.inputs("test"))
+    assert not np.allclose(alone, together, atol=1e-6)  # or the test would show nothing
+    np.testing.assert_allclose(np.load(tmp_path / "int8" / "predictions" / "test.npy"), alone, atol=1e-6)
+
+
 def test_sizes_are_those_of_the_files_needed(measured: Any) -> None:
     folder, model, _, found = measured
     names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -27,17 +27,9 @@ from multum.errors import InputError
 from multum.steps import prune_structured
 from multum.steps.prune_structured import PruneStructured, Sublayer, _repair_sublayer, choose, cut, kl, price_sublayers, repair
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)
 Sublayers = list[tuple[dict[int, float], dict[int, float]]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small are not made faster by threads, and a busy machine makes them wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +216,19 @@ def test_whole_is_free_and_fewer_units_never_cost_less(name: str) -> None:
             assert values == sorted(values, reverse=True)
             assert values[0] > 0
     assert model.fingerprint() == before
+
+
+@torch.no_grad()
+def test_prices_are_taken_from_texts_short_and_long() -> None:
+    model = tiny.model()
+    batches = tiny.task(n_train=160).calibration(model, 160)
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
+    seen: list[int] = []
+    model.module.register_forward_hook(lambda _, __, batch, ___: seen.append(batch["input_ids"].shape[1]), with_kwargs=True)
+    price_sublayers(model.module, batches, 16)
+    assert {lengths[0], lengths[-1]} <= set(seen)
 
 
 def test_kl_is_that_of_loops() -> None:
@@ -452,6 +457,13 @@ def test_the_history_says_what_was_done(tmp_path: Path) -> None:
     assert entry["skipped"]["classifier"] == entry["skipped"]["bert.pooler.dense"]
     assert "head" in entry["skipped"]["classifier"]
     assert set(entry["changed"]) | set(entry["skipped"]) == set(model.linears())
+
+
+def test_it_works_where_an_accelerator_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    been: list[nn.Module] = []
+    monkeypatch.setattr(prune_structured, "on_accelerator", lambda module: been.append(module) or nullcontext())
+    result = PruneStructured(speedup=1.5, samples=8)(tiny.model(), tiny.task())
+    assert been == [result.module]
 
 
 def test_a_layer_in_a_block_is_not_called_embeddings_or_head() -> None:

@@ -181,6 +181,16 @@ def test_the_callers_tensors_and_dtype_stay() -> None:
     assert torch.equal(gram, before[1])
 
 
+def test_everything_stays_on_the_device_it_came_from() -> None:
+    weight, gram = torch.empty(HIDDEN, 6, device="meta"), torch.empty(6, 6, device="meta")
+    assert adapted(weight, gram, [1, 4]).device == weight.device
+    for size in (1, 3):
+        assert errors_of_removal(weight.double(), damped(gram), size).device == weight.device
+    sums = Repair()
+    sums.add(torch.empty(TOKENS, 6, device="meta"), torch.empty(TOKENS, HIDDEN, device="meta"))
+    assert all(part.device == weight.device for part in sums.solve())
+
+
 def ridge(c: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The affine map from C to R with a damped slope and a free intercept."""
     centred = c - c.mean(0)

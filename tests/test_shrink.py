@@ -21,7 +21,7 @@ from multum.bench import Bench
 from multum.budget import QUICK, Budget
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
-from multum.errors import BudgetNotMet, InputError
+from multum.errors import BudgetNotMet, InputError, ParityError
 from multum.plan import ahead
 from multum.progress import Progress
 from multum.run_folder import RunFolder, check_folder
@@ -176,6 +176,36 @@ def test_the_time_limit_stops_the_walk(sources: dict[str, str], tmp_path: Path) 
     assert not list((tmp_path / "run").glob("rung-02*"))
     assert any("time limit" in note for note in values["data"]["notes"])
     assert values["chosen"]
+
+
+def test_a_form_that_fails_costs_that_form_and_not_the_run(
+    sources: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: Any, precision: str, **options: Any) -> Any:
+        if precision == "fp32":
+            raise ParityError("logits differ by 3")
+        return works(*_, precision=precision, **options)
+
+    works = runtimes.find("onnxruntime").export
+    monkeypatch.setattr(runtimes.find("onnxruntime"), "export", export)
+    monkeypatch.setattr("multum.bench.offers", lambda: [("onnxruntime", "fp32"), ("onnxruntime", "int8")])
+    shutil.copytree(finished / "original", tmp_path / "original")
+    values = run(sources | {"model": str(tmp_path / "original")}, tmp_path / "run", time_limit_s=0.001)
+    assert values["chosen"]
+    assert "original has no onnxruntime fp32 form: logits differ by 3" in values["data"]["notes"]
+    assert not list((tmp_path / "run").rglob("onnxruntime-fp32"))
+
+
+def test_a_model_that_no_runtime_takes_is_one_error_with_every_reason(
+    sources: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("unknown operator")
+
+    monkeypatch.setattr(runtimes.find("onnxruntime"), "export", export)
+    with pytest.raises(InputError, match="cannot be exported to any runtime here") as caught:
+        run(sources | {"model": str(finished / "original")}, tmp_path / "run")
+    assert "original has no onnxruntime int8 form: unknown operator" in caught.value.problems
 
 
 def test_other_arguments_other_data_and_strange_folders_are_refused(

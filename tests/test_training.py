@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import tiny
 import torch
 from torch import nn
 
+from multum.core import training
 from multum.core.model import Model
 from multum.core.reporting import listening
-from multum.core.training import fit, pad, resolve_precision, training_problems
+from multum.core.training import autocast, fit, on_accelerator, pad, resolve_precision, training_problems
 from multum.errors import MultumError
 
 QUICK: dict[str, Any] = {"learning_rate": 1e-3, "precision": "fp32", "dropout": False}
@@ -152,6 +154,31 @@ def test_asked_for_precisions_are_taken() -> None:
     assert resolve_precision("fp32") == "fp32"
     assert resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_autocast_is_for_where_the_tensors_are(precision: Any, dtype: torch.dtype) -> None:
+    with autocast(precision):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+def test_autocast_is_for_an_accelerator_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(training, "accelerator", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch, "autocast", lambda device, _, enabled: asked.update({device: enabled}) or nullcontext())
+    with autocast("auto"):
+        assert asked == {"cpu": False, "cuda": True}
+    assert resolve_precision("auto") == "bf16"
+    assert resolve_precision("auto", "cpu") == "fp32"
+
+
+def test_a_module_comes_back_from_the_accelerator() -> None:
+    module = nn.Linear(2, 2)
+    with on_accelerator(module):
+        assert module.weight.device.type == training.accelerator()
+    assert module.weight.device.type == "cpu"
 
 
 def test_all_wrong_hyper_parameters_are_named() -> None:

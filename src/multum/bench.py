@@ -12,6 +12,7 @@ from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
 from .core.surgery import head_size, heads_and_neurons
+from .errors import InputError, MultumError, ParityError
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -34,24 +35,38 @@ class Bench:
         self.folder, self.seed, self.threads = run.path, run.values["seed"], run.values["threads"]
 
     def export(self, model: Model, folder: Path, wanted: Sequence[tuple[str, str]]) -> list[Path]:
-        """Export a saved model to each (runtime, precision) that is not there yet."""
+        """Export a saved model to each (runtime, precision) that is not there yet.
+
+        Returns:
+            The export folders. A form that fails, or does not answer as the model does, is left out and noted.
+        """
         targets = []
         for runtime, precision in wanted:
             target = folder / f"{runtime}-{precision}"
-            if not target.exists():
-                with self.progress.stage(f"{folder.name}: export to {runtime} {precision}"):
-                    runtimes.find(runtime).export(
-                        model,
-                        target,
-                        precision=precision,
-                        inputs=self.task.inputs("validation")[:64],
-                        calibration=self.task.calibration(model, 64, seed=self.seed),
-                        max_length=self.task.length_limit(model),
-                        pairs=self.task.has_pairs,
-                        task=self.task.name,
-                    )
+            try:
+                if not target.exists():
+                    with self.progress.stage(f"{folder.name}: export to {runtime} {precision}"):
+                        self._export(model, target, runtime, precision)
+            except Exception as error:  # exporters' own errors have no common base
+                if isinstance(error, MultumError) and not isinstance(error, ParityError | InputError):
+                    raise  # a full disk would fail every form
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self.run.note(f"{folder.name} has no {runtime} {precision} form: {reason}")
+                continue
             targets.append(target)
         return targets
+
+    def _export(self, model: Model, target: Path, runtime: str, precision: str) -> None:
+        runtimes.find(runtime).export(
+            model,
+            target,
+            precision=precision,
+            inputs=self.task.inputs("validation")[:64],
+            calibration=self.task.calibration(model, 64, seed=self.seed),
+            max_length=self.task.length_limit(model),
+            pairs=self.task.has_pairs,
+            task=self.task.name,
+        )
 
     def measure(self, targets: Sequence[Path], split: str = "validation", rounds: int | None = None) -> list[dict[str, Any]]:
         """Measure targets, and say so where the machine was too busy for the figures to be trusted."""

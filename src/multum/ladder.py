@@ -12,8 +12,8 @@ from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model
 from .core.step import make
 from .core.surgery import heads_and_neurons
-from .errors import InputError
-from .plan import ahead, pace
+from .errors import InputError, MultumError
+from .plan import LAST, Stages, ahead, pace, rung, teaching
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -58,6 +58,8 @@ class Ladder:
         self.pace = self.pace or pace(model, self.task)
         self._expect(0)
         targets = [folder, *self.bench.export(model, folder, bench.offers())]
+        if len(targets) == 1:
+            raise InputError(f"{model.source} cannot be exported to any runtime here", *self.run.values["data"]["notes"])
         if self.run.find("original") is None:
             with self.progress.stage("measure the original"):
                 found = self.bench.measure(targets)
@@ -75,14 +77,15 @@ class Ladder:
         if not folder.exists():
             model = self.task.load(str(self.folder / "original"))
             self._save(self._step("rung-01: trim the vocabulary", "trim_vocabulary", model), folder)
-        self._enter("rung-01", "vocabulary trimmed", "original")
+        if not self._enter("rung-01", "vocabulary trimmed", "original"):
+            raise MultumError(f"rung-01 cannot be exported: {self.run.values['data']['notes'][-1]}")
 
     def rungs(self) -> None:
         """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry and half a step."""
         above, step = ["rung-01"], STEP
         for number in range(2, MAX_RUNGS + 1):
             self._expect(number - 1)
-            name = f"rung-{number:02d}"
+            name = self._name(number, above[-1], step)
             if not self._rung(name, above[-1], step):
                 if not self._holds(above[-1]) and not self._taught(above[-1]):
                     self._go_back(above)
@@ -142,10 +145,11 @@ class Ladder:
 
     def test(self, best: dict[str, Any]) -> None:
         """The only look at the test split: the original in torch, its fastest form, and what ships."""
-        if best["test"]:
+        shipped = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
+        if best["test"]:  # shipped before, for this or another budget
+            write_json(shipped / "metrics.json", best["test"])
             return
         compared = {c["name"]: c for c in (self.run.candidates[0], self.run.strongest(), best)}
-        shipped = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
         targets = [shipped if c is best else self.folder / c["target"] for c in compared.values()]
         with self.progress.stage("measure on the test split"):
             metrics = self.bench.measure(targets, split="test", rounds=max(30, self.effort.rounds))
@@ -155,27 +159,39 @@ class Ladder:
 
     # -- one rung ------------------------------------------------------------------------------------------------------------
 
+    def _name(self, number: int, above: str, step: float) -> str:
+        """A rung that an earlier walk, to another budget, made from another one or by another step keeps its name."""
+        names = (f"rung-{number:02d}{letter}" for letter in ("", *"bcdefgh"))
+        return next(name for name in names if self._origin(name) in (None, [above, step]))
+
+    def _origin(self, name: str) -> list[Any] | None:
+        """What a rung was made from, and how much faster; None where there is none of this name."""
+        recipe = self.folder / name / "recipe.json"
+        return read_json(recipe).get("rung") if recipe.is_file() else None
+
     def _rung(self, name: str, above: str, step: float) -> bool:
         """Cut, repair, teach, save and measure one rung; False when it cannot or may not be made."""
         folder = self.folder / name
         if not folder.exists():
             model = self.task.load(str(self.folder / above))
-            if not self._room_below(model, step) or not self._time_for(name):
+            if not self._room_below(model, step):
+                return False
+            if not self._time_for(name, rung(name, *self._load(self._share(model) / step), taught=self._has_teacher())):
                 return False
             options = {"speedup": step, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
             model = self._step(f"{name}: prune and repair", "prune_structured", model, **options, **self.effort.prune)
             if self._share(model) <= self.effort.teach_below:
                 model = self._teach(name, model, 1)
-            self._save(model, folder)
-        self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"), above)
-        return True
+            self._save(model, folder, rung=[above, step])
+        return self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"), above)
 
     def _teach_again(self, name: str, source: str, times: int) -> bool:
         """Teach a rung that is there already, under a new name. True when it then keeps the drop."""
         if not (self.folder / name).exists():
-            if not self._time_for(name):
-                return False
             model = self.task.load(str(self.folder / source))
+            stages = teaching(name, *self._load(self._share(model)), taught=self._has_teacher(), times=times)
+            if not self._time_for(name, stages):
+                return False
             self._save(self._teach(name, model, times), self.folder / name)
         self._enter(name, "distilled for longer" if self._taught(source) else "distilled", source)
         return self._holds(name)
@@ -206,29 +222,39 @@ class Ladder:
         with self.progress.stage(stage):
             return make(step, fields)(model, self.task)
 
-    def _save(self, model: Model, folder: Path) -> None:
+    def _save(self, model: Model, folder: Path, **extra: Any) -> None:
         data = self.run.values["data"]
         self.bench.keep()  # a folder without run.json beside it would look like somebody else's
-        model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed})
+        model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed, **extra})
         self.bench.keep()
 
-    def _enter(self, name: str, technique: str, made_from: str) -> None:
-        """Export a rung to the runtime that the walk is measured on, measure it, write it down."""
+    def _enter(self, name: str, technique: str, made_from: str) -> bool:
+        """Export a rung to the runtime that the walk is measured on, measure it, write it down. False if it has no such form."""
         if self.run.find(name):
-            return
+            return True
         folder, strongest = self.folder / name, self.run.strongest()
         model = self.task.load(str(folder))
-        (target,) = self.bench.export(model, folder, [(strongest["runtime"], strongest["precision"])])
+        targets = self.bench.export(model, folder, [(strongest["runtime"], strongest["precision"])])
+        if not targets:
+            return False
         with self.progress.stage(f"{name}: measure"):
-            _, metrics = self.bench.measure([self.folder / strongest["target"], target])
-        self.bench.add(name, folder, target, technique, model, metrics, made_from)
+            _, metrics = self.bench.measure([self.folder / strongest["target"], *targets])
+        self.bench.add(name, folder, targets[0], technique, model, metrics, made_from)
         self.bench.keep()
+        return True
 
     def _expect(self, rungs_done: int) -> None:
-        taught = (self.folder / "teacher").exists()
-        stages = ahead(self.effort, len(self.task.inputs("train")), self.pace, bench.offers(), rungs_done, step=STEP, taught=taught)
+        work = self.effort, len(self.task.inputs("train")), self.pace
+        stages = ahead(*work, bench.offers(), rungs_done, step=STEP, taught=self._has_teacher())
         done = {stage["name"] for stage in self.progress.stages()}
         self.progress.plan(stage for stage in stages if stage[0] not in done)
+
+    def _load(self, share: float) -> tuple[Effort, int, float, float]:
+        """What the time of a rung is reckoned from."""
+        return self.effort, len(self.task.inputs("train")), self.pace, share
+
+    def _has_teacher(self) -> bool:
+        return (self.folder / "teacher").exists()
 
     def _check(self, model: Model) -> None:
         """What this model cannot do is said before the first hour, and what will be cut off its texts with it."""
@@ -241,15 +267,11 @@ class Ladder:
                     f"{split}: {count} texts are longer than the model's {self.task.length_limit(model)} tokens and are cut"
                 )
 
-    def _time_for(self, name: str) -> bool:
-        """Whether one more rung, taking as long as the longest so far, ends within the time limit."""
+    def _time_for(self, name: str, stages: Stages) -> bool:
+        """Whether these stages, and those after the walk, end within the time limit if they keep to the run's own pace."""
         limit = self.run.values["time_limit_s"]
-        rungs: dict[str, float] = {}
-        for stage in self.progress.stages():
-            if stage["name"].startswith("rung-"):
-                rung = stage["name"].partition(":")[0]
-                rungs[rung] = rungs.get(rung, 0.0) + stage["seconds"]
-        if limit is None or self.run.elapsed() + max(rungs.values(), default=0.0) <= limit:
+        seconds = sum(seconds for _, seconds in [*stages, *LAST]) * self.progress.lag()
+        if limit is None or self.run.elapsed() + seconds <= limit:
             return True
         self.run.note(f"stopped before {name}: it would have ended after the time limit of {limit:g} s")
         return False

@@ -22,6 +22,8 @@ EXPORT, MEASURE, TABLE, VOCABULARY = 4.0, 5.0, 10.0, 5.0
 """Seconds; they hardly depend on the model."""
 
 Stages = list[tuple[str, float]]
+LAST: Stages = [("choose a runtime", 8.0), ("measure on the test split", 3 * MEASURE)]
+"""What comes after the walk."""
 
 
 def ahead(
@@ -38,7 +40,6 @@ def ahead(
         step: how much faster each rung is than the one above it.
         taught: the teacher's outputs are on disk already.
     """
-    passes = texts * (1 + effort.distill["augment"]) * pace
     stages: Stages = []
     if rungs_done == 0:
         stages.append(("fine-tune the original", TRAINING * effort.finetune["epochs"] * texts * pace))
@@ -46,16 +47,26 @@ def ahead(
         stages += [("measure the original", 3 * MEASURE), ("measure the latency table", TABLE)]
         stages.append(("rung-01: trim the vocabulary", VOCABULARY))
     next_rung = max(2, rungs_done + 1)
-    for rung in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
-        share = step ** (1 - rung)
-        stages.append((f"rung-{rung:02d}: prune and repair", PRUNING * effort.prune["samples"] * pace * share))
-        if share <= effort.teach_below:
-            stages.append((f"rung-{rung:02d}: distil", TRAINING * effort.distill["epochs"] * passes * share))
-            if not taught:
-                stages[-1] = (stages[-1][0], stages[-1][1] + passes)
-                taught = True
-        stages.append((f"rung-{rung:02d}: measure", MEASURE))
-    return [*stages, ("measure on the test split", 3 * MEASURE)]
+    for number in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
+        share = step ** (1 - number)
+        stages += rung(f"rung-{number:02d}", effort, texts, pace, share, taught=taught)
+        taught = taught or share <= effort.teach_below
+    return [*stages, *LAST]
+
+
+def rung(name: str, effort: Effort, texts: int, pace: float, share: float, *, taught: bool) -> Stages:
+    """One rung that takes the share `share` of the original's time."""
+    pruning = (f"{name}: prune and repair", PRUNING * effort.prune["samples"] * pace * share)
+    if share <= effort.teach_below:
+        return [pruning, *teaching(name, effort, texts, pace, share, taught=taught)]
+    return [pruning, (f"{name}: measure", MEASURE)]
+
+
+def teaching(name: str, effort: Effort, texts: int, pace: float, share: float, *, taught: bool, times: int = 1) -> Stages:
+    """Teaching a rung, `times` as long as usual, and measuring it. The first has to wait for the teacher's outputs."""
+    passes = texts * (1 + effort.distill["augment"]) * pace
+    seconds = TRAINING * effort.distill["epochs"] * times * passes * share
+    return [(f"{name}: distil", seconds + (0 if taught else passes)), (f"{name}: measure", MEASURE)]
 
 
 @torch.no_grad()

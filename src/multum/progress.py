@@ -20,6 +20,9 @@ from .core.reporting import listening
 PACE_KNOWN = 0.05
 """Share of a stage after which its own pace says more than the plan."""
 
+TRUST = 30.0
+"""Seconds of planned work that are taken to be as planned before anything is known."""
+
 
 class Progress:
     """Shows the running stage and the time left on a terminal; on anything else one line per finished stage."""
@@ -41,7 +44,7 @@ class Progress:
         self._plan = list(stages)
 
     def stages(self) -> list[dict[str, Any]]:
-        """Name and seconds of every stage that is over, in order."""
+        """Name, seconds and planned seconds (0 for none) of every stage that is over, in order."""
         return list(self._done)
 
     def recall(self, stages: Iterable[Mapping[str, Any]]) -> None:
@@ -49,8 +52,13 @@ class Progress:
         self._done = [dict(stage) for stage in stages] + self._done
 
     def seconds_left(self) -> float:
-        """The rest of the running stage and the plan."""
-        return self._rest() + sum(seconds for _, seconds in self._plan)
+        """The rest of the running stage and the plan, at the pace of the stages so far."""
+        return self._rest() + self.lag() * sum(seconds for _, seconds in self._plan)
+
+    def lag(self) -> float:
+        """How many times longer than planned the planned stages took so far; near 1 until they have taken a while."""
+        planned = [stage for stage in self._done if stage.get("planned")]
+        return float((TRUST + sum(s["seconds"] for s in planned)) / (TRUST + sum(s["planned"] for s in planned)))
 
     def update(self, fraction: float) -> None:
         """The running stage is done to this share, 0 to 1."""
@@ -83,8 +91,10 @@ class Progress:
         finally:
             self._bars = None
         seconds = round(time.monotonic() - self._started, 1)
-        self._done.append({"name": name, "seconds": seconds})
-        console.print(f"  {name:44} {seconds:6.1f} s   [dim]{_clock(sum(s for _, s in self._plan))}[/dim]", highlight=False)
+        self._done.append({"name": name, "seconds": seconds, "planned": round(self._expected, 1)})
+        console.print(
+            f"  {name:44} {seconds:6.1f} s   [dim]{_clock(self.lag() * sum(s for _, s in self._plan))}[/dim]", highlight=False
+        )
 
     def _rest(self) -> float:
         spent = time.monotonic() - self._started

@@ -27,6 +27,12 @@ class Flow:
     output: torch.Tensor
 
 
+def beside(module: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch on the device that the module is on."""
+    device = next(module.parameters()).device
+    return {name: value.to(device) for name, value in batch.items()}
+
+
 class _StopForwardError(Exception):
     """Ends a forward pass once the first block's inputs are known."""
 
@@ -87,7 +93,7 @@ def first_calls(module: nn.Module, batches: Sequence[Batch]) -> list[tuple[tuple
     try:
         for batch in batches:
             try:
-                module(**batch)
+                module(**beside(module, batch))
             except _StopForwardError:
                 continue
     finally:
@@ -102,8 +108,9 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
 
     Args:
         module: a transformers model with a row in `families`.
-        batches: padded inputs with an `attention_mask`, no labels.
+        batches: padded inputs with an `attention_mask`, no labels, on any device.
     """
+    batches = [beside(module, batch) for batch in batches]
     masks = [batch["attention_mask"].bool() for batch in batches]
     calls = first_calls(module, batches)
     for index, part in enumerate(blocks_of(module)):
@@ -113,7 +120,7 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
 
 
 @torch.no_grad()
-def outputs_from(module: Any, block: Block | None, batches: Sequence[Batch]) -> torch.Tensor:
+def outputs_from(module: Any, block: Block | None, batches: Sequence[Batch], numbers: Sequence[int]) -> torch.Tensor:
     """The model's logits on calibration batches, (examples, classes), computed from `block` on.
 
     The blocks before it are left out and its stored inputs taken instead, which saves half the work on average.
@@ -121,20 +128,22 @@ def outputs_from(module: Any, block: Block | None, batches: Sequence[Batch]) -> 
     Args:
         module: the model that `block` was yielded from.
         block: where to begin; None for the whole model.
-        batches: the first of those that the walk was given.
+        batches: those that the walk was given.
+        numbers: which of the batches to take.
     """
+    chosen = [beside(module, batches[number]) for number in numbers]
     if block is None:
-        return torch.cat([module(**batch).logits for batch in batches])
+        return torch.cat([module(**batch).logits for batch in chosen])
     base, path, blocks = base_of(module), family_of(module).blocks, blocks_of(module)
-    calls = iter(block.calls)
+    stored = iter([block.calls[number][0][0] for number in numbers])
 
     def from_store(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (next(calls)[0][0], *args[1:]), kwargs
+        return (next(stored), *args[1:]), kwargs
 
     handle = block.module.register_forward_pre_hook(from_store, with_kwargs=True)
     swap(base, path, nn.ModuleList(blocks[block.index :]))
     try:
-        return torch.cat([module(**batch).logits for batch in batches])
+        return torch.cat([module(**batch).logits for batch in chosen])
     finally:
         handle.remove()
         swap(base, path, blocks)

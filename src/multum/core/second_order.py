@@ -36,9 +36,14 @@ class Order:
         return [int(self.units - size) for size in sizes]
 
 
+def double(x: torch.Tensor) -> torch.Tensor:
+    """In double precision where x is, or on the processor if the device has no such numbers (Apple's has not)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def damped(gram: torch.Tensor, share: float = 0.01) -> torch.Tensor:
     """H + share · mean(diag H) · I, in double precision, invertible. Dead features count as one damping step."""
-    gram = gram.double()
+    gram = double(gram)
     return gram + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) * (gram.diagonal().mean() * share).clamp_min(1e-8)
 
 
@@ -51,7 +56,7 @@ def removal_order(weight: torch.Tensor, gram: torch.Tensor, size: int, group: in
         size: features per structure: the head size, or 1 for neurons.
         group: structures removed between two updates.
     """
-    w, inverse = weight.double().clone(), torch.linalg.inv(damped(gram))
+    w, inverse = double(weight).clone(), torch.linalg.inv(damped(gram))
     units = weight.shape[1] // size
     alive = torch.ones(units, dtype=torch.bool, device=w.device)
     removed: list[list[int]] = []
@@ -91,12 +96,12 @@ def adapted(weight: torch.Tensor, gram: torch.Tensor, kept: Sequence[int]) -> to
 
     Least squares: argmin ‖W X - W' X_kept‖², damped.
     """
-    h = damped(gram)
-    result = torch.zeros_like(weight, dtype=torch.double)
+    w, h = double(weight), damped(gram)
+    result = torch.zeros_like(w)
     if len(kept):
-        index = torch.as_tensor(kept)
-        result[:, index] = torch.linalg.solve(h[index][:, index], (weight.double() @ h)[:, index].T).T
-    return result.to(weight.dtype)
+        index = torch.as_tensor(kept, device=w.device)
+        result[:, index] = torch.linalg.solve(h[index][:, index], (w @ h)[:, index].T).T
+    return result.to(weight)
 
 
 @dataclass
@@ -112,7 +117,7 @@ class Repair:
 
     def add(self, features: torch.Tensor, lack: torch.Tensor) -> None:
         """Features (tokens, features) and R (tokens, hidden) of one batch."""
-        c, r = features.double(), lack.double()
+        c, r = double(features), double(lack)
         parts = [c.sum(0), r.sum(0), c.T @ c, r.T @ c]
         self.tokens += len(c)
         self.sums = [a + b for a, b in zip(self.sums, parts, strict=True)] if self.sums else parts

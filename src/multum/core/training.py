@@ -80,41 +80,54 @@ def fit(
         trainer = _LossTrainer(
             loss=loss,
             model=module,
-            args=TrainingArguments(
+            args=_arguments(
                 output_dir=str(checkpoints or scratch),
+                save_strategy="epoch" if checkpoints else "no",
                 num_train_epochs=epochs,
                 learning_rate=learning_rate,
                 per_device_train_batch_size=batch_size,
                 weight_decay=weight_decay,
-                lr_scheduler_type="linear",
                 warmup_steps=warmup,
-                use_cpu=not torch.accelerator.is_available(),
                 bf16=resolve_precision(precision) == "bf16",
-                train_sampling_strategy="group_by_length",
                 seed=seed,
-                save_strategy="epoch" if checkpoints else "no",
-                save_total_limit=1,
-                logging_strategy="no",
-                logging_nan_inf_filter=False,  # it would hide a divergence in the mean
-                report_to="none",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                dataloader_pin_memory=torch.cuda.is_available(),
             ),
             train_dataset=_ListDataset(rows),
             data_collator=lambda features: pad(features, model.tokenizer.pad_token_id, multiple=FEW_SHAPES),
             callbacks=[_AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
-        trainer.remove_callback(PrinterCallback)
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
-        result = trainer.train(resume_from_checkpoint=last)
-        # accelerate leaves its autocast around `forward`, which a saved and loaded copy would not have.
-        for name in ("forward", "_original_forward"):
-            module.__dict__.pop(name, None)
+        result = trainer.train(resume_from_checkpoint=_last_of(checkpoints))
+        _without_autocast(module)
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
     module.eval()
     return {"loss": round(result.training_loss, 4), "seconds": round(result.metrics["train_runtime"], 1)}
+
+
+def _arguments(**hyper: Any) -> TrainingArguments:
+    """These hyper-parameters and what is the same in every training."""
+    return TrainingArguments(
+        lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length",
+        use_cpu=accelerator() == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        save_total_limit=1,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would hide a divergence in the mean
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **hyper,
+    )
+
+
+def _last_of(checkpoints: Path | None) -> str | None:
+    return get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
+
+
+def _without_autocast(module: nn.Module) -> None:
+    """Take off what accelerate leaves around `forward`, which a saved and loaded copy would not have."""
+    for name in ("forward", "_original_forward"):
+        module.__dict__.pop(name, None)
 
 
 def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, multiple: int = 1) -> dict[str, torch.Tensor]:
@@ -131,20 +144,29 @@ def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, multiple: i
     }
 
 
-def resolve_precision(precision: Precision) -> Literal["fp32", "bf16"]:
-    """What `auto` means on this machine."""
+def accelerator() -> str:
+    """The type of this machine's accelerator (`cuda`, `mps`, ...), or `cpu`."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else "cpu"
+
+
+def resolve_precision(precision: Precision, device: str | None = None) -> Literal["fp32", "bf16"]:
+    """What `auto` means on a type of device; on this machine's accelerator if none is named."""
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    device = device or accelerator()
+    if device == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return "bf16" if supported and supported() else "fp32"
 
 
 @contextlib.contextmanager
 def autocast(precision: Precision) -> Iterator[None]:
-    """bf16 autocast where `precision` asks for it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.autocast(device, torch.bfloat16, enabled=resolve_precision(precision) == "bf16"):
+    """bf16 autocast where `precision` asks for it, for whatever device a module is on."""
+    with contextlib.ExitStack() as stack:
+        for device in sorted({"cpu", accelerator()}):
+            stack.enter_context(torch.autocast(device, torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16"))
         yield
 
 
@@ -152,8 +174,7 @@ def autocast(precision: Precision) -> Iterator[None]:
 def on_accelerator(module: nn.Module) -> Iterator[None]:
     """Have a module on the machine's accelerator, if there is one, and then again where it was."""
     before = next(module.parameters()).device
-    if torch.accelerator.is_available():
-        module.to(torch.accelerator.current_accelerator())
+    module.to(accelerator())
     try:
         yield
     finally:
@@ -164,6 +185,7 @@ class _LossTrainer(Trainer):
     def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.loss = loss
+        self.remove_callback(PrinterCallback)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -196,7 +218,7 @@ class _AfterStep(TrainerCallback):
 def _attention_for_training(module: Any) -> Iterator[None]:
     """Eager attention on a CPU: the backward pass of its fused kernel takes longer than the rest of a small model."""
     before = getattr(module.config, "_attn_implementation", None)
-    change = before == "sdpa" and not torch.cuda.is_available()
+    change = before == "sdpa" and accelerator() == "cpu"
     if change:
         module.set_attn_implementation("eager")
     try:

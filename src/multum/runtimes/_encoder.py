@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,44 @@ def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
     )
 
 
+def fold_betas(encoder: Encoder) -> Encoder:
+    """The same function without a shift in any norm; what is not there need not be added.
+
+    A norm gives plain * γ + β. Linear layers read it, so β W goes into their biases; and it is added to what the next sublayer
+    gives, so β itself goes into the bias of that.
+    """
+    beta, projection = encoder.embeddings_norm.beta, encoder.projection
+    if projection:
+        projection = _read_shifted(projection, beta)
+        beta = np.zeros_like(projection.bias)
+    blocks = []
+    for block in encoder.blocks:
+        middle = block.attention_norm.beta
+        blocks.append(
+            replace(
+                block,
+                query=block.query and _read_shifted(block.query, beta),
+                key=block.key and _read_shifted(block.key, beta),
+                value=block.value and _read_shifted(block.value, beta),
+                attention_output=_add_to_bias(block.attention_output, beta),
+                attention_norm=_without_beta(block.attention_norm),
+                up=block.up and _read_shifted(block.up, middle),
+                down=_add_to_bias(block.down, middle),
+                feed_forward_norm=_without_beta(block.feed_forward_norm),
+            )
+        )
+        beta = block.feed_forward_norm.beta
+    dense = encoder.head_dense
+    return replace(
+        encoder,
+        embeddings_norm=_without_beta(encoder.embeddings_norm),
+        projection=projection,
+        blocks=blocks,
+        head_dense=dense and _read_shifted(dense, beta),
+        head_output=encoder.head_output if dense else _read_shifted(encoder.head_output, beta),
+    )
+
+
 def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, vocabulary: int = 1000, tokens: int = 512) -> Encoder:
     """Random weights of the given shapes: speed does not depend on their values.
 
@@ -162,6 +200,19 @@ def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, voca
         head_activation="tanh",
         head_output=linear(hidden, 2),
     )
+
+
+def _read_shifted(linear: Linear, beta: np.ndarray) -> Linear:
+    """The layer that gives for x what this one gives for x + β."""
+    return _add_to_bias(linear, beta @ linear.weight)
+
+
+def _add_to_bias(linear: Linear, shift: np.ndarray) -> Linear:
+    return replace(linear, bias=linear.bias + shift)
+
+
+def _without_beta(norm: Norm) -> Norm:
+    return replace(norm, beta=np.zeros_like(norm.beta))
 
 
 def _array(tensor: Any) -> np.ndarray:

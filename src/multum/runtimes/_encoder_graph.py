@@ -187,6 +187,8 @@ class _Writer:
         unit = self.unit_scale(1 if self.first_only else None)
         plain = self.node("InstanceNormalization", [x, *unit], f"{name}.plain", epsilon=norm.epsilon)
         scaled = self.node("Mul", [plain, self.constant(f"{name}.gamma", norm.gamma)], f"{name}.scaled")
+        if not norm.beta.any():
+            return scaled
         return self.node("Add", [scaled, self.constant(f"{name}.beta", norm.beta)], f"{name}.norm")
 
     def unit_scale(self, tokens: int | None) -> list[str]:

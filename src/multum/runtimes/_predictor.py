@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from ..core.folders import read_json
-from ._folder import TOKENIZER
+from ..core.folders import read_json, write_json
+from ..core.latency import interleave
+from ._folder import MANIFEST, TOKENIZER, read_manifest
 
 Text = str | tuple[str, str]
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 """One batch of padded token columns, (batch, tokens) int64 each -> logits, (batch, classes)."""
+TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
+"""Texts and rounds with which the number of threads is chosen; several must take less than this share of one's time."""
 
 
 class GraphPredictor:
@@ -23,18 +27,23 @@ class GraphPredictor:
     Args:
         folder: the export folder.
         manifest: its `runtime.json`.
-        run: executes the graph.
+        load: makes the graph ready to be executed on so many threads.
         files: what is needed to run it.
-        threads: that it runs on.
+        threads: at most so many. A single text is answered on as many of them as were fastest at export; batches use all.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], run: Run, files: Sequence[Path], threads: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], load: Callable[[int], Run], files: Sequence[Path], threads: int
+    ) -> None:
         self.labels: list[str] = list(manifest["labels"])
         self.runtime: str = manifest["runtime"]
         self.precision: str = manifest["precision"]
         self.max_length: int = manifest["max_length"]
-        self.threads, self.files = threads, list(files)
-        self._run, self._pad, self._types = run, int(manifest["pad_token_id"]), "token_type_ids" in manifest["inputs"]
+        self.threads, self.files = min(threads, manifest.get("threads", threads)), list(files)
+        self._run_one = load(self.threads)
+        self._run_many = self._run_one if self.threads == threads else None
+        self._load, self._all_threads = load, threads
+        self._pad, self._types = int(manifest["pad_token_id"]), "token_type_ids" in manifest["inputs"]
         read_json(folder / TOKENIZER)  # tokenizers itself has no word for a damaged file but a bare Exception
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
@@ -55,15 +64,16 @@ class GraphPredictor:
             columns = {"input_ids": ids, "attention_mask": self._ones[:, : ids.shape[1]]}
             if self._types:
                 columns["token_type_ids"] = np.array([encoding.type_ids], dtype=np.int64)
-            return self._run(columns)
+            return self._run_one(columns)
         if not inputs:
             return np.empty((0, len(self.labels)), dtype=np.float32)
+        run = self._run_many = self._run_many or self._load(self._all_threads)
         encodings = self._tokenizer.encode_batch(list(inputs))
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
         result = np.empty((len(encodings), len(self.labels)), dtype=np.float32)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            result[chosen] = self._run(self._pad_batch([encodings[i] for i in chosen]))
+            result[chosen] = run(self._pad_batch([encodings[i] for i in chosen]))
         return result
 
     def _encode(self, text: Text) -> Any:
@@ -81,6 +91,29 @@ class GraphPredictor:
             if self._types:
                 columns["token_type_ids"][row, :length] = encoding.type_ids
         return columns
+
+
+def choose_threads(folder: Path, open: Callable[..., GraphPredictor], inputs: Sequence[Text]) -> None:
+    """Write into `runtime.json` on how many threads a single text is answered.
+
+    On one, or on all where they are faster by more than noise. A small model's threads mostly wait for each other.
+    """
+    most, texts = cores(), list(inputs[:TIMED])
+
+    def timer(threads: int) -> Callable[[], float]:
+        predictor = open(folder, threads=threads)
+
+        def once() -> float:
+            started = time.perf_counter()
+            for text in texts:
+                predictor.predict([text])
+            return time.perf_counter() - started
+
+        return once
+
+    seconds = interleave({str(threads): timer(threads) for threads in sorted({1, most})}, ROUNDS)
+    chosen = most if seconds[str(most)] < WORTH_IT * seconds["1"] else 1
+    write_json(folder / MANIFEST, read_manifest(folder) | {"threads": chosen})
 
 
 def cores() -> int:

@@ -11,11 +11,9 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-from ..core.folders import write_json
-from ..core.latency import interleave
 from ..errors import InputError
-from ._folder import MANIFEST, export_folder, prove, read_manifest
-from ._predictor import GraphPredictor, Text, cores
+from ._folder import export_folder, prove, read_manifest
+from ._predictor import GraphPredictor, Run, Text, choose_threads, cores
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "int8")
 EXTRA: str | None = None
 GRAPH = "model.onnx"
-TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
-"""Texts and rounds with which the number of threads is chosen; several must take less than this share of one's time."""
 OPENING_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     OSError,
@@ -70,7 +66,8 @@ def export(
 
     if precision not in PRECISIONS:
         raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
-    graph = _encoder_graph.write(_encoder.read(model.module, max_length=max_length, pairs=pairs), precision=precision, pairs=pairs)
+    encoder = _encoder.fold_betas(_encoder.read(model.module, max_length=max_length, pairs=pairs))
+    graph = _encoder_graph.write(encoder, precision=precision, pairs=pairs)
     manifest = {
         "runtime": "onnxruntime",
         "precision": precision,
@@ -82,7 +79,7 @@ def export(
     with export_folder(model, folder, manifest) as work:
         (work / GRAPH).write_bytes(graph.SerializeToString())
         proof = prove(model, work, open(work).predict, inputs)
-        write_json(work / MANIFEST, read_manifest(work) | {"threads": _best_threads(work, inputs[:TIMED])})
+        choose_threads(work, open, inputs)
         return proof
 
 
@@ -96,39 +93,15 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     Raises:
         InputError: damaged.
     """
-    folder, threads = Path(folder), threads or cores()
-    manifest = read_manifest(folder)
-    few = min(threads, manifest.get("threads", threads))
-    sessions = {few: _session(folder / GRAPH, few)}
+    folder = Path(folder)
     names = ["logits"]
 
-    def run(columns: dict[str, np.ndarray]) -> np.ndarray:
-        wanted = few if len(columns["input_ids"]) == 1 else threads
-        if wanted not in sessions:
-            sessions[wanted] = _session(folder / GRAPH, wanted)
-        return np.asarray(sessions[wanted].run(names, columns)[0])
+    def load(threads: int) -> Run:
+        session = _session(folder / GRAPH, threads)
+        return lambda columns: np.asarray(session.run(names, columns)[0])
 
     files = [folder / name for name in (GRAPH, "tokenizer.json", "runtime.json")]
-    return GraphPredictor(folder, manifest, run, files, few)
-
-
-def _best_threads(folder: Path, inputs: Sequence[Text]) -> int:
-    """One thread, or all where they answer single texts faster by more than noise. A small model's threads mostly wait."""
-    most = cores()
-
-    def timer(threads: int) -> Callable[[], float]:
-        predictor = open(folder, threads=threads)
-
-        def once() -> float:
-            started = time.perf_counter()
-            for text in inputs:
-                predictor.predict([text])
-            return time.perf_counter() - started
-
-        return once
-
-    seconds = interleave({str(threads): timer(threads) for threads in {1, most}}, ROUNDS)
-    return most if seconds[str(most)] < WORTH_IT * seconds["1"] else 1
+    return GraphPredictor(folder, read_manifest(folder), load, files, threads or cores())
 
 
 def probe(

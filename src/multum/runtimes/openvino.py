@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import InputError, MissingExtra
 from ._folder import export_folder, prove, read_manifest
-from ._predictor import GraphPredictor, Text, cores
+from ._predictor import GraphPredictor, Run, Text, choose_threads, cores
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -80,11 +80,17 @@ def export(
     }
     with export_folder(model, folder, manifest) as work:
         openvino.save_model(graph, work / GRAPH, compress_to_fp16=False)
-        return prove(model, work, open(work).predict, inputs)
+        proof = prove(model, work, open(work).predict, inputs)
+        choose_threads(work, open, inputs)
+        return proof
 
 
 def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     """A predictor of an export folder.
+
+    Args:
+        folder: the export folder.
+        threads: at most so many. A single text is answered on as many of them as were fastest at export; batches use all.
 
     Raises:
         MissingExtra: OpenVINO is not installed.
@@ -94,22 +100,27 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
         raise MissingExtra("OpenVINO", "openvino")
     import openvino
 
-    folder, threads = Path(folder), threads or cores()
+    folder = Path(folder)
     manifest = read_manifest(folder)
-    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if manifest["precision"] == "fp32":
         options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16 where the processor has it, which is not what fp32 says
-    try:
-        request = openvino.Core().compile_model(str(folder / GRAPH), "CPU", options).create_infer_request()
-    except RuntimeError as error:
-        raise InputError(f"{folder / GRAPH} cannot be opened: {str(error).strip().splitlines()[-1]}") from error
 
-    def run(columns: dict[str, np.ndarray]) -> np.ndarray:
-        request.infer(columns, share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+    def load(threads: int) -> Run:
+        wanted = options | {"INFERENCE_NUM_THREADS": threads}
+        try:
+            request = openvino.Core().compile_model(str(folder / GRAPH), "CPU", wanted).create_infer_request()
+        except RuntimeError as error:
+            raise InputError(f"{folder / GRAPH} cannot be opened: {str(error).strip().splitlines()[-1]}") from error
+
+        def run(columns: dict[str, np.ndarray]) -> np.ndarray:
+            request.infer(columns, share_inputs=True)
+            return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+
+        return run
 
     files = [folder / name for name in (GRAPH, WEIGHTS, "tokenizer.json", "runtime.json")]
-    return GraphPredictor(folder, manifest, run, files, threads)
+    return GraphPredictor(folder, manifest, load, files, threads or cores())
 
 
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from ..core.blocks import walk_blocks
 from ..core.families import blocks_of
 from ..core.model import Model
+from ..core.second_order import double
 from ..core.step import Step
 from ..core.surgery import keep_blocks
 from ..core.task import Batch, Task
+from ..core.training import on_accelerator
 from ..errors import InputError
 
 
@@ -43,7 +45,7 @@ def block_influence(module: Any, batches: Sequence[Batch]) -> list[float]:
         total, tokens = 0.0, 0
         for index, (arguments, _) in enumerate(block.calls):
             mask = block.masks[index]
-            read, written = arguments[0][mask].double(), block.run(index)[mask].double()
+            read, written = double(arguments[0][mask]), double(block.run(index)[mask])
             total += float(F.cosine_similarity(read, written, dim=-1).sum())
             tokens += len(read)
         result.append(1 - total / tokens)
@@ -93,7 +95,8 @@ class DropLayers(Step):
         elif self.keep > blocks:
             raise InputError(f"drop_layers: keep is {self.keep}, but the model has only {blocks} blocks")
         elif self.which == "importance":
-            notes["influence"] = block_influence(model.module.eval(), task.calibration(model, self.samples, seed=self.seed))
+            with on_accelerator(model.module.eval()):
+                notes["influence"] = block_influence(model.module, task.calibration(model, self.samples, seed=self.seed))
             kept = most_influential(notes["influence"], self.keep)
         else:
             kept = alternate(blocks, self.keep) if self.which == "alternate" else list(range(self.keep))

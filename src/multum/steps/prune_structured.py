@@ -34,11 +34,11 @@ from ..core.blocks import Block, outputs_from, walk_blocks
 from ..core.families import blocks_of, family_of
 from ..core.latency import LatencyTable
 from ..core.model import Model
-from ..core.second_order import Order, Repair, adapted, removal_order
+from ..core.second_order import Order, Repair, adapted, double, removal_order
 from ..core.step import Step
 from ..core.surgery import head_features, head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
 from ..core.task import Batch, Task
-from ..core.training import autocast
+from ..core.training import autocast, on_accelerator
 from ..errors import InputError
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
@@ -60,7 +60,7 @@ class Sublayer:
 
 def kl(whole: torch.Tensor, reduced: torch.Tensor) -> float:
     """KL(whole ‖ reduced) of two sets of logits, (examples, classes), in nats, averaged over the examples."""
-    log_p, log_q = F.log_softmax(whole.double(), -1), F.log_softmax(reduced.double(), -1)
+    log_p, log_q = F.log_softmax(double(whole), -1), F.log_softmax(double(reduced), -1)
     return float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
 
 
@@ -152,13 +152,14 @@ class PruneStructured(Step):
         batches = task.calibration(model, self.samples, seed=self.seed)
         table = self._table(module, batches)
         before = heads_and_neurons(module)
-        whole = model.copy().module
-        sublayers = price_sublayers(module, batches, self.neuron_group)
         budget = table.total(before) / self.speedup
-        after = choose([(a.prices, f.prices) for a, f in sublayers], table, budget) if self.speedup > 1 else before
-        kept = cut(module, sublayers, after)
-        if self.repair:
-            repair(whole, module, batches, kept)
+        with on_accelerator(module):
+            whole = model.copy().module
+            sublayers = price_sublayers(module, batches, self.neuron_group)
+            after = choose([(a.prices, f.prices) for a, f in sublayers], table, budget) if self.speedup > 1 else before
+            kept = cut(module, sublayers, after)
+            if self.repair:
+                repair(whole, module, batches, kept)
         inside = set(blocks_of(module).modules())
         return {
             "blocks": [before, [after[i] for i in kept]],
@@ -184,12 +185,15 @@ class PruneStructured(Step):
 
 
 def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: int) -> list[tuple[Sublayer, Sublayer]]:
-    """Removal order and prices of every block's attention and feed-forward. The model is left as it was."""
+    """Removal order and prices of every block's attention and feed-forward. The model is left as it was.
+
+    Prices are taken from every other batch: batches come by length, and half of them tell enough.
+    """
     family, size = family_of(module), head_size(module)
     result = []
-    priced = batches[: max(1, len(batches) // 2)]
+    priced = range(0, len(batches), 2)
     with autocast("auto"):
-        whole = outputs_from(module, None, priced)
+        whole = outputs_from(module, None, batches, priced)
     for block in walk_blocks(module, batches):
         grams = _grams(block, (family.attention_output, family.down))
         pair = []
@@ -204,7 +208,7 @@ def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: i
             for count in _levels(order):
                 features = head_features(order.kept(count), width)
                 with _weight(linear, adapted(linear.weight, gram, features)), autocast("auto"):
-                    measured[count] = kl(whole, outputs_from(module, block, priced))
+                    measured[count] = kl(whole, outputs_from(module, block, batches, priced))
             pair.append(Sublayer(order, _interpolate(measured, order.counts())))
         result.append((pair[0], pair[1]))
     return result
@@ -252,8 +256,8 @@ def _repair_sublayer(reference: Block, block: Block, path: str, norm: str) -> No
         sums.add(features, wanted - ours[norm].input)
     weight, bias = sums.solve()
     if linear.in_features:
-        linear.weight += weight.to(linear.weight.dtype)
-    linear.bias += bias.to(linear.bias.dtype)
+        linear.weight += weight.to(linear.weight)
+    linear.bias += bias.to(linear.bias)
 
 
 def _grams(block: Block, paths: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -261,7 +265,7 @@ def _grams(block: Block, paths: Sequence[str]) -> dict[str, torch.Tensor]:
     totals: dict[str, torch.Tensor] = {}
     for batch in range(len(block.calls)):
         for path, flow in block.flows(batch, paths).items():
-            product = (flow.input.T @ flow.input).double()
+            product = double(flow.input.T @ flow.input)
             totals[path] = totals[path] + product if path in totals else product
     return totals
 
@@ -283,7 +287,7 @@ def _interpolate(measured: Mapping[int, float], counts: Sequence[int]) -> Prices
 @contextmanager
 def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
     before = linear.weight.data
-    linear.weight.data = weight.to(before.dtype)
+    linear.weight.data = weight.to(before)
     try:
         yield
     finally:

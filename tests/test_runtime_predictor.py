@@ -1,0 +1,65 @@
+"""Single texts run on the threads that were fastest at export, batches on all that are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from multum.core.folders import read_json
+from multum.runtimes import _predictor, onnxruntime
+from multum.runtimes._predictor import GraphPredictor, choose_threads
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model, task = tiny.model(), tiny.task()
+    onnxruntime.export(model, tmp_path / "out", precision="fp32", inputs=task.inputs("validation")[:4], max_length=64, pairs=False)
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(("chosen", "given", "single"), [(1, 3, 1), (3, 2, 2), (None, 2, 2)])
+def test_threads_of_texts_and_batches(chosen: int | None, given: int, single: int, folder: Path) -> None:
+    used: list[int] = []
+    loaded: list[int] = []
+
+    def load(threads: int) -> _predictor.Run:
+        loaded.append(threads)
+
+        def run(columns: dict[str, np.ndarray]) -> np.ndarray:
+            used.append(threads)
+            return np.zeros((len(columns["input_ids"]), 2), np.float32)
+
+        return run
+
+    manifest = {name: value for name, value in read_json(folder / "runtime.json").items() if name != "threads"}
+    if chosen:
+        manifest["threads"] = chosen
+    predictor = GraphPredictor(folder, manifest, load, [], given)
+    predictor.predict(["a film"])
+    assert (predictor.threads, loaded, used) == (single, [single], [single])
+    for _ in range(2):
+        assert predictor.predict(["a film", "a story", "a plot"], batch_size=2).shape == (3, 2)
+    assert used == [single] + [given] * 4
+    assert loaded == sorted({single, given})
+
+
+@pytest.mark.parametrize(("seconds_of_all", "chosen"), [(0.5, 4), (0.9, 1), (1.5, 1)])
+def test_several_threads_must_be_faster_by_more_than_noise(
+    seconds_of_all: float, chosen: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, asked = read_json(folder / "runtime.json"), []
+
+    def interleave(timers: dict[str, Any], rounds: int) -> dict[str, float]:
+        assert all(timer() > 0 for timer in timers.values())
+        asked.extend(timers)
+        return {"1": 1.0, "4": seconds_of_all}
+
+    monkeypatch.setattr(_predictor, "cores", lambda: 4)
+    monkeypatch.setattr(_predictor, "interleave", interleave)
+    choose_threads(folder, onnxruntime.open, ["a film", "a story"])
+    assert asked == ["1", "4"]
+    assert read_json(folder / "runtime.json") == before | {"threads": chosen}
