@@ -12,7 +12,7 @@ from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
 from .core.surgery import head_size, heads_and_neurons
-from .errors import InputError, MultumError, ParityError
+from .errors import InputError, ParityError
 from .progress import Progress
 from .run_folder import RunFolder
 
@@ -47,9 +47,7 @@ class Bench:
                 if not target.exists():
                     with self.progress.stage(f"{folder.name}: export to {runtime} {precision}"):
                         self._export(model, target, runtime, precision)
-            except Exception as error:  # exporters' own errors have no common base
-                if isinstance(error, MultumError) and not isinstance(error, ParityError | InputError):
-                    raise  # a full disk would fail every form
+            except (ParityError, InputError, RuntimeError, ValueError, TypeError) as error:  # what exporters raise; no full disk
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.run.note(f"{folder.name} has no {runtime} {precision} form: {reason}")
                 continue

@@ -77,7 +77,7 @@ def export(
         "inputs": [value.name for value in graph.graph.input],
     }
     with export_folder(model, folder, manifest) as work:
-        (work / GRAPH).write_bytes(graph.SerializeToString())
+        (work / GRAPH).write_bytes(_serialized(graph))
         proof = prove(model, work, open(work).predict, inputs)
         choose_threads(work, open, inputs)
         return proof
@@ -128,6 +128,15 @@ def probe(
         return 1e3 * (time.perf_counter() - started) / len(ids)
 
     return once
+
+
+def _serialized(graph: Any) -> bytes:
+    from google.protobuf.message import EncodeError
+
+    try:
+        return bytes(graph.SerializeToString())
+    except (EncodeError, ValueError) as error:
+        raise InputError("the graph is larger than the 2 GiB that an ONNX file can hold") from error
 
 
 def _session(graph: Path | bytes, threads: int, *, quiet: bool = False) -> onnxruntime.InferenceSession:
