@@ -174,11 +174,14 @@ def _scale(linear: nn.Linear, ours: Any, theirs: Any, path: str, norm: str, widt
     return True
 
 
-def prune(model: Model, task: Any, table: LatencyTable, speedup: float, samples: int = SAMPLES, *, seed: int = 0) -> Model:
-    """The whole method: gradients, search, rearrangement, tuning."""
+def prune(
+    model: Model, task: Any, table: LatencyTable, speedup: float, samples: int = SAMPLES, *, tuned: bool = True, seed: int = 0
+) -> Model:
+    """The whole method: gradients, search, rearrangement and, unless switched off, tuning."""
     grads, batches = gradients(model, task, samples, seed=seed), task.calibration(model, samples, seed=seed)
     full = table.total(heads_and_neurons(model.module))
     result, blocks = cut(model, rearrange(grads, search(grads, table, full / speedup)))
     teacher, teacher_blocks = cut(model, search(grads, table, full / speedup**0.5))
-    tune(result, blocks, teacher, teacher_blocks, batches)
+    if tuned:
+        tune(result, blocks, teacher, teacher_blocks, batches)
     return result

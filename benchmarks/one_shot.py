@@ -47,6 +47,7 @@ def main() -> None:
             made[f"prune_structured {speedup:g}x"] = make("prune_structured", options)(model, task)
             made[f"prune_structured, no repair {speedup:g}x"] = make("prune_structured", {**options, "repair": False})(model, task)
             made[f"Fisher masks {speedup:g}x"] = fisher_masks.prune(model, task, table, speedup)
+            made[f"Fisher masks, no tuning {speedup:g}x"] = fisher_masks.prune(model, task, table, speedup, tuned=False)
             for which in ("importance", "top", "alternate"):
                 options = {"keep": LAYERS[speedup], "which": which, **({"samples": SAMPLES} if which == "importance" else {})}
                 made[f"drop_layers {which} {speedup:g}x"] = make("drop_layers", options)(model, task)
