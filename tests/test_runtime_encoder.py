@@ -32,7 +32,7 @@ def norms(encoder: Encoder) -> list[Norm]:
     ]
 
 
-def check(encoder: Encoder, *, pairs: bool = False) -> None:
+def assert_folding_changes_nothing(encoder: Encoder, *, pairs: bool = False) -> None:
     folded = _encoder.fold_betas(encoder)
     assert all(norm.beta.any() for norm in norms(encoder))
     assert not any(norm.beta.any() for norm in norms(folded))
@@ -49,7 +49,7 @@ def check(encoder: Encoder, *, pairs: bool = False) -> None:
 def test_folding_changes_no_answer(family: str, whole: bool) -> None:
     model = tiny.model(family, layers=3)
     encoder = _encoder.read((model if whole else tiny.uneven(model)).module, max_length=64, pairs=True)
-    check(encoder, pairs=True)
+    assert_folding_changes_nothing(encoder, pairs=True)
 
 
 def test_folding_where_nothing_attends_or_the_head_has_one_layer() -> None:
@@ -64,7 +64,7 @@ def test_folding_where_nothing_attends_or_the_head_has_one_layer() -> None:
         for block in drawn.blocks
     ]
     encoder = replace(drawn, embeddings_norm=shifted(drawn.embeddings_norm), blocks=blocks, head_dense=None)
-    check(encoder)
-    check(replace(encoder, blocks=[]))
+    assert_folding_changes_nothing(encoder)
+    assert_folding_changes_nothing(replace(encoder, blocks=[]))
     nothing = [replace(block, heads=0, query=None, key=None, value=None, up=None) for block in blocks]
-    check(replace(encoder, blocks=nothing, head_dense=drawn.head_dense))
+    assert_folding_changes_nothing(replace(encoder, blocks=nothing, head_dense=drawn.head_dense))

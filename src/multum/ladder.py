@@ -176,7 +176,7 @@ class Ladder:
             model = self.task.load(str(self.folder / above))
             if not self._room_below(model, step):
                 return False
-            if not self._time_for(name, rung(name, *self._load(self._share(model) / step), taught=self._has_teacher())):
+            if not self._time_for(name, rung(name, *self._work(self._share(model) / step), taught=self._has_teacher())):
                 return False
             options = {"speedup": step, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
             model = self._step(f"{name}: prune and repair", "prune_structured", model, **options, **self.effort.prune)
@@ -189,7 +189,7 @@ class Ladder:
         """Teach a rung that is there already, under a new name. True when it then keeps the drop."""
         if not (self.folder / name).exists():
             model = self.task.load(str(self.folder / source))
-            stages = teaching(name, *self._load(self._share(model)), taught=self._has_teacher(), times=times)
+            stages = teaching(name, *self._work(self._share(model)), taught=self._has_teacher(), times=times)
             if not self._time_for(name, stages):
                 return False
             self._save(self._teach(name, model, times), self.folder / name)
@@ -249,7 +249,7 @@ class Ladder:
         done = {stage["name"] for stage in self.progress.stages()}
         self.progress.plan(stage for stage in stages if stage[0] not in done)
 
-    def _load(self, share: float) -> tuple[Effort, int, float, float]:
+    def _work(self, share: float) -> tuple[Effort, int, float, float]:
         """What the time of a rung is reckoned from."""
         return self.effort, len(self.task.inputs("train")), self.pace, share
 
