@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 from . import bench
@@ -161,7 +162,7 @@ class Ladder:
 
     def _name(self, number: int, above: str, step: float) -> str:
         """A rung that an earlier walk, to another budget, made from another one or by another step keeps its name."""
-        names = (f"rung-{number:02d}{letter}" for letter in ("", *"bcdefgh"))
+        names = (f"rung-{number:02d}{letter}" for letter in ("", *ascii_lowercase[1:]))
         return next(name for name in names if self._origin(name) in (None, [above, step]))
 
     def _origin(self, name: str) -> list[Any] | None:
