@@ -12,7 +12,12 @@ import tiny
 import torch
 
 from multum.core import teacher as module
+from multum.core import teacher_states
+from multum.core.capture import Captured, Wanted, capture
 from multum.core.teacher import cached_logits, logits, model_inputs
+from multum.core.teacher_states import CachedStates, cached_states, states
+from multum.core.training import pad
+from multum.errors import InputError, MultumError
 
 ROWS = 40
 
@@ -133,3 +138,135 @@ def test_a_damaged_cache_is_rebuilt(damage: str, teacher: Any, rows: list[Any], 
 def test_no_rows_is_an_error(teacher: Any) -> None:
     with pytest.raises(ValueError, match="no rows"):
         logits(teacher.module, [], 0)
+
+
+# The inside of a teacher
+
+WANTED = Wanted(hidden=(0, 2), attention=(1, 2))
+WIDTH = 2 * 32 + 2 * 3 * 32
+
+
+def inside(teacher: Any, rows: list[Any]) -> Captured:
+    """Live, all rows in one batch."""
+    with torch.no_grad(), capture(teacher.module) as captured:
+        teacher.module(**pad([model_inputs(row) for row in rows], 0))
+    return captured
+
+
+def kept(teacher: Any, rows: list[Any], folder: Path, wanted: Wanted = WANTED) -> CachedStates:
+    return cached_states(teacher, rows, wanted, folder, precision="fp32")
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_cached_states_equal_live_ones(family: str, tmp_path: Path) -> None:
+    teacher = tiny.model(family, seed=5)
+    rows = list(tiny.task(n_train=ROWS).encode(teacher, "train"))
+    cached = kept(teacher, rows, tmp_path)
+    assert cached.values.shape == (sum(len(row["input_ids"]) for row in rows), WIDTH)
+    assert cached.values.dtype == np.float16
+    assert not cached.values.flags.writeable
+    chosen = [31, 0, 7, 39]
+    part = [rows[i] for i in chosen]
+    live, tokens = inside(teacher, part), max(len(row["input_ids"]) for row in part)
+    found = cached.batch(torch.tensor(chosen), tokens)
+    assert (sorted(found.hidden), sorted(found.attention)) == ([0, 2], [1, 2])
+    for place, row in enumerate(part):
+        length = len(row["input_ids"])
+        for layer, state in found.hidden.items():
+            assert torch.allclose(state[place, :length], live.hidden[layer][place, :length], rtol=1e-3, atol=1e-3)
+            assert not state[place, length:].any()
+        for layer, attention in found.attention.items():
+            expected = live.attention[layer]
+            assert (attention.scaling, attention.causal) == (expected.scaling, expected.causal)
+            for name in ("query", "key", "value"):
+                ours, theirs = getattr(attention, name), getattr(expected, name)
+                assert ours.shape == theirs.shape
+                assert torch.allclose(ours[place, :, :length], theirs[place, :, :length], rtol=2e-3, atol=1e-2)
+
+
+def test_states_are_used_again_and_mended_like_logits(
+    teacher: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    def counted(where: Any, part: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        calls.append(len(part))
+        return states(where, part, *args, **kwargs)
+
+    monkeypatch.setattr(teacher_states, "states", counted)
+    stop_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        kept(teacher, rows, tmp_path)
+    stop_after = 99
+    first = np.array(kept(teacher, rows, tmp_path).values)
+    assert calls == [16, 16, 8]
+    assert np.array_equal(kept(teacher, rows, tmp_path).values, first)
+    assert len(calls) == 3
+    (path,) = tmp_path.glob("*.f16")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert np.array_equal(kept(teacher, rows, tmp_path).values, first)
+    assert calls[3:] == [16]
+    assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("what", ["layers", "weights", "texts"])
+def test_what_changes_the_states_changes_the_key(what: str, teacher: Any, rows: list[Any], tmp_path: Path) -> None:
+    kept(teacher, rows, tmp_path)
+    other = teacher.copy()
+    if what == "weights":
+        other.module.classifier.bias.data[0] += 1e-3
+    elif what == "texts":
+        rows = rows[:-1] + rows[:1]
+    kept(other, rows, tmp_path, Wanted(hidden=(1, 2), attention=(1, 2)) if what == "layers" else WANTED)
+    assert len(list(tmp_path.glob("*.f16"))) == 2
+
+
+def test_a_cache_is_written_in_chunks_of_few_bytes(
+    teacher: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = np.array(kept(teacher, rows, tmp_path / "a").values)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 40 * WIDTH * 2)
+    assert np.array_equal(kept(teacher, rows, tmp_path / "b").values, whole)
+    lengths = [len(row["input_ids"]) for row in rows]
+    starts = module._starts(lengths, WIDTH * 2)
+    assert len(starts) > 5
+    for start, end in zip(starts, [*starts[1:], ROWS], strict=True):
+        assert sum(lengths[start:end]) <= 40
+        assert end - start <= 16
+    assert module._starts([99, 1, 99], WIDTH * 2) == [0, 1, 2]
+
+
+def test_what_would_not_fit_the_disk_is_refused_before_anything_is_written(
+    teacher: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = sum(len(row["input_ids"]) for row in rows) * WIDTH * 2
+    usage = module.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    folder = tmp_path / "new" / "cache"
+    with pytest.raises(InputError, match=r"would take \d+ MB in .*cache, which has \d+ MB free; keep fewer layers"):
+        kept(teacher, rows, folder)
+    assert not folder.parent.exists()
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=size))
+    with caplog.at_level(logging.INFO):
+        assert kept(teacher, rows, folder).values.nbytes == size
+    assert f"take {size / 1e6:.1f} MB" in caplog.text
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=0))
+    kept(teacher, rows, folder)  # it is there already
+    with pytest.raises(InputError, match="would take"):
+        cached_logits(teacher, rows, tmp_path / "other")
+
+
+def test_states_beyond_the_range_of_half_precision_are_an_error(teacher: Any, rows: list[Any], tmp_path: Path) -> None:
+    teacher.module.bert.encoder.layer[0].attention.self.query.weight.data *= 1e6
+    with pytest.raises(MultumError, match="range of float16"):
+        kept(teacher, rows, tmp_path)
+
+
+def test_no_rows_no_states(teacher: Any) -> None:
+    with pytest.raises(ValueError, match="no rows"):
+        states(teacher.module, [], 0, WANTED)

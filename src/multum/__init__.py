@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from .core.model import Model
     from .core.step import Step
     from .core.task import Task
+    from .distillation_trainer import DistillationTrainer
     from .errors import MultumError
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "DistillationTrainer": "distillation_trainer",
     "Model": "core.model",
     "Step": "core.step",
     "Task": "core.task",
@@ -34,7 +36,7 @@ _WHERE = {
     "run": "_run",
     "shrink": "_shrink",
 }
-__all__ = ["Model", "MultumError", "Step", "Task", "measure", "report", "run", "shrink"]
+__all__ = ["DistillationTrainer", "Model", "MultumError", "Step", "Task", "measure", "report", "run", "shrink"]
 
 _hook.install()
 

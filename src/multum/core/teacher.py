@@ -1,13 +1,17 @@
 """Teacher outputs: computed once, kept on disk, memory-mapped.
 
-One file of raw float32 rows and one of JSON beside it. The key is a digest of the teacher's weights and tokenizer, the
-examples as the teacher reads them and the precision, so a stale cache cannot be mistaken for a fresh one. Every chunk of
-rows has its own digest: an interrupted run goes on where it stopped, a damaged chunk is found and computed again.
+One file of raw rows and one of JSON beside it: a row for each example (logits, float32), or one for each token of each example
+(`teacher_states`, float16). The key is a digest of the teacher's weights and tokenizer, the examples as the teacher reads them,
+the precision and what is kept, so a stale cache cannot be mistaken for a fresh one. Every chunk has its own digest: an
+interrupted run goes on where it stopped, a damaged chunk is found and computed again. What would not fit the disk is refused
+before anything is written.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +19,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import InputError
 from .folders import cache_home, digest, read_json, write_json
 from .model import Model
 from .reporting import report
 from .training import FEW_SHAPES, Precision, Rows, autocast, on_accelerator, pad, resolve_precision
 
 CHUNK = 2048
-"""Rows between two writes."""
+"""Examples between two writes, at most."""
+CHUNK_BYTES = 2**26
+"""Bytes between two writes, at most, unless one example alone has more."""
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +44,10 @@ def logits(module: nn.Module, rows: Rows, pad_token_id: int, *, batch_size: int 
     Returns:
         float32, (rows, classes).
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-    device = next(module.parameters()).device
     result: np.ndarray | None = None
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = pad([model_inputs(rows[i]) for i in chosen], pad_token_id, multiple=FEW_SHAPES)
+    for chosen, batch in batches_by_length(module, rows, pad_token_id, batch_size):
         with autocast(precision):
-            output = module(**{name: value.to(device) for name, value in batch.items()}).logits
+            output = module(**batch).logits
         values = output.float().cpu().numpy()
         if result is None:
             result = np.empty((len(rows), *values.shape[1:]), dtype=np.float32)
@@ -52,6 +55,18 @@ def logits(module: nn.Module, rows: Rows, pad_token_id: int, *, batch_size: int 
     if result is None:
         raise ValueError("no rows to compute outputs for")
     return result
+
+
+def batches_by_length(
+    module: nn.Module, rows: Rows, pad_token_id: int, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Padded batches of rows of like length, on the module's device, and which rows they are."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    device = next(module.parameters()).device
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = pad([model_inputs(rows[i]) for i in chosen], pad_token_id, multiple=FEW_SHAPES)
+        yield chosen, {name: value.to(device) for name, value in batch.items()}
 
 
 def model_inputs(row: Any) -> dict[str, Any]:
@@ -69,32 +84,16 @@ def cached_logits(teacher: Model, rows: Rows, folder: Path, *, precision: Precis
 
     Returns:
         A read-only memory map, float32, (rows, classes).
+
+    Raises:
+        InputError: they would not fit the disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    examples = np.concatenate([np.asarray([*row["input_ids"], -1], dtype=np.int64) for row in rows])
-    key = digest(teacher.fingerprint(), examples.tobytes(), resolve_precision(precision))
-    path, index = folder / f"{key}.f32", folder / f"{key}.json"
-    classes = int(teacher.module.config.num_labels)
-    shape, size = (len(rows), classes), len(rows) * classes * 4
-    done: dict[str, str] = _read_index(index) if path.is_file() and path.stat().st_size == size else {}
-    if not done:
-        with path.open("wb") as file:
-            file.truncate(size)
-    values = np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
-    starts = range(0, len(rows), CHUNK)
-    for number, start in enumerate(starts):
-        part = values[start : start + CHUNK]
-        if done.get(str(start)) == digest(part.tobytes()):
-            continue
-        if str(start) in done:
-            logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
-        with on_accelerator(teacher.module):
-            part[:] = logits(teacher.module, rows[start : start + CHUNK], teacher.tokenizer.pad_token_id, precision=precision)
-        values.flush()
-        done[str(start)] = digest(part.tobytes())
-        write_json(index, done)
-        report((number + 1) / len(starts))
-    return np.memmap(path, dtype=np.float32, mode="r", shape=shape)
+
+    def compute(part: Rows) -> np.ndarray:
+        return logits(teacher.module, part, teacher.tokenizer.pad_token_id, precision=precision)
+
+    path = folder / f"{key_of(teacher, rows, precision)}.f32"
+    return kept(path, teacher, rows, [1] * len(rows), int(teacher.module.config.num_labels), np.float32, compute)
 
 
 def cache_folder() -> Path:
@@ -102,9 +101,91 @@ def cache_folder() -> Path:
     return cache_home() / "teacher"
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    from ..errors import InputError
+def key_of(teacher: Model, rows: Rows, precision: Precision, *what: str) -> str:
+    """The name of a cache: a digest of all that its numbers depend on, and of `what` is kept."""
+    examples = np.concatenate([np.asarray([*row["input_ids"], -1], dtype=np.int64) for row in rows])
+    return digest(teacher.fingerprint(), examples.tobytes(), resolve_precision(precision), *what)
 
+
+def kept(
+    path: Path,
+    teacher: Model,
+    rows: Rows,
+    counts: Sequence[int],
+    width: int,
+    dtype: type[np.floating],
+    compute: Callable[[Rows], np.ndarray],
+) -> np.ndarray:
+    """What a teacher computes for examples, from the file at `path` or computed chunk by chunk and written there.
+
+    Args:
+        path: named by `key_of`; its folder is made if missing.
+        teacher: is on the accelerator while it computes.
+        rows: encoded examples.
+        counts: rows of numbers for each example: 1, or its tokens.
+        width: numbers in a row.
+        dtype: what they are stored as.
+        compute: examples -> (their rows of numbers, width), one example after another.
+
+    Returns:
+        A read-only memory map, (rows of numbers, width).
+
+    Raises:
+        InputError: they would not fit the disk.
+    """
+    index = path.with_suffix(".json")
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    entry = width * np.dtype(dtype).itemsize
+    size = int(ends[-1]) * entry
+    done: dict[str, str] = _read_index(index) if path.is_file() and path.stat().st_size == size else {}
+    starts = _starts(counts, entry)
+    if len(done) < len(starts):
+        _make_room(path, size)
+    if not done:
+        with path.open("wb") as file:
+            file.truncate(size)
+    values = np.memmap(path, dtype=dtype, mode="r+", shape=(int(ends[-1]), width))
+    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        part = values[ends[start] : ends[end]]
+        if done.get(str(start)) == digest(part.tobytes()):
+            continue
+        if str(start) in done:
+            logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
+        with on_accelerator(teacher.module):
+            part[:] = compute(rows[start:end])
+        values.flush()
+        done[str(start)] = digest(part.tobytes())
+        write_json(index, done)
+        report(end / len(rows))
+    return np.memmap(path, dtype=dtype, mode="r", shape=values.shape)
+
+
+def _starts(counts: Sequence[int], entry: int) -> list[int]:
+    """The first example of every chunk; `entry` is the size of one of its rows in bytes."""
+    starts, size = [0], 0
+    for row, count in enumerate(counts):
+        if row > starts[-1] and (row - starts[-1] == CHUNK or size + count * entry > CHUNK_BYTES):
+            starts.append(row)
+            size = 0
+        size += count * entry
+    return starts
+
+
+def _make_room(path: Path, size: int) -> None:
+    """Make the folder, if the file fits there."""
+    there = next(parent for parent in path.absolute().parents if parent.is_dir())
+    taken = getattr(path.stat(), "st_blocks", 0) * 512 if path.is_file() else 0  # less than its size until it is filled
+    free = shutil.disk_usage(there).free + taken
+    if size > free:
+        raise InputError(
+            f"the teacher's outputs would take {size / 1e6:,.0f} MB in {path.parent}, which has {free / 1e6:,.0f} MB free; keep "
+            "fewer layers, choose a folder with more room (cache), or run the teacher beside the student"
+        )
+    logger.info("the teacher's outputs take %.1f MB in %s", size / 1e6, path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _read_index(path: Path) -> dict[str, str]:
     try:
         found = read_json(path)
     except InputError:

@@ -7,6 +7,7 @@ resume come with it for all of them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ def fit(
     seed: int = 0,
     after_step: Callable[[nn.Module], None] | None = None,
     checkpoints: Path | None = None,
+    extra: nn.Module | None = None,
 ) -> dict[str, float]:
     """Train `model.module` in place with AdamW, linear warm-up and decay, gradients clipped to norm 1.
 
@@ -62,6 +64,7 @@ def fit(
         precision: `bf16` is autocast; `auto` takes it where the processor has instructions for it.
         after_step: called with the module after every optimizer step.
         checkpoints: keep one here after each epoch, and go on from the last one found.
+        extra: what else the loss trains (a projection), on the same terms; it is no part of the model afterwards.
 
     Returns:
         `loss` (mean over the run) and `seconds`.
@@ -69,6 +72,7 @@ def fit(
     Raises:
         MultumError: the loss became infinite or not a number.
     """
+    gc.collect()  # the Trainer of an earlier fit and its parts hold each other, and with them twice its weights
     module = model.module
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -76,6 +80,7 @@ def fit(
         _attention_for_training(module),
         _dropout(module, on=dropout),
         _zeros_kept(module) as zero_again,
+        _joined(module, extra),
     ):
         trainer = _LossTrainer(
             loss=loss,
@@ -90,12 +95,16 @@ def fit(
                 warmup_steps=warmup,
                 bf16=resolve_precision(precision) == "bf16",
                 seed=seed,
+                # What is used outside of the model's own forward pass would be taken for unused.
+                ddp_find_unused_parameters=False if extra is not None else None,
             ),
             train_dataset=_ListDataset(rows),
             data_collator=lambda features: pad(features, model.tokenizer.pad_token_id, multiple=FEW_SHAPES),
             callbacks=[_AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
-        result = trainer.train(resume_from_checkpoint=_last_of(checkpoints))
+        result = trainer.train(
+            resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
+        )
         _without_autocast(module)
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
@@ -118,10 +127,6 @@ def _arguments(**hyper: Any) -> TrainingArguments:
         remove_unused_columns=False,
         **hyper,
     )
-
-
-def _last_of(checkpoints: Path | None) -> str | None:
-    return get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
 
 
 def _without_autocast(module: nn.Module) -> None:
@@ -245,6 +250,22 @@ def _dropout(module: nn.Module, *, on: bool) -> Iterator[None]:
     finally:
         for part, name, value in before:
             setattr(part, name, value)
+
+
+@contextlib.contextmanager
+def _joined(module: nn.Module, extra: nn.Module | None) -> Iterator[None]:
+    """Have another module inside this one for a while, so that the Trainer trains, clips, synchronises and saves both as one.
+
+    Enter it after `_zeros_kept`: the zeros of a new projection are not there to stay.
+    """
+    if extra is None:
+        yield
+        return
+    module.add_module("beside_the_model", extra.to(next(module.parameters()).device))
+    try:
+        yield
+    finally:
+        del module.beside_the_model
 
 
 @contextlib.contextmanager

@@ -1,0 +1,235 @@
+"""What a teacher is given and what it says, in `DistillationTrainer`.
+
+A batch may carry two entries for the teacher: `teacher_inputs`, what its own tokenizer made of the texts, or `teacher_row`, the
+number of each example in the training set, under which its answer was kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+
+from ._pair import columns_of, inner
+from .core.capture import Captured, capture
+from .core.model import Model
+from .core.teacher import cached_logits
+from .core.teacher_states import CachedStates, cached_states
+from .core.training import Precision
+from .errors import InputError
+from .steps._layers import LayerMatcher
+
+TEACHER_INPUTS, TEACHER_ROW = "teacher_inputs", "teacher_row"
+
+
+@dataclass
+class Teacher:
+    """A teacher beside one student."""
+
+    module: nn.Module
+    order: Sequence[int] | None = None
+    """Which of its classes is each of the student's; None: the same."""
+    matcher: LayerMatcher | None = None
+    """What is looked at inside of it."""
+    reader: Reader | None = None
+    """Its own tokenizer, where it is not the student's."""
+    data: Any = None
+    """The training set, if its answers to it are kept."""
+    cache: Path | None = None
+    """Where."""
+    args: Any = None
+    """The TrainingArguments."""
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """What it takes by name."""
+        return columns_of(self.module)
+
+    def says(self, batch: Mapping[str, Any], theirs: Mapping[str, Any] | None, rows: torch.Tensor | None) -> tuple[Any, Captured]:
+        """Its outputs, the classes in the student's order, and the inside of it that layer losses look at.
+
+        Args:
+            batch: what the student is given.
+            theirs: what its own tokenizer made of the texts.
+            rows: the numbers of the examples, if its answers are kept.
+        """
+        if rows is not None:
+            logits, states = self.kept
+            answers: Any = SimpleNamespace(logits=torch.from_numpy(logits[rows.cpu().numpy()]).to(rows.device))
+            captured = states.batch(rows, batch["input_ids"].shape[1]) if states else Captured()
+        else:
+            answers, captured = self._live(batch if theirs is None else theirs)
+        if self.order is not None:
+            answers = SimpleNamespace(logits=answers.logits[..., self.order])
+        return answers, captured
+
+    def _live(self, batch: Mapping[str, Any]) -> tuple[Any, Captured]:
+        labels = {"labels", "start_positions", "end_positions", "return_loss"}
+        inputs = {name: value for name, value in batch.items() if name in self.columns and name not in labels}
+        if getattr(inner(self.module).config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+            inputs["labels"] = batch["labels"]  # its decoder reads them
+        if "use_cache" in self.columns:
+            inputs["use_cache"] = False
+        with answering(self.module), capturing(self.module, self.matcher) as captured:
+            outputs = self.module(**inputs)
+        return outputs, captured
+
+    @cached_property
+    def kept(self) -> tuple[np.ndarray, CachedStates | None]:
+        """Its logits for the training set, (examples, classes), and what layer losses look at, from the cache."""
+        assert self.cache  # noqa: S101
+        rows = _rows(self.data, self.columns, self.reader)
+        pad = getattr(inner(self.module).config, "pad_token_id", None)
+        model = Model(module=self.module, tokenizer=_Ids(pad or 0, list(rows[0])), source="teacher")
+        precision: Precision = "bf16" if self.args.bf16 else "fp32"
+        with self.args.main_process_first(local=False), answering(self.module):
+            logits = cached_logits(model, rows, self.cache, precision=precision)
+            states = cached_states(model, rows, self.matcher.wanted, self.cache, precision=precision) if self.matcher else None
+        return logits, states
+
+
+@contextmanager
+def answering(teacher: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards the parts that were in training mode are again. `requires_grad` is not touched."""
+    training = [part for part in teacher.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+@contextmanager
+def capturing(model: nn.Module, matcher: LayerMatcher | None) -> Iterator[Captured]:
+    """Record of a forward pass what the layer losses look at; nothing if there are none."""
+    with capture(model, attention=matcher.attention) if matcher else nullcontext(Captured()) as captured:
+        yield captured
+
+
+def as_asked(outputs: Any, config: Any) -> Any:
+    """The outputs as the student's config wants them: capturing its layers asked for hidden states."""
+    if config.output_hidden_states:
+        return outputs
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "hidden_states"})
+
+
+def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens are no padding, (batch, tokens)."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model's own tokenizer."""
+
+    tokenizer: Any
+    config: Any
+    columns: tuple[str, ...]
+    """Where the texts are."""
+
+    @property
+    def length_limit(self) -> int:
+        """Tokens that the model reads."""
+        positions = getattr(self.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        if self.config.model_type in ("roberta", "xlm-roberta"):  # these count positions from padding_idx + 1
+            positions -= self.config.pad_token_id + 1
+        return int(min(positions, self.tokenizer.model_max_length))
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        """Texts as ids, cut to what the model reads."""
+        texts = [[row[column] for row in rows] for column in self.columns]
+        return self.tokenizer(*texts, truncation=True, max_length=self.length_limit, **options)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Batches for a student and, beside them, what is for its teacher alone."""
+
+    base: Callable[[list[dict[str, Any]]], Any]
+    """The collator of the student's columns."""
+    student: Reader | None = None
+    teacher: Reader | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """As of the collator below; Trainer saves it beside the model."""
+        return getattr(self.base, "tokenizer", None)
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        rows = [dict(feature) for feature in features]
+        numbers = [row.pop(TEACHER_ROW) for row in rows if TEACHER_ROW in row]
+        extra: dict[str, Any] = {TEACHER_ROW: torch.as_tensor(np.asarray(numbers))} if numbers else {}
+        if self.teacher:
+            if not numbers:
+                extra[TEACHER_INPUTS] = dict(self.teacher(rows, padding=True, return_tensors="pt"))
+            if self.student and "input_ids" not in rows[0]:
+                encoded = self.student(rows)
+                rows = [{**row, **{name: values[i] for name, values in encoded.items()}} for i, row in enumerate(rows)]
+            rows = [{name: value for name, value in row.items() if name not in self.teacher.columns} for row in rows]
+        return {**self.base(rows), **extra}
+
+
+def numbered(data: Any) -> Any:
+    """The data set with the number of each example as a column.
+
+    Raises:
+        InputError: it cannot be told what its examples are before they come.
+    """
+    if isinstance(data, datasets.Dataset):
+        return data.add_column(TEACHER_ROW, np.arange(len(data)))
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise InputError("cache: the training set is a stream; a cache needs a data set that has a length")
+    return _Numbered(data)
+
+
+class _Numbered(torch.utils.data.Dataset[dict[str, Any]]):
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.data[index], TEACHER_ROW: index}
+
+
+class _Ids:
+    """In the place of a tokenizer where examples come as ids; the columns are part of what a teacher reads."""
+
+    def __init__(self, pad_token_id: int, columns: Sequence[str]) -> None:
+        self.pad_token_id, self.columns = pad_token_id, sorted(columns)
+        self.backend_tokenizer = self
+
+    def to_str(self) -> str:
+        return json.dumps({"columns": self.columns})
+
+
+def _rows(data: Any, columns: Sequence[str], reader: Reader | None) -> list[dict[str, Any]]:
+    """A data set's examples as the teacher reads them: lists of ids.
+
+    Raises:
+        InputError: they are no texts.
+    """
+    plain = data.with_format(None) if isinstance(data, datasets.Dataset) else data
+    rows = [dict(plain[number]) for number in range(len(plain))]
+    if reader:
+        encoded = reader(rows)
+        rows = [{name: values[number] for name, values in encoded.items()} for number in range(len(rows))]
+    wanted = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in columns]
+    if not rows or "input_ids" not in rows[0]:
+        raise InputError("cache: the training set must have examples with input_ids")
+    return [{name: np.asarray(row[name]).tolist() for name in wanted if name in row} for row in rows]

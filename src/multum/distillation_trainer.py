@@ -1,0 +1,290 @@
+r"""`DistillationTrainer`: a Hugging Face Trainer whose model also learns from a teacher.
+
+    L = α KD(z_s, z_t) + (1 - α) L_s + Σ_k λ_k L_k
+
+KD is the loss of `steps/_outputs` for the kind of outputs at hand (T² KL for classes), L_s what the student's own class, label
+smoothing or `compute_loss_func` makes of the labels, L_k the layer losses of `steps/_layers`. Each is a mean over its items
+(examples, tokens that count, texts) of the *whole* batch of an optimizer step, however that is cut into accumulation steps and
+processes: the mean over a part is weighed by the part's share in the items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from ._pair import agreement, both_loaded, columns_of, data_sets, inner, layer_losses_of
+from ._teaching import TEACHER_INPUTS, TEACHER_ROW, Collator, Reader, Teacher, as_asked, capturing, numbered, real_tokens
+from .core.capture import shape_of
+from .errors import InputError
+from .steps._layers import LayerLosses, LayerMatcher
+from .steps._outputs import items, kind_of, labelled, output_loss
+
+PROJECTIONS = "layer_projections.safetensors"
+"""In a checkpoint: what layer losses learn beside the student, which going on needs and the student does not."""
+
+
+class DistillationTrainer(Trainer):
+    """Trains a student on its labels and on its teacher's outputs.
+
+    >>> DistillationTrainer(  # doctest: +SKIP
+    ...     teacher_model=teacher, student_model=student, args=args, train_dataset=train, eval_dataset=validation
+    ... ).train()
+
+    What is saved is the student alone. The loss of `evaluate` is the whole L above. The teacher is moved to the student's device,
+    runs without gradients and without dropout, and keeps its own flags (`training`, `requires_grad`).
+
+    Args:
+        teacher_model: a module, a folder or a Hub id; strings are loaded with the student's Auto class.
+        student_model: the same; may be left out if `model_init` makes it.
+        args: as for Trainer.
+        temperature: T, above 0.
+        alpha: α, the teacher's share, from 0 (labels alone) to 1 (no labels needed).
+        layer_losses: `multum.steps._layers.LayerLosses` or a dict of its fields, for example `{"hidden": 1.0}`.
+        cache: a folder that keeps what the teacher makes of the training set, so that later epochs and runs do without it. For
+            outputs of one width for all examples: classes, several labels, numbers.
+        teacher_processing_class: the teacher's tokenizer, where it is not the student's (`processing_class`). Each model then
+            tokenizes the texts for itself, which the data set must have kept.
+        text_columns: the one or two columns with the texts; by default `text` and `text_pair`, `sentence1` and `sentence2`,
+            `text`, or `sentence`.
+        trainer: whatever else Trainer takes.
+
+    Raises:
+        InputError: lists what does not fit: values, models, tokenizers, data.
+    """
+
+    # Trainer must not divide by the number of accumulation steps.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        teacher_model: nn.Module | str,
+        student_model: nn.Module | str | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        temperature: float = 2.0,
+        alpha: float = 0.5,
+        layer_losses: LayerLosses | Mapping[str, Any] | None = None,
+        cache: str | Path | None = None,
+        teacher_processing_class: Any = None,
+        text_columns: Sequence[str] | None = None,
+        **trainer: Any,
+    ) -> None:
+        self.args = args = args or TrainingArguments("tmp_trainer")
+        self.temperature, self.alpha, self.cache = temperature, alpha, Path(cache) if cache else None
+        self.layer_losses = layer_losses_of(layer_losses)
+        if problems := self._problems(trainer):
+            raise InputError(*problems)
+        student, self.teacher_model = both_loaded(teacher_model, student_model)
+        self._tokenizers, self._text_columns = (trainer.get("processing_class"), teacher_processing_class), text_columns
+        self._data = data_sets(trainer)
+        self._reader: Reader | None = None
+        if self.cache and trainer.get("train_dataset") is not None:
+            trainer["train_dataset"] = numbered(trainer["train_dataset"])
+        self._numbered = trainer.get("train_dataset")
+        if student is not None:
+            self._meet(student)
+        super().__init__(model=student, args=args, **trainer)
+        self.model_accepts_loss_kwargs = True  # the same as loss_is_scaled_for_ga, for releases before it
+        if self.cache or self._teacher.reader:
+            self.data_collator = Collator(self.data_collator, self._reader, self._teacher.reader)
+
+    def _problems(self, trainer: Mapping[str, Any]) -> list[str]:
+        problems = [f"layer_losses: {problem}" for problem in self.layer_losses.problems()] if self.layer_losses else []
+        if not self.temperature > 0:
+            problems.append(f"temperature must be above 0 (got {self.temperature})")
+        if not 0 <= self.alpha <= 1:
+            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
+        if self.layer_losses and self.cache and getattr(trainer.get("processing_class"), "padding_side", "right") != "right":
+            problems.append("cache: layers are kept without padding and come back padded on the right; set padding_side='right'")
+        if self.layer_losses and any(trainer.get("optimizers", (None, None))):
+            problems.append(
+                "layer_losses: their projections are trained with the student, so Trainer must make the optimizer itself"
+            )
+        if self.layer_losses and (self.args.fsdp or self.args.deepspeed):
+            problems.append("layer_losses: they look into the layers of whole models, which FSDP and DeepSpeed cut in pieces")
+        return problems
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new student, checked against the teacher like the first one."""
+        student = super().call_model_init(trial)
+        self._meet(student)
+        return student
+
+    def _meet(self, student: nn.Module) -> None:
+        """Check student and teacher against each other, and make ready what they need of each other."""
+        agreed = agreement(
+            student,
+            self.teacher_model,
+            tokenizers=self._tokenizers,
+            data=self._data,
+            columns=self._text_columns,
+            layer_losses=self.layer_losses is not None,
+            cache=self.cache is not None,
+        )
+        if not hasattr(self.teacher_model, "hf_device_map"):
+            self.teacher_model.to(self.args.device)
+        readers = [
+            Reader(tokenizer, inner(model).config, agreed.texts) if agreed.texts else None
+            for tokenizer, model in zip(self._tokenizers, (student, self.teacher_model), strict=True)
+        ]
+        matcher = self._matcher(student) if self.layer_losses else None
+        self._reader, self._columns = readers[0], columns_of(student)
+        self._teacher = Teacher(self.teacher_model, agreed.order, matcher, readers[1], self._numbered, self.cache, self.args)
+
+    def _matcher(self, student: nn.Module) -> LayerMatcher:
+        assert self.layer_losses  # noqa: S101
+        attention = self.layer_losses.attention > 0 or self.layer_losses.relations > 0
+        try:
+            shapes = [shape_of(model, attention=attention) for model in (student, self.teacher_model)]
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.args.seed)  # the same projections in every process
+                return LayerMatcher(self.layer_losses, *shapes).to(self.args.device)
+        except InputError as error:
+            raise InputError(*(f"layer_losses: {problem}" for problem in error.problems)) from None
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """L over a batch; in training its part of the mean over the whole batch of an optimizer step.
+
+        Args:
+            model: the student, possibly wrapped.
+            inputs: the batch.
+            return_outputs: return the student's outputs too.
+            num_items_in_batch: what `get_batch_samples` counted; None: the batch stands alone.
+        """
+        batch = dict(inputs)
+        theirs, rows = batch.pop(TEACHER_INPUTS, None), batch.pop(TEACHER_ROW, None)
+        counts, matcher = self._counts(batch), self._teacher.matcher
+        shares = torch.ones(len(counts), device=counts.device)
+        if num_items_in_batch is not None:
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            shares = counts * processes / num_items_in_batch.clamp(min=1)  # gradients are averaged over the processes
+        with capturing(model, matcher) as ours:
+            own, outputs = self._own_loss(model, batch)
+        terms = []
+        if own is not None and (counts[1] > 0 or self.alpha == 0):  # the mean over no label is no number
+            terms.append((1 - self.alpha) * own.mean() * shares[1])
+        if self.alpha > 0 or matcher:
+            with self.accelerator.autocast():
+                answers, captured = self._teacher.says(batch, theirs, rows)
+            if self.alpha > 0:
+                apart = output_loss(self._kind(batch), outputs, answers, batch, self.temperature)
+                terms.append(self.alpha * apart * shares[0])
+            if matcher:
+                terms.append(matcher(ours, captured, real_tokens(batch)) * shares[2])
+                outputs = as_asked(outputs, self._student.config)
+        loss = torch.stack(terms).sum()
+        return (loss, outputs) if return_outputs else loss
+
+    def _own_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, Any]:
+        """What the student, or Trainer, makes of the labels, None if they do not count; and the student's outputs."""
+        batch = self._for_student(batch)
+        if self.alpha == 1:
+            reads_labels = getattr(self._student.config, "is_encoder_decoder", False)  # its decoder does
+            return None, model(**{name: value for name, value in batch.items() if reads_labels or name not in self.label_names})
+        if not self._has_labels(batch):
+            raise InputError("the batch has no labels; add them to the data, or set alpha=1 to learn from the teacher alone")
+        loss, outputs = super().compute_loss(model, batch, return_outputs=True)
+        return loss, outputs
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of Trainer; without labels the student alone is asked."""
+        if not self._has_labels(inputs):
+            inputs = self._for_student(inputs)
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    @property
+    def _student(self) -> Any:
+        return inner(self.accelerator.unwrap_model(self.model))
+
+    def _for_student(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Without what is for the teacher alone."""
+        alone = {*self._teacher.columns, TEACHER_INPUTS, TEACHER_ROW} - {*self._columns, *self.label_names}
+        return {name: value for name, value in batch.items() if name not in alone}
+
+    # What is counted
+
+    def _has_labels(self, batch: Mapping[str, Any]) -> bool:
+        return any(name in batch for name in self.label_names)
+
+    def _kind(self, batch: Mapping[str, Any]) -> Any:
+        labels = batch.get("labels")
+        kind = kind_of(self._student, labels)
+        undecided = kind == "single_label" and getattr(self._student.config, "problem_type", None) is None
+        return kind_of(inner(self.teacher_model), labels) if undecided else kind
+
+    def _counts(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Items that the teacher is heard on, items that have a label, texts: (3,)."""
+        kind = self._kind(batch)
+        heard = items(kind, batch)
+        own = labelled(kind, batch).sum() if self._has_labels(batch) else heard.new_tensor(0, dtype=torch.long)
+        return torch.stack([heard.sum(), own, own.new_tensor(len(heard))])
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of one optimizer step, and how much there is in all of them, in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for parameter in self._projections:
+            parameter.grad = None  # Trainer clears those of the student only
+        if not batches:
+            return batches, None
+        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return batches, counts
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
+        """`get_batch_samples` counts instead, and a batch of an evaluation stands alone."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            texts = self._teacher.reader.columns if self._teacher.reader else ()
+            known: Any = self._signature_columns
+            known += [name for name in (*self._teacher.columns, *texts, TEACHER_ROW) if name not in known]
+
+    # What layer losses learn
+
+    @property
+    def _projections(self) -> list[nn.Parameter]:
+        return list(self._teacher.matcher.parameters()) if self._teacher.matcher else []
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As of Trainer, with the projections of layer losses."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if new := [p for p in self._projections if id(p) not in known]:
+            optimizer.add_param_group({"params": new, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As of Trainer; the projections are no part of what it synchronises between processes."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self.args.world_size > 1:
+            for parameter in self._projections:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self._projections:
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *self._projections], self.args.max_grad_norm)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if (matcher := self._teacher.matcher) and self._projections and self.args.should_save:
+            save_file(matcher.state_dict(), Path(output_dir) / PROJECTIONS)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint and (matcher := self._teacher.matcher) and (path := Path(checkpoint) / PROJECTIONS).is_file():
+            matcher.load_state_dict(load_file(path))

@@ -1,0 +1,269 @@
+r"""How far a student's outputs are from its teacher's, by the kind of output (after Hinton et al. 2015, arXiv:1503.02531).
+
+    one label          T² KL(p ‖ q),  p = softmax(z_t / T), q = softmax(z_s / T), summed over the classes
+    several labels     T² Σ_c KL(b(p_c) ‖ b(q_c)),  p = σ(z_t / T), q = σ(z_s / T): each class is a coin of its own
+    a number           (z_s - z_t)²
+    tokens             T² KL as above for every token that has a label; a causal model's token answers for the next one
+    a span             the mean of T² KL over the places of the start and T² KL over those of the end, padding left out
+
+z_t, z_s are the logits of teacher and student. The gradient of T² KL by z_s is T (q - p), of about the same size whatever the
+temperature T. Every loss is a mean over *items*: examples, or tokens that count. `items` says which those are, so that whoever
+puts batches together can weigh them by their number.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.models.auto import modeling_auto as auto
+
+from ..errors import InputError
+
+Kind = Literal[
+    "single_label", "multi_label", "regression", "token_labels", "masked_lm", "causal_lm", "seq2seq", "question_answering"
+]
+"""What a model's outputs are."""
+PER_EXAMPLE = ("single_label", "multi_label", "regression")
+"""Kinds whose logits are one row an example, of the same width for all."""
+LANGUAGE_MODELS = ("masked_lm", "causal_lm", "seq2seq")
+"""Kinds whose classes are the tokens of a vocabulary."""
+IGNORED = -100
+"""The label of what has none."""
+
+logger = logging.getLogger(__name__)
+
+
+def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² KL(p ‖ q) over the last dimension: (..., classes) twice -> (...), float32 or better, at least 0."""
+    log_p = F.log_softmax(_precise(teacher) / temperature, dim=-1)
+    log_q = F.log_softmax(_precise(student) / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² KL(p ‖ q), averaged over the examples.
+
+    Args:
+        student: logits z_s, (examples, classes).
+        teacher: logits z_t, (examples, classes).
+        temperature: T.
+
+    Returns:
+        A scalar, at least 0.
+    """
+    return softened_kl(student, teacher, temperature).mean()
+
+
+def binary_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² Σ_c KL of the two outcomes of every class, (examples, classes) twice -> (examples,)."""
+    z_t, z_s = _precise(teacher) / temperature, _precise(student) / temperature
+    yes = F.logsigmoid(z_t).exp() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
+    no = F.logsigmoid(-z_t).exp() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
+    return temperature**2 * (yes + no).sum(-1)
+
+
+def squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """(z_s - z_t)², averaged over the numbers of an example, (examples, numbers) twice -> (examples,)."""
+    return ((_precise(student) - _precise(teacher)) ** 2).flatten(1).mean(-1)
+
+
+def token_loss(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² KL(p ‖ q), averaged over the tokens that count; 0 if none does.
+
+    Args:
+        student: logits z_s, (batch, tokens, classes).
+        teacher: logits z_t, the same.
+        counts: boolean, (batch, tokens).
+        temperature: T.
+    """
+    return _mean(softened_kl(student[counts], teacher[counts], temperature))
+
+
+def span_loss(student: Any, teacher: Any, real: torch.Tensor, temperature: float) -> torch.Tensor:
+    """T² KL over the places of a text, the mean of start and end, averaged over the examples.
+
+    Args:
+        student: has `start_logits` and `end_logits`, (batch, tokens) each.
+        teacher: the same.
+        real: which tokens are no padding, boolean, (batch, tokens).
+    """
+    halves = []
+    for name in ("start_logits", "end_logits"):
+        # Not -inf: 0 · (-inf + inf) would be nan.
+        ours, theirs = (_precise(getattr(outputs, name)).masked_fill(~real, -1e30) for outputs in (student, teacher))
+        halves.append(softened_kl(ours, theirs, temperature))
+    return _mean(torch.stack(halves).mean(0))
+
+
+def items(kind: Kind, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What a mean over the batch is a mean over: boolean, (batch,) or (batch, tokens); one token fewer for a causal model.
+
+    Args:
+        kind: what the outputs are.
+        batch: what the model is given; `labels` name the tokens that count, without them all that are no padding do.
+    """
+    if kind in PER_EXAMPLE or kind == "question_answering":
+        first = next(value for value in batch.values() if isinstance(value, torch.Tensor))
+        return torch.ones(len(first), dtype=torch.bool, device=first.device)
+    labels = batch.get("labels")
+    counts = labels != IGNORED if labels is not None else _real(batch)
+    return counts[:, 1:] if kind == "causal_lm" else counts
+
+
+def labelled(kind: Kind, batch: Mapping[str, Any]) -> torch.Tensor:
+    """What a model's own loss is a mean over, as `items`: those that have a label. Only single labels and tokens can lack one."""
+    return batch["labels"] != IGNORED if kind == "single_label" else items(kind, batch)
+
+
+def output_loss(kind: Kind, student: Any, teacher: Any, batch: Mapping[str, Any], temperature: float) -> torch.Tensor:
+    """How far the student's outputs are from the teacher's.
+
+    Args:
+        kind: what the outputs are, see `kind_of`.
+        student: outputs with `logits`, or with `start_logits` and `end_logits`.
+        teacher: the same, no gradient; of language models the vocabularies may be padded to different sizes.
+        batch: what the student was given.
+        temperature: T; a regression has none.
+
+    Returns:
+        A scalar, at least 0, the mean over the `items` of the batch.
+    """
+    if kind == "question_answering":
+        return span_loss(student, teacher, _real(batch), temperature)
+    ours, theirs = student.logits, teacher.logits
+    if kind == "single_label":
+        return distillation_loss(ours, theirs, temperature)
+    if kind == "multi_label":
+        return binary_kl(ours, theirs, temperature).mean()
+    if kind == "regression":
+        return squared_error(ours, theirs).mean()
+    if kind in LANGUAGE_MODELS:
+        ours, theirs = common_vocabulary(ours, theirs)
+    if kind == "causal_lm":
+        ours, theirs = ours[:, :-1], theirs[:, :-1]
+    return token_loss(ours, theirs, items(kind, batch), temperature)
+
+
+def common_vocabulary(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits over a vocabulary that one model padded to a rounder size, both cut to what they share; says so once."""
+    sizes = student.shape[-1], teacher.shape[-1]
+    if sizes[0] == sizes[1]:
+        return student, teacher
+    _say_cut(*sizes)
+    return student[..., : min(sizes)], teacher[..., : min(sizes)]
+
+
+@cache
+def _say_cut(student: int, teacher: int) -> None:
+    logger.warning(
+        "the student has %d tokens and the teacher %d; they are compared on the first %d, the rest is taken for padding",
+        student,
+        teacher,
+        min(student, teacher),
+    )
+
+
+def kind_of(model: nn.Module, labels: torch.Tensor | None = None) -> Kind:
+    """What a transformers model's outputs are, by its class and its config.
+
+    Args:
+        model: an instance of a class with a head that transformers' Auto classes know, or of a subclass of one.
+        labels: those of a batch. Only they tell one label from several where the config has no `problem_type`.
+
+    Raises:
+        InputError: it has no such head.
+    """
+    names = {parent.__name__ for parent in type(model).__mro__}
+    found = next((kind for kind, known in _heads().items() if names & known), None)
+    if found is None:
+        raise InputError(
+            f"{type(model).__name__} has no head that can be distilled; load it with AutoModelForSequenceClassification, "
+            "AutoModelForTokenClassification, AutoModelForQuestionAnswering, AutoModelForMaskedLM, AutoModelForCausalLM or "
+            "AutoModelForSeq2SeqLM"
+        )
+    if found != "single_label":
+        return found
+    config: Any = model.config
+    problem = getattr(config, "problem_type", None)
+    if problem is None and config.num_labels > 1 and labels is not None and labels.is_floating_point():
+        problem = "multi_label_classification"
+    if problem == "regression" or (problem is None and config.num_labels == 1):
+        return "regression"
+    return "multi_label" if problem == "multi_label_classification" else "single_label"
+
+
+@cache
+def _heads() -> dict[Kind, frozenset[str]]:
+    """Kind -> names of the classes. Encoder-decoders first: Bart's one class is listed for masked language models too."""
+
+    def names(*mappings: Mapping[str, Any]) -> frozenset[str]:
+        listed = [name for mapping in mappings for name in mapping.values()]
+        return frozenset(name for entry in listed for name in ([entry] if isinstance(entry, str) else entry))
+
+    return {
+        "seq2seq": names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+        "causal_lm": names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        "masked_lm": names(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES),
+        "token_labels": names(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+        "question_answering": names(auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+        "single_label": names(
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+            auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+        ),
+    }
+
+
+def teacher_columns(student: Any, teacher: Any) -> list[int] | None:
+    """Which of the teacher's outputs belongs to each of the student's, by the names of the classes; None: all in their places.
+
+    Names that transformers made up (`LABEL_0`) say nothing: such a model's classes are taken to be in the other one's order.
+
+    Args:
+        student: its config.
+        teacher: its config.
+
+    Raises:
+        InputError: they do not have the same classes.
+    """
+    ours, theirs = (_label_names(config) for config in (student, teacher))
+    same = len(ours) == len(theirs)
+    if same and (_made_up(ours) or _made_up(theirs)):
+        return None
+    if not same or set(ours) != set(theirs):
+        raise InputError(
+            f"student and teacher have different classes: the student {', '.join(ours)}; the teacher {', '.join(theirs)}; give the "
+            "student the teacher's num_labels, id2label and label2id, or take a teacher of the same task"
+        )
+    return None if ours == theirs else [theirs.index(name) for name in ours]
+
+
+def _label_names(config: Any) -> list[str]:
+    return [str(config.id2label[number]).casefold() for number in range(config.num_labels)]
+
+
+def _made_up(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"label_\d+", name) for name in names)
+
+
+def _precise(values: torch.Tensor) -> torch.Tensor:
+    """Half precision is too coarse for differences of logarithms."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """0 of nothing."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def _real(batch: Mapping[str, Any]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
