@@ -203,6 +203,41 @@ def unfit_fields(places):
     return ["apply", "drop_layers", places[0], *TASK, "--data", places[1], "-o", "out", *fields], ["keep", "'colour'", "'many'"]
 
 
+def unlabelled_file_and_data_missing(places):
+    arguments = ["shrink", places[0], *TASK, "--data", "none.csv", "--unlabelled", "no.txt", "-o", "out"]
+    return arguments, ["2 problems", "none.csv", "unlabelled: no such file: no.txt"]
+
+
+def unlabelled_file_of_a_recipe_missing(places):
+    write_recipe(places, "distill: {student: {layers: 1}}")
+    return ["run", "recipe.yaml", "-o", "out", "--unlabelled", "no.txt"], ["unlabelled: no such file: no.txt"]
+
+
+def unlabelled_texts_that_are_known(places):
+    arguments = ["apply", "trim_vocabulary", places[0], *TASK, "--data", places[1], "--unlabelled", places[1] / "test.csv"]
+    return [*arguments, "-o", "out"], ["no text is left that is not in the data", "16 rows dropped: also in the test split"]
+
+
+def neither_teacher_nor_student(places):
+    return ["apply", "distill", places[0], *TASK, "--data", places[1], "-o", "out"], ["takes a teacher", "or a student"]
+
+
+def student_that_makes_no_sense(places):
+    fields = ["--student", "{layers: many, depth: 3}", "--augment_model", "filler"]
+    said = ["3 problems", "'many'", "'depth'", "augment: 4"]
+    return ["apply", "distill", places[0], *TASK, "--data", places[1], "-o", "out", *fields], said
+
+
+def student_that_does_not_fit(places):
+    fields = ["--student", "{layers: 9}"]
+    return ["apply", "distill", places[0], *TASK, "--data", places[1], "-o", "out", *fields], ["has only 3 blocks"]
+
+
+def student_that_is_no_yaml(places):
+    fields = ["--student", "{layers: [}"]
+    return ["apply", "distill", places[0], *TASK, "--data", places[1], "-o", "out", *fields], ["{layers: [}", "column"]
+
+
 def unknown_step(places):
     return ["apply", "shrivel", places[0], *TASK, "--data", places[1], "-o", "out"], ["'shrivel'", "drop_layers"]
 
@@ -258,7 +293,9 @@ def unknown_example(places):
 CASES = (
     empty_file, missing_file, absent_column, one_class_only, label_only_in_test, no_model, damaged_weights, wrong_encoding,
     other_labels, full_output_folder, all_limits_wrong, recipe_with_three_mistakes, fields_that_do_not_fit, unfit_fields,
-    unknown_step, measuring_nothing, measuring_without_data, unknown_split, no_such_export, unknown_runtime, unknown_precision,
+    unlabelled_file_and_data_missing, unlabelled_file_of_a_recipe_missing, unlabelled_texts_that_are_known,
+    neither_teacher_nor_student, student_that_makes_no_sense, student_that_does_not_fit, student_that_is_no_yaml, unknown_step,
+    measuring_nothing, measuring_without_data, unknown_split, no_such_export, unknown_runtime, unknown_precision,
     predicting_nothing, predicting_both, report_of_nothing, unknown_name_of_a_step, unknown_example,
 )  # fmt: skip
 
@@ -422,6 +459,7 @@ def shrunk(monkeypatch):
 def test_shrink_passes_on_what_was_asked_for(places, work, shrunk):
     limits = ["--max-drop", "0.5", "--max-latency", "5ms", "--max-size", "20MB", "--min-speedup", "4", "--time-limit", "30m"]
     others = ["--columns", "text=review,label=stars", "--seed", "7", "--threads", "1", "--quick", "--trust-remote-code"]
+    others += ["--unlabelled", places[1] / "test.csv"]
     result = call("shrink", places[0], *TASK, "--data", places[1], "-o", "out", *limits, *others)
     assert result.exit_code == 0, result.output
     (arguments,) = shrunk
@@ -430,6 +468,7 @@ def test_shrink_passes_on_what_was_asked_for(places, work, shrunk):
         "task": "text-classification",
         "data": str(places[1]),
         "columns": {"text": "review", "label": "stars"},
+        "unlabelled": str(places[1] / "test.csv"),
         "max_drop": 0.5,
         "max_latency_ms": 5.0,
         "max_size_bytes": 20_000_000,
@@ -448,6 +487,7 @@ def test_limits_that_are_not_given_do_not_count(places, work, shrunk):
     assert call("shrink", places[0], *TASK, "--data", places[1], "-o", "out").exit_code == 0
     assert shrunk[0]["max_drop"] == 1
     assert {shrunk[0][name] for name in ("max_latency_ms", "max_size_bytes", "min_speedup", "time_limit_s", "threads")} == {None}
+    assert not shrunk[0]["unlabelled"]
 
 
 @pytest.mark.parametrize("as_json", [False, True])
@@ -472,6 +512,19 @@ def test_quickstart_uses_the_examples_and_says_that_it_trains_less(work, shrunk,
 
 
 # -- the others ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_taught_on_more_texts_from_the_command_line(places, work):
+    (work / "more.txt").write_text("a tender film\n\na dull plot\n")
+    data = [*TASK, "--data", places[1], "--unlabelled", "more.txt"]
+    fields = ["--student", "{layers: [0, 2]}", "--epochs", "1", "--cache", "cache"]
+    result = call("apply", "distill", places[0], *data, "-o", "out", *fields)
+    assert result.exit_code == 0, result.output
+    assert "unlabelled: 1 row dropped: empty text" in result.stderr
+    (entry,) = json.loads((work / "out" / "recipe.json").read_text())["steps"]
+    assert entry["fields"]["student"] == {"layers": [0, 2]}
+    assert entry["kept_blocks"] == [0, 2]
+    assert entry["teacher_outputs"] == 32 + 2
 
 
 def test_apply_takes_the_fields_of_a_step_as_options(places, work):

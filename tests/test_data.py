@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pandas as pd
 import pytest
 
-from multum.data import Splits, open_task, read
+from multum.data import Splits, open_task, read, sizes
 from multum.errors import InputError
 
 COLUMNS, OPTIONAL, KEYS = ("text", "label"), ("text_pair",), ("text", "text_pair")
@@ -193,3 +194,106 @@ def test_labels_that_a_task_cannot_use(tmp_path: Path) -> None:
     unseen.to_csv(folder / "test.csv", index=False)
     with pytest.raises(InputError, match="'surprise' appears in the test split only"):
         open_task("text-classification", str(folder))
+
+
+# -- texts without labels --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Splits of 40, 10 and 10 rows that are texts number 0 to 59."""
+    path = tmp_path / "splits"
+    path.mkdir()
+    for name, count, start in (("train", 40, 0), ("validation", 10, 40), ("test", 10, 50)):
+        rows(count, start).to_csv(path / f"{name}.csv", index=False)
+    return path
+
+
+def open_with(folder: Path, unlabelled: Path, **options: object) -> Any:
+    return open_task("text-classification", str(folder), unlabelled=str(unlabelled), **options)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "parquet"])
+def test_unlabelled_texts_are_new_ones_and_what_is_left_out_is_counted(folder: Path, suffix: str) -> None:
+    path, new = folder / f"more.{suffix}", ["something new", "ünïcode 文", "and more"]
+    texts = [*new, "", "  ", "AND  more", "text number 3", "Text   number 41", "text number 55", "text number 56"]
+    if suffix == "txt":
+        path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    elif suffix == "jsonl":
+        path.write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in texts), encoding="utf-8")
+    elif suffix == "parquet":
+        pd.DataFrame({"text": texts}).to_parquet(path)
+    else:
+        pd.DataFrame({"id": 1, "text": texts}).to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    task, plain = open_with(folder, path), open_task("text-classification", str(folder))
+    assert task.unlabelled == new
+    assert plain.unlabelled == ()
+    assert [note for note in task.notes if note not in plain.notes] == [
+        "unlabelled: 2 rows dropped: empty text",
+        "unlabelled: 1 row dropped: repeats an earlier row",
+        "unlabelled: 2 rows dropped: also in the test split",
+        "unlabelled: 1 row dropped: also in the validation split",
+        "unlabelled: 1 row dropped: also in the train split",
+    ]
+    assert task.inputs("train") == plain.inputs("train")
+    assert sizes(task) == {"train": 40, "validation": 10, "test": 10, "unlabelled": 3}
+    assert "unlabelled" not in sizes(plain)
+
+
+def test_unlabelled_texts_are_part_of_what_the_data_is(folder: Path) -> None:
+    path, other = folder / "more.txt", folder / "other.txt"
+    path.write_text("one\ntwo\n")
+    other.write_text("one\ntwo\nthree\n")
+    first, again, third = open_with(folder, path), open_with(folder, path), open_with(folder, other)
+    assert first.fingerprints == again.fingerprints
+    assert {key for key in first.fingerprints if first.fingerprints[key] != third.fingerprints[key]} == {"unlabelled"}
+    assert set(open_task("text-classification", str(folder)).fingerprints) == {"train", "validation", "test"}
+
+
+def test_unlabelled_columns_have_the_datas_names_or_the_tasks(folder: Path) -> None:
+    for name in ("train", "validation", "test"):
+        table = pd.read_csv(folder / f"{name}.csv").rename(columns={"text": "review"})
+        table.to_csv(folder / f"{name}.csv", index=False)
+    for name in ("review", "text"):
+        pd.DataFrame({name: ["brand new"], "stars": [3]}).to_csv(folder / "more.csv", index=False)
+        assert open_with(folder, folder / "more.csv", columns={"text": "review"}).unlabelled == ["brand new"]
+
+
+def test_unlabelled_pairs(tmp_path: Path) -> None:
+    table = rows(60).assign(text_pair=[f"other {i}" for i in range(60)])
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    more = pd.DataFrame({"text": ["text number 1", "text number 1"], "text_pair": ["other 1", "other 2"]})
+    more.to_csv(tmp_path / "more.csv", index=False)
+    task = open_with(tmp_path / "pairs.csv", tmp_path / "more.csv")
+    assert task.unlabelled == [("text number 1", "other 2")]
+    (tmp_path / "more.txt").write_text("a line\n")
+    with pytest.raises(InputError, match="one text a line, but the data has the columns text, text_pair"):
+        open_with(tmp_path / "pairs.csv", tmp_path / "more.txt")
+    more[["text"]].to_csv(tmp_path / "half.csv", index=False)
+    with pytest.raises(InputError, match=r"half\.csv: no column 'text_pair'; it has: text"):
+        open_with(tmp_path / "pairs.csv", tmp_path / "half.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.txt", None, "is not there"),
+        ("splits", None, "is a folder"),
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n", "is empty"),
+        ("latin.txt", "caf\xe9\n".encode("latin-1"), "not UTF-8"),
+        ("latin.csv", "text\ncaf\xe9\n".encode("latin-1"), "not UTF-8"),
+        ("list.jsonl", b"[1, 2]\n", "line 1"),
+        ("more.docx", b"PK", ".txt file with one text a line"),
+        ("columns.csv", b"review,stars\na,1\n", "no column 'text'; it has: review, stars"),
+        ("known.txt", b"text number 3\ntext number 55\n", "no text is left"),
+    ],
+)
+def test_bad_unlabelled_files_are_one_error(folder: Path, name: str, content: bytes | None, said: str) -> None:
+    path = folder.parent / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        open_with(folder, path)
+    assert said in str(caught.value)
+    assert name in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 from multum.core.model import Model
 from multum.core.teacher import logits
 from multum.errors import InputError
-from multum.steps.distill import Distill, distillation_loss
+from multum.steps._outputs import distillation_loss, output_loss
+from multum.steps.distill import Distill
 from multum.steps.finetune import Finetune
 
 TRAINING: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 16, "precision": "fp32"}
@@ -145,3 +147,59 @@ def test_a_teacher_that_was_never_trained_is_refused(tmp_path: Path) -> None:
     model.tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match="untrained head"):
         Distill(teacher=str(tmp_path / "base"), cache=str(tmp_path / "cache"), **TRAINING)(model, tiny.task())
+
+
+class Marks:
+    """The tiny task with several labels or a number in the place of the class; every third text is not marked."""
+
+    name, unlabelled = "marks", ()
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.texts = kind, tiny.task()
+        self.inputs = self.texts.inputs
+
+    def load(self, source: str) -> Model:
+        return Model.load(source, auto_class="AutoModelForSequenceClassification")
+
+    def is_trained(self, model: Model) -> bool:
+        return True
+
+    def encode(self, model: Model, split: Any) -> Any:
+        def marked(row: dict[str, Any], number: int) -> dict[str, Any]:
+            label = float(row["labels"]) if number % 3 else -100.0
+            return {"marks": label if self.kind == "regression" else [label, 1 - label if number % 3 else label]}
+
+        rows = self.texts.encode(model, split).map(marked, with_indices=True)
+        return rows.remove_columns("labels").rename_column("marks", "labels")
+
+    def encode_texts(self, model: Model, texts: Any) -> list[Any]:
+        assert not texts
+        return []
+
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+        labels, logits = batch["labels"], outputs.logits.view_as(batch["labels"])
+        known = labels != -100
+        if self.kind == "regression":
+            return F.mse_loss(logits[known], labels[known])
+        return F.binary_cross_entropy_with_logits(logits[known], labels[known])
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label"])
+@pytest.mark.parametrize("alpha", [0.5, 1.0])
+def test_several_labels_and_numbers_are_taught_too(kind: Any, alpha: float, tmp_path: Path) -> None:
+    labels, task = ("mark",) if kind == "regression" else ("a", "b"), Marks(kind)
+    master, student = tiny.model(layers=1, seed=1, labels=labels), tiny.model(layers=1, seed=3, labels=labels)
+    for model in (master, student):
+        model.module.config.problem_type = None if kind == "regression" else "multi_label_classification"
+    master.save(tmp_path / "master")
+
+    def apart(model: Model) -> float:
+        rows = list(task.encode(model, "train"))
+        ours, theirs = (
+            SimpleNamespace(logits=torch.from_numpy(logits(m.module, rows, m.tokenizer.pad_token_id))) for m in (model, master)
+        )
+        return output_loss(kind, ours, theirs, {"labels": torch.zeros(len(rows))}, 2.0).item()
+
+    options = {**TRAINING, "epochs": 8, "learning_rate": 2e-3}
+    after = Distill(teacher=str(tmp_path / "master"), alpha=alpha, cache=str(tmp_path / "kept"), **options)(student, task)
+    assert apart(after) < 0.7 * apart(student)

@@ -12,7 +12,7 @@ from multum.core.model import Model
 from multum.recipe import Entry, read
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-SHORT = {"epochs": 1, "augment": 1, "samples": 16, "keep": 1}
+SHORT = {"epochs": 1, "augment": 1, "samples": 16, "keep": 1, "student": {"layers": 1}}
 """Fields cut down to what a tiny model and few texts take."""
 
 

@@ -22,6 +22,7 @@ TEACHER, FOLDER = "<teacher>", "<folder>"
 
 QUICK: dict[str, dict[str, Any]] = {
     "distill": {"teacher": TEACHER, "epochs": 1, "batch_size": 16, "cache": FOLDER},
+    "distill_layers": {"teacher": TEACHER, "hidden": 1.0, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "drop_layers": {"keep": 1, "which": "importance", "samples": 8},
     "finetune": {"epochs": 1, "batch_size": 16},
     "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
@@ -31,7 +32,22 @@ QUICK: dict[str, dict[str, Any]] = {
 """Fields for a quick run."""
 
 BAD: dict[str, list[dict[str, Any]]] = {
-    "distill": [{"temperature": 0.0}, {"alpha": 1.5}, {"epochs": 0}, {"augment": -1}],
+    "distill": [
+        {"temperature": 0.0},
+        {"alpha": 1.5},
+        {"epochs": 0},
+        {"augment": -1},
+        {"student": {"layers": -1}},
+        {"augment_model": "x"},
+    ],
+    "distill_layers": [
+        {"hidden": -1.0},
+        {"logits": -1.0},
+        {"layer_map": "first"},
+        {"relation_heads": 0},
+        {"alpha": 1.5},
+        {"epochs": 0},
+    ],
     "drop_layers": [{"keep": 0}, {"which": "bottom"}, {"samples": 0}],
     "finetune": [{"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 2.0}],
     "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],

@@ -70,6 +70,21 @@ def test_texts_without_reference_leave_the_loss_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MADE)
+def test_there_are_no_unlabelled_inputs_unless_some_are_given(name: str) -> None:
+    assert list(MADE[name]().unlabelled) == []
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_unlabelled_texts_are_carried_and_encoded_like_the_others(pairs: bool) -> None:
+    splits = tiny.splits(pairs=pairs)
+    splits.unlabelled = splits.train.select(range(5)).remove_columns("label")
+    task = TextClassification.from_splits(splits)
+    assert task.unlabelled == task.inputs("train")[:5]
+    encoded, like = (task.encode_texts(tiny.model(), task.unlabelled), task.encode(tiny.model(), "train").select(range(5)))
+    assert encoded["input_ids"] == like["input_ids"]
+
+
+@pytest.mark.parametrize("name", MADE)
 def test_save_load_keeps_the_answers(name: str, tmp_path: Path) -> None:
     task, model = MADE[name](), tiny.model()
     model.save(tmp_path / "m")

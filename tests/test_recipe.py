@@ -15,6 +15,7 @@ GOOD = """
     task: text-classification
     data: DATA
     columns: {text: text}
+    unlabelled: DATA/train.csv
     seed: 3
     steps:
       - finetune: {epochs: 1, learning_rate: 2e-5}
@@ -52,6 +53,7 @@ def test_a_right_recipe(write, places):
     recipe = recipes.read(write(GOOD))
     assert recipe.model == str(places[0])
     assert recipe.seed == 3
+    assert recipe.unlabelled == f"{places[1]}/train.csv"
     assert recipe.stages == ["01-finetune", "02-prune_weights", "03-trim_vocabulary", "04-distill"]
     assert recipe.steps[0].fields == {"epochs": 1, "learning_rate": 2e-5}
     assert recipe.steps[1].fields == {"pattern": "2:4"}
@@ -60,7 +62,8 @@ def test_a_right_recipe(write, places):
 
 def test_changes_take_the_place_of_entries(write, tmp_path):
     other = on_disk.review_folder(tmp_path / "other")
-    assert recipes.read(write(GOOD), data=str(other)).data == str(other)
+    changed = recipes.read(write(GOOD), data=str(other), unlabelled=str(other / "test.csv"))
+    assert (changed.data, changed.unlabelled) == (str(other), str(other / "test.csv"))
 
 
 def test_three_mistakes_are_all_reported(write):
@@ -95,6 +98,7 @@ def test_mistakes_of_every_part_are_reported_together(write):
             task: text-clasification
             dta: DATA
             data: missing.csv
+            unlabelled: nothing.txt
             seed: soon
             steps:
               - finetune: {epochs: 1}
@@ -103,7 +107,15 @@ def test_mistakes_of_every_part_are_reported_together(write):
         )
     )
     text = "\n".join(found)
-    for part in ("no such folder", "text-clasification", "unknown entry 'dta'", "missing.csv", "seed", "steps: number 2"):
+    for part in (
+        "no such folder",
+        "text-clasification",
+        "unknown entry 'dta'",
+        "missing.csv",
+        "unlabelled: no such file: nothing.txt",
+        "seed",
+        "steps: number 2",
+    ):
         assert part in text, part
 
 
@@ -206,6 +218,7 @@ def test_a_reference_that_means_two_stages_is_reported(write):
 
 def test_unknown_examples_are_reported(write):
     text = GOOD.replace("MODEL", "example:nothing").replace("DATA", "example:none")
-    found = problems_of(write(text))
+    *found, unlabelled = problems_of(write(text))
     assert len(found) == 2
     assert all("minilm" in problem for problem in found)
+    assert "name a file" in unlabelled

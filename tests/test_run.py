@@ -8,6 +8,7 @@ import on_disk
 import pytest
 from safetensors.numpy import load_file
 
+from multum._report import report
 from multum._run import run
 from multum.core.model import Model
 from multum.errors import InputError
@@ -144,3 +145,27 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(places, tmp_path):
     with pytest.raises(InputError, match="damaged"):
         run(recipe_of(places, model=str(broken)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_unlabelled_texts_and_a_student_without_layers_go_through_to_the_end(places, tmp_path):
+    more = tmp_path / "more.txt"
+    more.write_text("a tender film\na dull plot and a tedious ending\na tender film\n")
+    steps = [{"distill": {"student": {"layers": 0}, "epochs": 1, "augment": 1}}]
+    recipe = recipe_of(places, steps=steps, unlabelled=str(more))
+    summary = run(recipe, tmp_path / "out", rounds=3, threads=1)
+    assert summary["data"]["sizes"] == {"train": 32, "validation": 16, "test": 16, "unlabelled": 2}
+    assert "unlabelled: 1 row dropped: repeats an earlier row" in summary["data"]["notes"]
+    assert summary["recipe"]["unlabelled"] == str(more)
+    (entry,) = json.loads((tmp_path / "out" / "model" / "recipe.json").read_text())["steps"]
+    assert entry["teacher_outputs"] == (32 + 2) * 2
+    assert entry["fields"]["student"] == {"layers": 0}
+    assert [len(candidate["blocks"]) for candidate in summary["candidates"]] == [3, 0]
+    assert (
+        Model.load(tmp_path / "out" / "model", auto_class="AutoModelForSequenceClassification").module.config.num_hidden_layers == 0
+    )
+    assert report(tmp_path / "out").is_file()
+    with pytest.raises(InputError, match=r"another recipe \(unlabelled differ\)"):
+        run(recipe_of(places, steps=steps), tmp_path / "out")
+    more.write_text("something else\n")
+    with pytest.raises(InputError, match=r"other data than .* and .*more\.txt holds now"):
+        run(recipe, tmp_path / "out")

@@ -21,6 +21,7 @@ from multum.bench import Bench
 from multum.budget import QUICK, Budget
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
+from multum.core.surgery import keep_blocks
 from multum.errors import BudgetNotMet, InputError, ParityError
 from multum.plan import ahead
 from multum.progress import Progress
@@ -38,7 +39,7 @@ EFFORT = replace(
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A base encoder without a head, and a folder of splits."""
+    """A base encoder without a head, a folder of splits, and texts without labels."""
     folder = tmp_path_factory.mktemp("sources")
     model = tiny.model(layers=3)
     model.module.bert.save_pretrained(folder / "base")
@@ -50,7 +51,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             writer = csv.DictWriter(file, ["text", "label"])
             writer.writeheader()
             writer.writerows(getattr(data, name))
-    return {"model": str(folder / "base"), "data": str(folder / "reviews")}
+    (folder / "more.txt").write_text("an unheard of film\na plot as thin as air\n")
+    return {"model": str(folder / "base"), "data": str(folder / "reviews"), "unlabelled": str(folder / "more.txt")}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -220,6 +222,38 @@ def test_other_arguments_other_data_and_strange_folders_are_refused(
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(InputError, match="is a file"):
         run(sources, tmp_path / "mine" / "thesis.txt")
+
+
+def test_unlabelled_texts_are_taught_with_and_part_of_what_the_run_is(sources: dict[str, str], finished: Path) -> None:
+    values = json.loads((finished / "run.json").read_text())
+    assert values["arguments"]["unlabelled"] == sources["unlabelled"]
+    assert "unlabelled" in values["data"]["fingerprints"]
+    taught = [
+        entry
+        for recipe in finished.glob("rung-*/recipe.json")
+        for entry in json.loads(recipe.read_text())["steps"]
+        if entry["step"] == "distill"
+    ]
+    assert taught
+    assert {entry["teacher_outputs"] for entry in taught} == {96 + 2 + (96 + 2)}
+    with pytest.raises(InputError, match=r"unlabelled: '.*more\.txt' then, None now"):
+        run(sources | {"unlabelled": ""}, finished)
+    file = Path(sources["unlabelled"])
+    before = file.read_text()
+    file.write_text("another film\n")
+    try:
+        with pytest.raises(InputError, match="made from other data"):
+            run(sources, finished)
+    finally:
+        file.write_text(before)
+
+
+def test_a_model_without_layers_is_refused(sources: dict[str, str], tmp_path: Path) -> None:
+    model = tiny.model()
+    keep_blocks(model.module, [])
+    model.save(tmp_path / "model")
+    with pytest.raises(InputError, match="has no layers left"):
+        run(sources | {"model": str(tmp_path / "model")}, tmp_path / "run")
 
 
 @pytest.mark.parametrize("limits", [{"max_drop": -1.0}, {"max_drop": float("nan")}, {"max_latency_ms": 0.0}, {"min_speedup": -2.0}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -219,6 +220,15 @@ def test_extra_texts_keep_their_tokens(task, tmp_path):
     assert dropped
     (tmp_path / "served.txt").write_text("\n".join(dropped), encoding="utf-8")
     kept = TrimVocabulary(extra_texts=str(tmp_path / "served.txt"))(model, task)
+    assert tokens_of(kept.tokenizer, dropped) == tokens_of(model.tokenizer, dropped)
+
+
+def test_unlabelled_texts_keep_their_tokens(task):
+    model = tiny.model()
+    words = {t for t in model.tokenizer.get_vocab() if t.isalpha() and len(t) > 2}
+    dropped = sorted(words - TrimVocabulary()(model, task).tokenizer.get_vocab().keys())
+    assert dropped
+    kept = TrimVocabulary()(model, replace(task, unlabelled=dropped))
     assert tokens_of(kept.tokenizer, dropped) == tokens_of(model.tokenizer, dropped)
 
 

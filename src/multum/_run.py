@@ -22,7 +22,7 @@ from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
 from .core.step import Step, find, make
 from .core.surgery import heads_and_neurons
-from .data import open_task
+from .data import open_task, sizes
 from .errors import InputError
 from .progress import Progress
 from .recipe import MODEL, STAGE, Entry, Recipe, check, locate, read
@@ -73,7 +73,8 @@ class _Chain:
     def __init__(self, recipe: Recipe, folder: Path, progress: Progress, trust_remote_code: bool) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         _check_folder(folder, recipe)
-        self.task = open_task(recipe.task, locate(recipe.data), columns=recipe.columns, seed=recipe.seed)
+        unlabelled = locate(recipe.unlabelled) if recipe.unlabelled else None
+        self.task = open_task(recipe.task, locate(recipe.data), columns=recipe.columns, unlabelled=unlabelled, seed=recipe.seed)
         self.summary = self._open(trust_remote_code)
         progress.recall(self.summary["stages"])
 
@@ -83,7 +84,8 @@ class _Chain:
         if path.exists():
             summary: dict[str, Any] = read_json(path)
             if summary["data"]["fingerprints"] != dict(self.task.fingerprints):
-                raise InputError(f"{self.folder} was made from other data than {self.recipe.data} holds now; choose another -o")
+                held = " and ".join(filter(None, (self.recipe.data, self.recipe.unlabelled)))
+                raise InputError(f"{self.folder} was made from other data than {held} holds now; choose another -o")
             return summary
         model = self.task.load(locate(self.recipe.model), trust_remote_code=trust_remote_code)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +99,7 @@ class _Chain:
             "data": {
                 "source": self.recipe.data,
                 "columns": self.recipe.columns,
-                "sizes": {name: len(self.task.inputs(name)) for name in ("train", "validation", "test")},
+                "sizes": sizes(self.task),
                 "notes": list(self.task.notes),
                 "fingerprints": dict(self.task.fingerprints),
             },

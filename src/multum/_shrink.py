@@ -31,6 +31,7 @@ def shrink(
     data: str,
     output: Path,
     columns: Mapping[str, str] | None = None,
+    unlabelled: str | None = None,
     max_drop: float = 1.0,
     max_latency_ms: float | None = None,
     max_size_bytes: int | None = None,
@@ -50,6 +51,7 @@ def shrink(
         data: csv, jsonl or parquet file, folder of splits, or `hf:owner/name`.
         output: the run folder; the same call again resumes in it.
         columns: task column -> column of the data.
+        unlabelled: file of further texts, for the original to label when it teaches: as the data, or .txt with one text a line.
         max_drop: points of the task's metric that may be lost, on validation.
         max_latency_ms, max_size_bytes, min_speedup: further limits on the chosen model.
         time_limit_s: no new rung is begun that would end after this many seconds.
@@ -71,6 +73,7 @@ def shrink(
         "task": task,
         "data": data,
         "columns": dict(columns or {}),
+        "unlabelled": unlabelled or None,
         "seed": seed,
         "threads": threads,
         "quick": quick,
@@ -78,7 +81,7 @@ def shrink(
     output, progress = Path(output), progress or Progress.silent()
     budget = Budget(max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes, min_speedup=min_speedup)
     check_folder(output, arguments)
-    opened = open_task(task, data, columns=columns, seed=seed)
+    opened = open_task(task, data, columns=columns, unlabelled=unlabelled, seed=seed)
     run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s)
     ladder = Ladder(run, opened, QUICK if quick else FULL, progress, trust_remote_code=trust_remote_code)
     ladder.original()

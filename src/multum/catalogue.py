@@ -22,7 +22,8 @@ def describe(name: str) -> dict[str, Any]:
 
     Returns:
         `name`; `summary`, the first sentence of its formula; `formula`, the whole of it; `about`, the step's own docstring;
-        `fields`, each with `name`, `type`, `default` (None where one must be given) and `about`.
+        `fields`, each with `name`, `type`, `default` (None where one must be given) and `about`; `example`, options to begin with:
+        what the file calls `EXAMPLE`, or the fields that must be given.
 
     Raises:
         InputError: no step of that name.
@@ -32,13 +33,23 @@ def describe(name: str) -> dict[str, Any]:
     module = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
     formula = ast.get_docstring(module) or ""
     step = next(node for node in module.body if isinstance(node, ast.ClassDef) and _is_step(node))
+    fields, example = _fields(step), _constant(module, "EXAMPLE")
     return {
         "name": name,
         "summary": formula.splitlines()[0] if formula else "",
         "formula": formula,
         "about": ast.get_docstring(step) or "",
-        "fields": _fields(step),
+        "fields": fields,
+        "example": example or " ".join(f"--{field['name']} ..." for field in fields if field["default"] is None),
     }
+
+
+def _constant(module: ast.Module, name: str) -> str | None:
+    """The text that a file gives this name."""
+    for node in module.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name and isinstance(node.value, ast.Constant):
+            return str(node.value.value)
+    return None
 
 
 def _is_step(node: ast.ClassDef) -> bool:

@@ -58,6 +58,7 @@ def shrink(
     min_speedup: opt.MinSpeedup = None,
     time_limit: opt.TimeLimit = None,
     columns: opt.Columns = "",
+    unlabelled: opt.Unlabelled = "",
     seed: opt.Seed = 0,
     threads: opt.Threads = None,
     quick: opt.Quick = False,
@@ -68,7 +69,7 @@ def shrink(
     from . import recipe, units
     from .commands import shrink_and_show, together
 
-    wrong = recipe.check_sources(model, task, data)
+    wrong = recipe.check_sources(model, task, data, unlabelled)
     limits = together(
         wrong,
         max_drop=lambda: units.points(max_drop, "--max-drop"),
@@ -78,7 +79,7 @@ def shrink(
         time_limit_s=lambda: time_limit and units.seconds(time_limit, "--time-limit"),
         columns=lambda: units.pairs(columns, "--columns"),
     )
-    sources = {"model": recipe.locate(model), "task": task, "data": recipe.locate(data)}
+    sources = {"model": recipe.locate(model), "task": task, "data": recipe.locate(data), "unlabelled": recipe.locate(unlabelled)}
     options = {"seed": seed, "threads": threads, "quick": quick, "trust_remote_code": trust_remote_code}
     shrink_and_show(output, as_json, **sources, **limits, **options)
 
@@ -89,6 +90,7 @@ def run(
     output: opt.Output,
     model: opt.OtherModel = "",
     data: opt.OtherData = "",
+    unlabelled: opt.OtherUnlabelled = "",
     threads: opt.Threads = None,
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
@@ -97,7 +99,8 @@ def run(
     from . import recipe as recipes
     from . import terminal
 
-    written = recipes.read(recipe, **{key: value for key, value in (("model", model), ("data", data)) if value})
+    changes = {"model": model, "data": data, "unlabelled": unlabelled}
+    written = recipes.read(recipe, **{key: value for key, value in changes.items() if value})
     from ._run import run as run_recipe
     from .commands import progress, show_chain
 
@@ -120,31 +123,23 @@ def apply(
     data: opt.Data,
     output: opt.Output,
     columns: opt.Columns = "",
+    unlabelled: opt.Unlabelled = "",
     seed: opt.OptionalSeed = None,
     trust_remote_code: opt.Trust = False,
 ) -> None:
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
-    from . import data as data_sets
-    from . import recipe, terminal, units
-    from .commands import fields_of, new_folder, progress, together
+    from . import recipe, units
+    from .commands import apply_and_show, fields_of, new_folder, together
     from .core.step import make
 
-    wrong = recipe.check_sources(model, task, data)
     parsed = together(
-        wrong,
+        recipe.check_sources(model, task, data, unlabelled),
         step=lambda: make(step, fields_of(ctx.args, step, seed)),
         columns=lambda: units.pairs(columns, "--columns"),
         output=lambda: new_folder(output),
     )
-    opened = data_sets.open_task(task, recipe.locate(data), columns=parsed["columns"], seed=seed or 0)
-    before = opened.load(recipe.locate(model), trust_remote_code=trust_remote_code)
-    with progress().stage(step):
-        after = parsed["step"](before, opened)
-    after.save(output, {"task": task, "seed": seed or 0})
-    entry = after.history[-1]
-    terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")
-    was, now = entry["parameters"]
-    terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
+    sources = {"data": recipe.locate(data), "unlabelled": recipe.locate(unlabelled), "columns": parsed["columns"]}
+    apply_and_show(parsed["step"], recipe.locate(model), task, output, sources, seed or 0, trust_remote_code)
 
 
 @app.command(epilog="Example: multum measure runs/reviews/original runs/reviews/chosen --data reviews.csv")

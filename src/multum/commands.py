@@ -64,6 +64,25 @@ def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
         raise missed
 
 
+def apply_and_show(
+    step: Any, model: str, task: str, output: Path, sources: Mapping[str, Any], seed: int, trust_remote_code: bool
+) -> None:
+    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is."""
+    from .data import open_task
+
+    opened = open_task(task, sources["data"], columns=sources["columns"], unlabelled=sources["unlabelled"], seed=seed)
+    before = opened.load(model, trust_remote_code=trust_remote_code)
+    with progress().stage(step.name):
+        after = step(before, opened)
+    after.save(output, {"task": task, "seed": seed})
+    entry = after.history[-1]
+    for note in opened.notes:
+        terminal.say(note)
+    terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")
+    was, now = entry["parameters"]
+    terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
+
+
 def show_run(folder: Path) -> None:
     """The table of a run folder, what was chosen and what to do with it."""
     from ._report import summary, test_summary
@@ -120,7 +139,11 @@ def fields_of(arguments: Sequence[str], step: str, seed: int | None) -> dict[str
 
 
 def _value(text: str) -> Any:
-    """Lists and nothing have a form of their own; the step's field decides what the rest is."""
+    """Maps, lists and nothing have a form of their own; the step's field decides what the rest is."""
+    if re.fullmatch(r"\{.*\}", text):
+        from .recipe import load_yaml
+
+        return load_yaml(text, text)
     if re.fullmatch(r"\[.*\]|\(.*\)", text) or re.fullmatch(r"\d+(,\d+)+", text):
         return [part.strip() for part in text.strip("[]()").split(",") if part.strip()]
     return None if text.lower() in ("none", "null") else text

@@ -2,48 +2,54 @@
 
 Rows that cannot be used are dropped and counted, never silently: empty texts, missing labels, repetitions, texts with two
 labels, and training rows that also stand in a split they would leak into. What cannot be mended is refused, all of it at once.
+Texts without labels may stand beside the splits, for a teacher to label: those that are in no split.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from .core.folders import digest
 from .errors import InputError
+from .tables import SPLITS, from_disk, from_hub, from_texts
 
-SPLITS = ("train", "validation", "test")
-ALIASES = {"validation": ("validation", "valid", "val", "dev"), "train": ("train", "training"), "test": ("test",)}
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+UNLABELLED = "unlabelled"
 SHARE, MOST = 0.15, 2000
 """Of the rows, for each of validation and test where the data has no such split."""
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits, what was dropped on the way, and a digest of each."""
+    """The three splits, texts without labels, what was dropped on the way, and a digest of each."""
 
     train: Dataset
     validation: Dataset
     test: Dataset
     notes: list[str]
     fingerprints: dict[str, str]
+    unlabelled: Dataset | None = None
 
 
-def open_task(name: str, source: str, *, columns: Mapping[str, str] | None = None, seed: int = 0) -> Any:
+def open_task(
+    name: str, source: str, *, columns: Mapping[str, str] | None = None, unlabelled: str | None = None, seed: int = 0
+) -> Any:
     """The task of this name on this data.
 
     Args:
         name: as Hugging Face pipelines name it.
         source: file, folder or `hf:owner/name`.
         columns: task column -> column of the data.
+        unlabelled: file of texts without labels, for distillation: as the data, or .txt with one text a line.
         seed: of the splits, where they have to be made.
+
+    Raises:
+        InputError: lists everything that is wrong with the data and with the texts.
     """
     from . import tasks
 
@@ -57,7 +63,15 @@ def open_task(name: str, source: str, *, columns: Mapping[str, str] | None = Non
         stratify=task.stratify,
         seed=seed,
     )
+    if unlabelled:
+        splits = with_unlabelled(splits, unlabelled, task.keys, mapping=columns)
     return task.from_splits(splits, seed=seed)
+
+
+def sizes(task: Any) -> dict[str, int]:
+    """How many examples each split of a task has, and how many texts it has beside them, if any."""
+    found = {name: len(task.inputs(name)) for name in SPLITS}
+    return found | ({UNLABELLED: len(task.unlabelled)} if task.unlabelled else {})
 
 
 def read(
@@ -85,7 +99,7 @@ def read(
     Raises:
         InputError: lists everything that is wrong with the data.
     """
-    tables = _from_hub(source[3:]) if source.startswith("hf:") else _from_disk(Path(source))
+    tables = from_hub(source[3:]) if source.startswith("hf:") else from_disk(Path(source))
     tables = _rename(tables, columns, optional, mapping or {}, source)
     texts = [name for name in (*columns, *optional) if name != stratify]
     keys = [key for key in keys if all(key in table for table in tables.values())]
@@ -99,93 +113,38 @@ def read(
     return Splits(**sets, notes=notes, fingerprints={name: _fingerprint(tables[name]) for name in SPLITS})
 
 
-def _from_hub(name: str) -> dict[str, pd.DataFrame]:
-    from datasets import load_dataset
+def with_unlabelled(splits: Splits, source: str, keys: Sequence[str], *, mapping: Mapping[str, str] | None = None) -> Splits:
+    """The splits, and beside them the texts of a file that stand in none of them.
 
-    name, _, config = name.partition(":")
-    try:
-        found = load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"hf:{name}: cannot load this data set: {str(error).splitlines()[0]}") from error
-    tables = {}
-    for split in SPLITS:
-        if alias := next((alias for alias in ALIASES[split] if alias in found), None):
-            rows = found[alias]
-            table = rows.to_pandas()
-            for column, feature in rows.features.items():
-                if isinstance(feature, ClassLabel):  # -1 marks rows whose label is kept secret
-                    table[column] = [feature.int2str(int(value)) if value >= 0 else None for value in table[column]]
-            tables[split] = table
-    if not tables:
-        raise InputError(f"hf:{name} has no train split; it has: {', '.join(found)}")
-    return tables
+    Args:
+        splits: as `read` returns them.
+        source: a .txt file with one text a line, or a csv, tsv, jsonl or parquet file with the data's text columns.
+        keys: names of the task's text columns.
+        mapping: task column -> the data's own name for it; the file may have either.
 
-
-def _from_disk(path: Path) -> dict[str, pd.DataFrame]:
-    if path.is_file():
-        return {"all": _table(path)}
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: no such file or folder; data is a {', '.join(SUFFIXES)} file, a folder of splits, or hf:owner/name"
-        )
-    tables, problems = {}, []
-    for split in SPLITS:
-        found = [file for file in sorted(path.iterdir()) if file.stem.lower() in ALIASES[split] and file.suffix in SUFFIXES]
-        if len(found) > 1:
-            problems.append(f"{path}: several files for {split}: {', '.join(file.name for file in found)}; keep one")
-        elif found:
-            try:
-                tables[split] = _table(found[0])
-            except InputError as error:
-                problems.extend(error.problems)
-    if "train" not in tables and not problems:
-        others = ", ".join(SUFFIXES[1:])
-        problems.append(f"{path}: no train file; a folder of splits has train.csv (or {others}), and may have validation and test")
-    if problems:
-        raise InputError(*problems)
-    return tables
-
-
-def _table(path: Path) -> pd.DataFrame:
-    if path.suffix not in SUFFIXES:
-        raise InputError(f"{path}: cannot read {path.suffix or 'a file without an ending'}; one of {', '.join(SUFFIXES)} is needed")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty")
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        elif path.suffix == ".jsonl":
-            table = _lines(path)
-        else:
-            # Only an empty field is missing: "NA", "null" and "None" are words that texts and labels may be.
-            table = pd.read_csv(
-                path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8-sig", keep_default_na=False, na_values=[""]
-            )
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, for example: iconv -t UTF-8") from error
-    except pd.errors.ParserError as error:
-        raise InputError(f"{path} is no well-formed {path.suffix[1:]}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
-        raise InputError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+    Raises:
+        InputError: no such file, another kind of file, no such column, or no text that is new.
+    """
+    tables = {name: getattr(splits, name).to_pandas() for name in SPLITS}
+    keys = [key for key in keys if key in tables["train"]]
+    table = from_texts(Path(source), keys)
+    own = {key: name for key in keys for name in (key, (mapping or {}).get(key, key)) if name in table}
+    if missing := [key for key in keys if key not in own]:
+        columns = ", ".join(map(str, table.columns))
+        raise InputError(*(f"{source}: no column {key!r}; it has: {columns}; rename the right one" for key in missing))
+    table = table[[own[key] for key in keys]].set_axis(list(keys), axis=1)
+    notes: list[str] = []
+    table = _clean(table, UNLABELLED, keys, keys, None, notes)
+    later = {name: set(_keys(tables[name], keys)) for name in reversed(SPLITS)}
+    table, _ = _leave_out(table, UNLABELLED, later, keys, notes)
     if table.empty:
-        raise InputError(f"{path} has no rows")
-    return table
-
-
-def _lines(path: Path) -> pd.DataFrame:
-    rows = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise InputError(f'{path}, line {number}: an object like {{"text": ...}} is needed')
-            rows.append(row)
-    return pd.DataFrame(rows)
+        raise InputError(f"{source}: no text is left that is not in the data", *notes)
+    return replace(
+        splits,
+        unlabelled=Dataset.from_pandas(table, preserve_index=False),
+        notes=[*splits.notes, *notes],
+        fingerprints=splits.fingerprints | {UNLABELLED: _fingerprint(table)},
+    )
 
 
 def _rename(
@@ -282,18 +241,23 @@ def _without_leaks(tables: dict[str, pd.DataFrame], keys: Sequence[str], notes: 
     result: dict[str, pd.DataFrame] = {}
     later: dict[str, set[str]] = {}
     for name in reversed(SPLITS):
-        table = tables[name]
-        key = _keys(table, keys)
-        for other, known in later.items():
-            leaks = key.isin(known)
-            if count := int(leaks.sum()):
-                notes.append(f"{name}: {count} {'row' if count == 1 else 'rows'} dropped: also in the {other} split")
-                table, key = table[~leaks], key[~leaks]
-        if table.empty:
+        result[name], later[name] = _leave_out(tables[name], name, later, keys, notes)
+        if result[name].empty:
             raise InputError(f"every row of the {name} split also stands in a later split; the splits must not overlap")
-        later[name] = set(key)
-        result[name] = table.reset_index(drop=True)
     return result
+
+
+def _leave_out(
+    table: pd.DataFrame, name: str, later: Mapping[str, set[str]], keys: Sequence[str], notes: list[str]
+) -> tuple[pd.DataFrame, set[str]]:
+    """The rows of a table that stand in none of the others, and their keys."""
+    key = _keys(table, keys) if len(table) else pd.Series(dtype=str)
+    for other, known in later.items():
+        leaks = key.isin(known)
+        if count := int(leaks.sum()):
+            notes.append(f"{name}: {count} {'row' if count == 1 else 'rows'} dropped: also in the {other} split")
+            table, key = table[~leaks], key[~leaks]
+    return table.reset_index(drop=True), set(key)
 
 
 def _fingerprint(table: pd.DataFrame) -> str:

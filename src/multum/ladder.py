@@ -246,20 +246,22 @@ class Ladder:
 
     def _expect(self, rungs_done: int) -> None:
         work = self.effort, len(self.task.inputs("train")), self.pace
-        stages = ahead(*work, bench.offers(), rungs_done, step=STEP, taught=self._has_teacher())
+        more = {"unlabelled": len(self.task.unlabelled), "taught": self._has_teacher()}
+        stages = ahead(*work, bench.offers(), rungs_done, step=STEP, **more)
         done = {stage["name"] for stage in self.progress.stages()}
         self.progress.plan(stage for stage in stages if stage[0] not in done)
 
     def _work(self, share: float) -> tuple[Effort, int, float, float]:
-        """What the time of a rung is reckoned from."""
-        return self.effort, len(self.task.inputs("train")), self.pace, share
+        """What the time of a rung is reckoned from: the teacher labels the unlabelled texts too."""
+        return self.effort, len(self.task.inputs("train")) + len(self.task.unlabelled), self.pace, share
 
     def _has_teacher(self) -> bool:
         return (self.folder / "teacher").exists()
 
     def _check(self, model: Model) -> None:
         """What this model cannot do is said before the first hour, and what will be cut off its texts with it."""
-        heads_and_neurons(model.module)
+        if not heads_and_neurons(model.module):
+            raise InputError(f"{model.source} has no layers left, so that there is nothing to make smaller")
         if not model.tokenizer.is_fast:
             raise InputError(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need")
         for split in ("train", "validation", "test"):

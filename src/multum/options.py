@@ -12,6 +12,12 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Model folde
 Data = Annotated[
     str, typer.Option("--data", metavar="D", help="csv, jsonl, parquet, folder of splits, hf:owner/name or example:NAME.")
 ]
+Unlabelled = Annotated[
+    str,
+    typer.Option(
+        "--unlabelled", metavar="FILE", help="Texts for a teacher to label: .txt, one a line, or csv, tsv, jsonl, parquet."
+    ),
+]
 OptionalData = Annotated[
     str, typer.Option("--data", metavar="D", help="As for shrink; by default the data of the run it came from.")
 ]
@@ -34,6 +40,9 @@ Quick = Annotated[bool, typer.Option("--quick", help="Train and measure less.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with model, task, data and steps.")]
 OtherModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="Takes the place of the recipe's model.")]
 OtherData = Annotated[str, typer.Option("--data", metavar="D", help="Takes the place of the recipe's data.")]
+OtherUnlabelled = Annotated[
+    str, typer.Option("--unlabelled", metavar="FILE", help="As for shrink; takes the place of the recipe's unlabelled texts.")
+]
 StepName = Annotated[str, typer.Argument(metavar="STEP", help="As 'multum steps' lists them.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Model or export folder.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Model or export folders, compared with the first of them.")]

@@ -27,7 +27,15 @@ LAST: Stages = [("choose a runtime", 8.0), ("measure on the test split", 3 * MEA
 
 
 def ahead(
-    effort: Effort, texts: int, pace: float, offers: Sequence[tuple[str, str]], rungs_done: int, *, step: float, taught: bool
+    effort: Effort,
+    texts: int,
+    pace: float,
+    offers: Sequence[tuple[str, str]],
+    rungs_done: int,
+    *,
+    step: float,
+    taught: bool,
+    unlabelled: int = 0,
 ) -> Stages:
     """The stages still to come and their seconds.
 
@@ -39,6 +47,7 @@ def ahead(
         rungs_done: rungs that exist; 0 before the original does.
         step: how much faster each rung is than the one above it.
         taught: the teacher's outputs are on disk already.
+        unlabelled: texts that the teacher labels beside the training texts.
     """
     stages: Stages = []
     if rungs_done == 0:
@@ -49,7 +58,7 @@ def ahead(
     next_rung = max(2, rungs_done + 1)
     for number in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
         share = step ** (1 - number)
-        stages += rung(f"rung-{number:02d}", effort, texts, pace, share, taught=taught)
+        stages += rung(f"rung-{number:02d}", effort, texts + unlabelled, pace, share, taught=taught)
         taught = taught or share <= effort.teach_below
     return [*stages, *LAST]
 

@@ -4,6 +4,7 @@
     task: text-classification
     data: reviews.csv                   # as every command takes data, or example:NAME
     columns: {text: review, label: stars}
+    unlabelled: more.txt                # further texts for a teacher to label; may be left out
     seed: 0
     steps:
       - drop_layers: {keep: 3}
@@ -48,6 +49,7 @@ class Recipe(BaseModel):
     task: str
     data: str = Field(min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
+    unlabelled: str | None = Field(default=None, min_length=1)
     seed: int = 0
     steps: tuple[Entry, ...] = Field(min_length=1)
 
@@ -87,7 +89,7 @@ def read(path: str | Path, **changes: str) -> Recipe:
 
     Args:
         path: the YAML file.
-        changes: entries (`model`, `data`) that take the place of those in the file.
+        changes: entries (`model`, `data`, `unlabelled`) that take the place of those in the file.
 
     Raises:
         InputError: lists every mistake: YAML that cannot be read (with its line), missing and unknown entries, unknown steps,
@@ -137,16 +139,16 @@ def check(recipe: Recipe) -> list[str]:
         for value in step.fields.values():
             if isinstance(value, str) and value.startswith(STAGE):
                 problems += _problems(recipe.stage, value, place)
-    return problems + check_sources(recipe.model, recipe.task, recipe.data)
+    return problems + check_sources(recipe.model, recipe.task, recipe.data, recipe.unlabelled or "")
 
 
-def check_sources(model: str, task: str, data: str) -> list[str]:
-    """What is wrong with where a model and data are said to be and with the name of a task. An empty one is not looked at."""
+def check_sources(model: str, task: str, data: str, unlabelled: str = "") -> list[str]:
+    """What is wrong with where a model, data and texts are said to be and with a task's name. An empty one is not looked at."""
     from . import tasks
 
     known = tasks.names()
     problems = [] if not task or task in known else [f"no task named {task!r}; there are: {', '.join(known)}"]
-    return _problems(_check_model, model) + problems + _problems(_check_data, data)
+    return _problems(_check_model, model) + problems + _problems(_check_data, data) + _problems(_check_unlabelled, unlabelled)
 
 
 def locate(source: str) -> str:
@@ -246,8 +248,9 @@ def _what_is_right(content: Mapping[str, Any]) -> Recipe:
             steps.append(Entry.model_validate(_entry(item, place)))
         except ValueError:
             steps.append(Entry(name=""))
-    model, task, data = (content[name] if isinstance(content.get(name), str) else "" for name in ("model", "task", "data"))
-    return Recipe.model_construct(model=model, task=task, data=data, columns={}, seed=0, steps=tuple(steps))
+    names = ("model", "task", "data", "unlabelled")
+    sources: dict[str, Any] = {name: content[name] if isinstance(content.get(name), str) else "" for name in names}
+    return Recipe.model_construct(None, **sources, columns={}, seed=0, steps=tuple(steps))
 
 
 def _problems(check: Any, *values: Any) -> list[str]:
@@ -271,6 +274,13 @@ def _check_example(source: str, what: str) -> bool:
 def _check_data(source: str) -> None:
     if source and not _check_example(source, "data") and not source.startswith("hf:") and not Path(locate(source)).exists():
         raise InputError(f"data: no such file or folder: {source} (looked for {Path(locate(source)).resolve()})")
+
+
+def _check_unlabelled(source: str) -> None:
+    if source.startswith(EXAMPLE):
+        raise InputError(f"unlabelled: {source} is data with labels; name a file of texts")
+    if source and not Path(locate(source)).is_file():
+        raise InputError(f"unlabelled: no such file: {source} (looked for {Path(locate(source)).resolve()})")
 
 
 def _check_model(source: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from .budget import Budget
 from .core.folders import read_json, write_json
 from .core.model import machine, versions
+from .data import sizes
 from .errors import InputError
 
 RUN = "run.json"
@@ -45,7 +46,7 @@ class RunFolder:
                 "arguments": dict(arguments),
                 "data": {
                     "source": arguments["data"],
-                    "sizes": {name: len(task.inputs(name)) for name in ("train", "validation", "test")},
+                    "sizes": sizes(task),
                     "notes": list(task.notes),
                     "fingerprints": dict(task.fingerprints),
                 },

@@ -176,8 +176,7 @@ def print_step(step: Mapping[str, Any]) -> None:
         console.print(head, Text(f"      {field['about']}"), sep="\n", soft_wrap=True)
     console.print(
         Text(
-            f"\nExample: multum apply {step['name']} MODEL --task T --data D -o DIR"
-            + "".join(f" --{field['name']} ..." for field in step["fields"] if field["default"] is None),
+            f"\nExample: multum apply {step['name']} MODEL --task T --data D -o DIR {step['example']}".rstrip(),
             style="dim",
         ),
         soft_wrap=True,

@@ -3,17 +3,55 @@
 A student learns from the teacher's answer to any text, so the variants need no label of their own and need not be good
 prose: words left out, one passage cut out or kept alone, the beginning of one text joined to the end of another.
 Without them a small student on a small data set stops several points earlier (TinyBERT, arXiv:1909.10351, section 4.4).
+Where a masked language model is at hand, half of the variants are texts in which it has put other words (`infilling`).
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
-Text = str | tuple[str, str]
+from .infilling import Text, cached_infill, load
+from .task import Task
+from .training import Precision
 
 DROP = 0.15
 """Chance of a word being left out, in the variants that leave words out."""
+INFILLED = 0.5
+"""Share of the variants that a masked language model makes, where there is one."""
+_UNSPACED = "\\u0e00-\\u0eff\\u1000-\\u109f\\u1780-\\u17ff\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff\\U00020000-\\U0003ffff"
+"""Thai, Lao, Burmese, Khmer, kana and Han: written without spaces, so that every character counts as a word."""
+_WORD = re.compile(rf"[{_UNSPACED}] ?|[^ {_UNSPACED}]+ ?")
+
+
+def transfer_texts(
+    task: Task, copies: int, seed: int, *, model: str | None = None, cache: Path | None = None, precision: Precision = "auto"
+) -> list[Text]:
+    """What a teacher labels beside the training examples: the task's unlabelled texts, then variants of all these texts.
+
+    Args:
+        task: its training split is not repeated here.
+        copies: variants per text.
+        seed: of the variants.
+        model: folder or Hub id of a masked language model that makes half of them.
+        cache: folder that keeps what it made; not needed without `model`.
+        precision: that it computes with.
+    """
+    unlabelled = list(task.unlabelled)
+    texts = [*task.inputs("train"), *unlabelled]
+    variants = augment(texts, copies, seed)
+    if model is not None and variants:
+        if cache is None:
+            raise ValueError("infilled texts need a folder to be kept in")
+        rng = random.Random(seed)
+        chosen = [index for index in range(len(variants)) if rng.random() < INFILLED]
+        olds = [texts[index // copies] for index in chosen]
+        for index, old, new in zip(chosen, olds, cached_infill(load(model), olds, seed, cache, precision=precision), strict=True):
+            if new != old:
+                variants[index] = new
+    return [*unlabelled, *variants]
 
 
 def augment(texts: Sequence[Text], copies: int, seed: int = 0) -> list[Text]:
@@ -30,17 +68,16 @@ def augment(texts: Sequence[Text], copies: int, seed: int = 0) -> list[Text]:
         for _ in range(copies):
             side = rng.randrange(len(parts))
             other = rng.choice(words)[side]
-            changed = " ".join(_vary(parts[side], other, rng))
-            whole = [" ".join(part) for part in parts]
+            changed = "".join(_vary(parts[side], other, rng)).strip()
+            whole = ["".join(part).strip() for part in parts]
             whole[side] = changed
             result.append(whole[0] if len(whole) == 1 else (whole[0], whole[1]))
     return result
 
 
 def _split(text: str) -> list[str]:
-    # Scripts without spaces are cut into characters: there a "word" of whole sentences could not be varied.
-    words = text.split()
-    return words if len(words) > 1 or len(text) < 20 else list(text)
+    """Words, each with the space behind it where there is one: what is left of them is put together as it was written."""
+    return _WORD.findall(" ".join(text.split()) + " ")
 
 
 def _vary(words: list[str], other: list[str], rng: random.Random) -> list[str]:

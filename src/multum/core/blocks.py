@@ -112,7 +112,7 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
     """
     batches = [beside(module, batch) for batch in batches]
     masks = [batch["attention_mask"].bool() for batch in batches]
-    calls = first_calls(module, batches)
+    calls = first_calls(module, batches) if len(blocks_of(module)) else []
     for index, part in enumerate(blocks_of(module)):
         block = Block(index, part, calls, masks)
         yield block

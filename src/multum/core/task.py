@@ -41,6 +41,8 @@ class Task(Protocol):
     """As Hugging Face pipelines name it, for example `text-classification`."""
     auto_class: str
     """The transformers Auto class that loads a model with the right head."""
+    unlabelled: Sequence[Any]
+    """Further inputs without references, none of them in a split, for a teacher to label; often there are none."""
 
     def load(self, source: str, *, trust_remote_code: bool = False) -> Model:
         """A model with this task's head (new and untrained if `source` has none) and this task's label names."""

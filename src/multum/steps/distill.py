@@ -5,59 +5,54 @@ r"""Knowledge distillation: learn the teacher's softened outputs (Hinton et al. 
 
 z_t, z_s are the logits of teacher and student, (examples, classes); T is the temperature and y the label. The gradient of the
 first term by z_s is α T (q - p): T² keeps its size about the same whatever the temperature. KL is summed over the classes and
-averaged over the examples. Texts without a label (augmented ones) take part in the first term only.
+averaged over the examples. Texts without a label (the task's unlabelled ones, variants) take part in the first term only. Where
+outputs are several labels or a number, `_outputs` has what takes the place of KL, and the task what takes that of CE.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ..core.augment import augment
+from ..core.augment import transfer_texts
 from ..core.model import Model
 from ..core.step import Step
+from ..core.students import make_student, student_problems, turn_into
 from ..core.task import Task
 from ..core.teacher import cache_folder, cached_logits
 from ..core.training import Precision, fit, training_problems
 from ..errors import InputError
+from ._answers import answer_loss
+from ._outputs import PER_EXAMPLE, kind_of
 
-
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² KL(p ‖ q), averaged over the examples.
-
-    Args:
-        student: logits z_s, (examples, classes).
-        teacher: logits z_t, (examples, classes).
-        temperature: T.
-
-    Returns:
-        A scalar, at least 0.
-    """
-    log_p = F.log_softmax(teacher / temperature, dim=-1)
-    log_q = F.log_softmax(student / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+EXAMPLE = '--student "{layers: 3}"'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distill(Step):
     """Train the model to answer as its teacher does."""
 
-    teacher: str
-    """Folder or Hub id of the teacher, a trained model for the same task."""
+    teacher: str | None = None
+    """Folder or Hub id of a trained model for the same task. Not needed with `student`: the model itself then teaches."""
+    student: str | dict[str, Any] | None = None
+    """What is taught in place of the model that the step is given: `{layers: 3}`, so many of its layers, evenly spaced;
+    `{layers: [0, 2, 5]}`, these; `{hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 512}`, a new
+    one of this size with its tokenizer; or a folder or Hub id."""
     temperature: float = 2.0
     """T: above 1 the teacher's smaller probabilities count for more."""
     alpha: float = 0.9
     """α: weight of the teacher against the labels; 1 uses no labels at all."""
     augment: int = 0
-    """Variants made of every training text, for the teacher to label; 0 for none."""
+    """Variants made of every text, for the teacher to label; 0 for none. The task's unlabelled texts are always among the texts."""
+    augment_model: str | None = None
+    """Folder or Hub id of a masked language model that makes half of the variants: it puts other words into the texts."""
     epochs: float = 3
-    """Passes over the training texts and their variants."""
+    """Passes over all texts and variants."""
     learning_rate: float = 3e-4
     """The highest learning rate, reached after the warm-up."""
     batch_size: int = 64
@@ -71,9 +66,9 @@ class Distill(Step):
     precision: Precision = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
     seed: int = 0
-    """Seeds the variants, the order of the examples and the dropout."""
+    """Seeds the variants, a new student's weights, the order of the examples and the dropout."""
     cache: str | None = None
-    """Folder that keeps the teacher's outputs; by default one of multum's own, shared by all runs."""
+    """Folder that keeps the teacher's outputs and the masked model's texts; by default one of multum's own, shared by all runs."""
 
     def check(self) -> list[str]:
         problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
@@ -83,30 +78,35 @@ class Distill(Step):
             problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
         if self.augment < 0:
             problems.append(f"augment cannot be negative (got {self.augment})")
-        return problems
+        if self.augment_model is not None and self.augment == 0:
+            problems.append("augment_model makes variants, but augment asks for none; say how many, for example augment: 4")
+        if self.teacher is None and self.student is None:
+            problems.append("it takes a teacher (folder or Hub id of a trained model), or a student that the model itself teaches")
+        return [*problems, *(student_problems(self.student) if self.student is not None else [])]
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
-        teacher = task.load(self.teacher)
+        teacher = task.load(self.teacher) if self.teacher else replace(model)
         if not task.is_trained(teacher):
-            raise InputError(f"distill: the teacher {self.teacher} has an untrained head; fine-tune it first")
-        variants = augment(task.inputs("train"), self.augment, self.seed)
-        targets = torch.from_numpy(self._targets(teacher, task, variants))
+            raise InputError(f"distill: the teacher {self.teacher or model.source} has an untrained head; fine-tune it first")
+        notes: dict[str, Any] = {}
+        if self.student is not None:
+            student, notes = make_student(model, self.student, task, seed=self.seed)
+            turn_into(model, student)
+        if kind_of(model.module) not in PER_EXAMPLE:
+            raise InputError(
+                f"distill: {task.name} has no outputs of one width for every example, which is what is kept of the teacher"
+            )
+        folder = Path(self.cache) if self.cache else cache_folder()
+        variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
+        targets = torch.from_numpy(self._targets(teacher, task, variants, folder))
         rows = [
             {**row, "index": index} for index, row in enumerate([*task.encode(model, "train"), *task.encode_texts(model, variants)])
         ]
 
         def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             labels, index = batch.pop("labels"), batch.pop("index")
-            outputs = module(**batch)
-            total = self.alpha * distillation_loss(
-                outputs.logits.float(), targets[index.cpu()].to(outputs.logits.device), self.temperature
-            )
-            labelled = labels >= 0
-            if self.alpha < 1 and labelled.any():
-                # The mean is over the whole batch, so that an unlabelled text does not raise its neighbours' weight.
-                share = labelled.float().mean()
-                total = total + (1 - self.alpha) * share * task.loss(outputs, {"labels": labels})
-            return total
+            theirs = targets[index.cpu()]
+            return answer_loss(task, model.module, module(**batch), theirs, labels, alpha=self.alpha, temperature=self.temperature)
 
         result = fit(
             model,
@@ -121,10 +121,10 @@ class Distill(Step):
             precision=self.precision,
             seed=self.seed,
         )
-        return {"training": result, "teacher_outputs": len(rows)}
+        model.new_weights = ()
+        return {"training": result, "teacher_outputs": len(rows), "teacher_fingerprint": teacher.fingerprint(), **notes}
 
-    def _targets(self, teacher: Model, task: Task, variants: Any) -> Any:
-        """The teacher's logits for the training texts and their variants, (examples, classes), read into memory."""
-        folder = Path(self.cache) if self.cache else cache_folder()
+    def _targets(self, teacher: Model, task: Task, variants: Any, folder: Path) -> Any:
+        """The teacher's logits for the training texts and all others, (examples, classes), read into memory."""
         rows = [*task.encode(teacher, "train"), *task.encode_texts(teacher, variants)]
         return cached_logits(teacher, rows, folder, precision=self.precision).copy()

@@ -21,15 +21,11 @@ from ..core.families import blocks_of
 from ..core.model import Model
 from ..core.second_order import double
 from ..core.step import Step
+from ..core.students import alternate
 from ..core.surgery import keep_blocks
 from ..core.task import Batch, Task
 from ..core.training import on_accelerator
 from ..errors import InputError
-
-
-def alternate(blocks: int, keep: int) -> list[int]:
-    """`keep` numbers evenly spaced over 0 ... blocks - 1; both ends stay, of one only the first."""
-    return [round(i * (blocks - 1) / (keep - 1)) for i in range(keep)] if keep > 1 else [0]
 
 
 def most_influential(influence: Sequence[float], keep: int) -> list[int]:

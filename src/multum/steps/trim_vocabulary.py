@@ -213,7 +213,7 @@ class TrimVocabulary(Step):
         vocab = token_ids(spec)
         if max(vocab.values()) >= rows:
             raise InputError(f"the tokenizer has ids up to {max(vocab.values())}, the model only {rows} embeddings")
-        counts = count_tokens(spec, [*task.inputs("train"), *_lines(self.extra_texts), "", ("", "")])
+        counts = count_tokens(spec, [*task.inputs("train"), *task.unlabelled, *_lines(self.extra_texts), "", ("", "")])
         kept = needed(spec, counts, self.min_count)
         kept |= self._fixed(model, vocab)
         if len(kept) == rows:

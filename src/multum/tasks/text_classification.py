@@ -50,6 +50,8 @@ class TextClassification:
     """Per split the index of each text's label."""
     labels: tuple[str, ...]
     """The names of the classes, in the order of the model's outputs."""
+    unlabelled: Sequence[Text] = ()
+    """Texts, or pairs of texts, that nobody labelled and that stand in no split."""
     max_length: int | None = None
     """Tokens after which a text is cut; None: what the model takes."""
     seed: int = 0
@@ -64,7 +66,8 @@ class TextClassification:
         """The task from data.
 
         Args:
-            splits: has `train`, `validation` and `test`, each a `datasets.Dataset` with the columns above; `notes`, `fingerprints`.
+            splits: has `train`, `validation` and `test`, each a `datasets.Dataset` with the columns above; `notes`, `fingerprints`;
+                it may have `unlabelled`, a data set without labels.
             max_length: tokens after which a text is cut.
             seed: of a new head.
 
@@ -88,6 +91,7 @@ class TextClassification:
             texts={name: _texts(getattr(splits, name)) for name in found},
             targets={name: np.array([number[label] for label in values], dtype=np.int64) for name, values in found.items()},
             labels=labels,
+            unlabelled=_texts(more) if (more := getattr(splits, "unlabelled", None)) is not None else (),
             max_length=max_length,
             seed=seed,
             notes=tuple(splits.notes),

@@ -1,0 +1,156 @@
+"""Students: the smaller models that a teacher teaches, made of a model at hand or loaded.
+
+Three ways to ask for one:
+
+- `{layers: 3}`: so many blocks of the model, evenly spaced from the first to the last (DistilBERT's start, arXiv:1910.01108);
+  `{layers: [0, 2, 5]}`: these blocks; `{layers: 0}`: none, so that embeddings and head are all that is left. A head that reads
+  the first token only then gives every text the same answer: the end of the curve, and no more than that.
+- `{hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 512}`: the same architecture in this size,
+  with random weights; what is not named is as in the model. Tokenizer and labels are the model's.
+- a folder or Hub id: that model, with the task's head.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from .families import blocks_of
+from .model import Model
+from .shapes import without_shapes
+from .surgery import keep_blocks
+from .task import Task
+
+Spec = str | Mapping[str, Any]
+"""What a student is asked for by."""
+LAYERS = "layers"
+"""The entry that names blocks of the model at hand."""
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+"""The entries of a new model: width, blocks, heads of a block, feed-forward neurons of a block."""
+
+logger = logging.getLogger(__name__)
+
+
+def alternate(blocks: int, keep: int) -> list[int]:
+    """`keep` numbers evenly spaced over 0 ... blocks - 1; both ends stay, of one only the first."""
+    return [round(i * (blocks - 1) / (keep - 1)) for i in range(keep)] if keep > 1 else [0][:keep]
+
+
+def student_problems(spec: Spec) -> list[str]:
+    """What is wrong with a student whatever model it is to be made of, each in one sentence."""
+    if isinstance(spec, str):
+        return [] if spec else ["student names no folder or Hub id"]
+    known = (LAYERS, *SIZES)
+    problems = [f"student: no entry named {key!r}; there are: {', '.join(known)}" for key in spec if key not in known]
+    sizes = [key for key in SIZES if key in spec]
+    if not spec:
+        problems.append(f"student is empty; give layers, or sizes: {', '.join(SIZES)}")
+    if LAYERS in spec and sizes:
+        problems.append(
+            f"student: layers are blocks of the model at hand, {', '.join(sizes)} sizes of a new one; give one or the other"
+        )
+    if LAYERS in spec and not _is_layers(spec[LAYERS]):
+        problems.append(f"student: layers is how many blocks stay, or different block numbers from 0 on (got {spec[LAYERS]!r})")
+    problems += [
+        f"student: {key} must be a whole number, at least {_least(key)} (got {spec[key]!r})"
+        for key in sizes
+        if not _is_count(spec[key], _least(key))
+    ]
+    return problems
+
+
+def make_student(model: Model, spec: Spec, task: Task, *, seed: int = 0) -> tuple[Model, dict[str, Any]]:
+    """A student, and notes for the history; `model` is left as it was.
+
+    Args:
+        model: what it is made of: its blocks, or its architecture, tokenizer and labels.
+        spec: see the head of this file.
+        task: loads a student from elsewhere with its head.
+        seed: of random weights.
+
+    Raises:
+        InputError: lists everything that does not fit the model.
+    """
+    if problems := student_problems(spec):
+        raise InputError(*problems)
+    if isinstance(spec, str):
+        student = task.load(spec)
+        return student, {"student": student.source}
+    if LAYERS not in spec:
+        return _fresh(model, spec, seed), {"student": dict(spec)}
+    kept = _blocks(len(blocks_of(model.module)), spec[LAYERS])
+    if not kept:
+        logger.warning("a student without layers mixes no tokens: a head that reads the first one gives all texts the same answer")
+    student = model.copy()
+    keep_blocks(student.module, kept)
+    return student, {"kept_blocks": kept}
+
+
+def turn_into(model: Model, student: Model) -> None:
+    """Make a model the student, in place, as steps change what they are given."""
+    for each in fields(Model):
+        setattr(model, each.name, getattr(student, each.name))
+
+
+def _blocks(there: int, layers: Any) -> list[int]:
+    """The numbers of the blocks that stay."""
+    if isinstance(layers, int):
+        if layers > there:
+            raise InputError(f"student: layers is {layers}, but the model has only {there} blocks")
+        return alternate(there, layers)
+    if missing := [block for block in layers if block >= there]:
+        has = f"the blocks 0 to {there - 1}" if there else "no blocks"
+        raise InputError(f"student: the model has {has}, no {', '.join(map(str, missing))}")
+    return list(layers)
+
+
+def _fresh(model: Model, sizes: Mapping[str, Any], seed: int) -> Model:
+    """A model of the same class with random weights."""
+    config = type(model.module.config).from_dict(without_shapes(model.module.config.to_dict()))
+    names = {name: _own_name(config, name) for name in SIZES}
+    if missing := [name for name in sizes if names[name] is None]:
+        kind = config.model_type
+        raise InputError(*(f"student: models of type {kind!r} have no {name}; name a folder or Hub id instead" for name in missing))
+    for name, value in sizes.items():
+        setattr(config, str(names[name]), value)
+    width, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 1)
+    if width % heads:
+        raise InputError(f"student: {heads} heads do not divide the width: num_attention_heads {heads}, hidden_size {width}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = type(model.module)(config)
+    return Model(
+        module=module.eval(),
+        tokenizer=copy.deepcopy(model.tokenizer),
+        source=model.source,
+        revision=model.revision,
+        history=copy.deepcopy(model.history),
+        new_weights=tuple(sorted(module.state_dict())),
+    )
+
+
+def _own_name(config: Any, name: str) -> str | None:
+    """What a config calls a size. DistilBERT has a name of its own for this one, unlike for the others, and no common one."""
+    if name == "intermediate_size" and not hasattr(config, name):
+        name = "hidden_dim"
+    return name if hasattr(config, name) else None
+
+
+def _is_layers(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_count(block, 0) for block in value) and len(set(value)) == len(value)
+    return _is_count(value, 0)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _least(key: str) -> int:
+    return 0 if key == "num_hidden_layers" else 1
