@@ -32,13 +32,16 @@ def median_with_range(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def publish(name: str, rows: Sequence[Sequence[str]], values: dict[str, Any], *, summary: str = "") -> None:
+def publish(
+    name: str, rows: Sequence[Sequence[str]], values: dict[str, Any], *, summary: str = "", command: str | None = None
+) -> None:
     """Print a table and keep it: `results/NAME.md` to read, `results/NAME.json` with every figure behind it.
 
     Args:
         rows: the first one is the head.
         values: what the table was made from.
         summary: a sentence under it.
+        command: how to take it again; the script of this name by default.
     """
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
@@ -47,6 +50,6 @@ def publish(name: str, rows: Sequence[Sequence[str]], values: dict[str, Any], *,
     text = "\n".join([*lines, "", summary] if summary else lines)
     print(text)
     RESULTS.mkdir(exist_ok=True)
-    place = f"`python benchmarks/{name}.py` on {about['cores']} cores of {about['processor']}, {when[:10]}."
+    place = f"`python benchmarks/{command or f'{name}.py'}` on {about['cores']} cores of {about['processor']}, {when[:10]}."
     (RESULTS / f"{name}.md").write_text(f"{text}\n\n{place}\n", encoding="utf-8")
     write_json(RESULTS / f"{name}.json", {**values, "machine": about, "versions": versions(), "when": when})

@@ -1,0 +1,199 @@
+"""Small students taught by labels, by the teacher's answers, by more texts, by its layers: at equal training time, over seeds.
+
+    python benchmarks/distillation.py [--data reviews-en] [--model minilm] [--seeds 0 1 2] [--layers 3 1] [-o runs/distillation]
+
+The teacher is fine-tuned anew for every seed; students are its own blocks, evenly spaced. `distill` gets `EPOCHS` passes over the
+training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds. What
+the teacher's outputs take, computed once before, stands apart. Labels alone may choose their learning rate on validation. The
+test split is read at the end; a difference is taken text by text against labels alone with the same seed, its interval is a
+bootstrap over texts. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import median_with_range, publish
+from scipy.special import log_softmax
+
+from multum.core.folders import digest, read_json, write_json
+from multum.core.model import Model
+from multum.core.step import make
+from multum.core.teacher import logits
+from multum.data import open_task
+from multum.example import fetch
+
+EPOCHS = 6
+PROBE = 0.25
+"""Epochs after which the cost of one is known; the first batches are the longest."""
+LABELS = "labels alone"
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    LABELS: ("finetune", {"batch_size": 64}),
+    "distill": ("distill", {}),
+    "distill, 4 variants": ("distill", {"augment": 4}),
+    "+ hidden states": ("distill_layers", {"hidden": 1.0, "relations": 0.0}),
+    "+ attention scores": ("distill_layers", {"attention": 0.1, "relations": 0.0}),
+    "+ relations": ("distill_layers", {"relations": 1.0}),
+    "+ pkd": ("distill_layers", {"pkd": 10.0, "relations": 0.0}),
+    "+ hidden states, dynamic map": ("distill_layers", {"hidden": 1.0, "relations": 0.0, "layer_map": "dynamic"}),
+    "+ hidden states, 4 variants": ("distill_layers", {"hidden": 1.0, "relations": 0.0, "augment": 4}),
+}
+RATES = {LABELS: (1e-4, 3e-4)}
+"""Learning rates to choose from on validation, with the first seed; the steps' own default for the others."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", default="reviews-en")
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 1])
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/distillation"))
+    options = parser.parse_args()
+    bench = Bench(options.data, options.model, options.output / options.data)
+    for seed in options.seeds:
+        for layers in options.layers:
+            for way in WAYS:
+                bench.run(way, layers, seed, first=options.seeds[0])
+            report(bench, [seed for seed in options.seeds if bench.complete(seed, options.layers)], options.layers)
+
+
+class Bench:
+    """Every run of the table, kept on disk.
+
+    Args:
+        data, model: names of examples.
+        folder: where teachers, their outputs and finished runs are kept.
+    """
+
+    def __init__(self, data: str, model: str, folder: Path) -> None:
+        self.data, self.name, self.folder = data, model, folder
+        self.model = fetch(model)
+        self.task = open_task("text-classification", str(fetch(data)))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def teacher(self, seed: int) -> Path:
+        """The whole model, fine-tuned with this seed. A vocabulary that the texts do not need would only cost time."""
+        folder = self.folder / f"teacher-{seed}"
+        if not folder.exists():
+            task = open_task("text-classification", str(fetch(self.data)), seed=seed)
+            model = make("trim_vocabulary", {})(task.load(str(self.model)), task)
+            make("finetune", {"epochs": 2, "learning_rate": 1e-4, "seed": seed})(model, task).save(folder)
+        return folder
+
+    def student(self, seed: int, layers: int) -> Model:
+        teacher = self.task.load(str(self.teacher(seed)))
+        return make("drop_layers", {"keep": layers, "which": "alternate"})(teacher, self.task)
+
+    def run(self, way: str, layers: int, seed: int, *, first: int) -> dict[str, Any]:
+        path = self._path(way, layers, seed)
+        if not path.exists():
+            fields = {"epochs": self.epochs(way, layers, first)}
+            if way in RATES:
+                fields["learning_rate"] = self.rate(way, layers, first, fields)
+            write_json(path, self._taught(way, layers, seed, fields, "test"))
+            print(path.stem, read_json(path)["accuracy"], flush=True)
+        return read_json(path)
+
+    def epochs(self, way: str, layers: int, seed: int) -> float:
+        """As many as take the seconds that `distill` takes for its own."""
+        return EPOCHS * self._seconds("distill", layers, seed) / self._seconds(way, layers, seed)
+
+    def rate(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> float:
+        path = self.folder / f"rate-{layers}-{_short(way)}.json"
+        if not path.exists():
+            made = [self._taught(way, layers, seed, {**fields, "learning_rate": rate}, "validation") for rate in RATES[way]]
+            tried = {run["learning_rate"]: run["accuracy"] for run in made}
+            write_json(path, {"best": max(tried, key=lambda rate: tried[rate]), "validation": list(tried.items())})
+        return float(read_json(path)["best"])
+
+    def complete(self, seed: int, layers: list[int]) -> bool:
+        return all(self._path(way, number, seed).exists() for way in WAYS for number in layers)
+
+    def _seconds(self, way: str, layers: int, seed: int) -> float:
+        """Of training for one epoch."""
+        path = self.folder / f"pace-{layers}-{_short(way)}.json"
+        if not path.exists():
+            variants = 1 + WAYS[way][1].get("augment", 0)
+            made = self._train(way, layers, seed, {"epochs": PROBE / variants})
+            write_json(path, {"seconds": made.history[-1]["training"]["seconds"] * variants / PROBE})
+        return float(read_json(path)["seconds"])
+
+    def _train(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> Model:
+        step, own = WAYS[way]
+        if step != "finetune":
+            own = {**own, "teacher": str(self.teacher(seed)), "cache": str(self.folder / "outputs")}
+        return make(step, {**own, **fields, "seed": seed})(self.student(seed, layers), self.task)
+
+    def _taught(self, way: str, layers: int, seed: int, fields: dict[str, Any], split: Any) -> dict[str, Any]:
+        made, teacher = self._train(way, layers, seed, fields), self.task.load(str(self.teacher(seed)))
+        ours, theirs = (logits(m.module, list(self.task.encode(m, split)), m.tokenizer.pad_token_id) for m in (made, teacher))
+        log_q, log_p = log_softmax(ours, axis=1), log_softmax(theirs, axis=1)
+        entry, truth = made.history[-1], self.task.targets[split]
+        return {
+            **fields,
+            "accuracy": self.task.score(ours, split).value,
+            "teacher": self.task.score(theirs, split).value,
+            "kl": float((np.exp(log_p) * (log_p - log_q)).sum(1).mean()),
+            "training_s": entry["training"]["seconds"],
+            "other_s": entry["seconds"] - entry["training"]["seconds"],
+            "correct": [int(x) for x in ours.argmax(1) == truth],
+        }
+
+    def _path(self, way: str, layers: int, seed: int) -> Path:
+        return self.folder / f"{layers}-{_short(way)}-{seed}.json"
+
+
+def _short(way: str) -> str:
+    """A file name that changes with what the way does."""
+    return f"{''.join(c if c.isalnum() else '-' for c in way)}-{digest(repr(WAYS[way]))[:6]}"
+
+
+def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
+    if not seeds:
+        return
+    head = ["layers", "way", "accuracy", "against labels alone (95 %)", "KL to the teacher", "epochs", "training, s"]
+    rows, values, teachers = [], {}, []
+    for number in layers:
+        for way in WAYS:
+            runs = [bench.run(way, number, seed, first=seeds[0]) for seed in seeds]
+            plain = [bench.run(LABELS, number, seed, first=seeds[0]) for seed in seeds]
+            apart = difference([r["correct"] for r in runs], [r["correct"] for r in plain])
+            accuracy = median_with_range([100 * r["accuracy"] for r in runs])
+            seconds, kl = (float(np.mean([r[key] for r in runs])) for key in ("training_s", "kl"))
+            values[f"{number} layers, {way}"] = {"accuracy": accuracy, "difference": apart, "kl": kl, "training_s": seconds}
+            teachers = [100 * r["teacher"] for r in runs]
+            rows.append(
+                [
+                    str(number),
+                    way,
+                    f"{accuracy['median']:.1f} ({accuracy['low']:.1f} to {accuracy['high']:.1f})",
+                    "" if way == LABELS else f"{apart['value']:+.2f} ({apart['ci95'][0]:+.2f} to {apart['ci95'][1]:+.2f})",
+                    f"{kl:.3f}",
+                    f"{runs[0]['epochs']:.1f}",
+                    f"{seconds:.0f}",
+                ]
+            )
+    teacher = median_with_range(teachers)
+    summary = (
+        f"Test accuracy in %, median over seeds {', '.join(map(str, seeds))} (range), and the mean difference in points. "
+        f"The teachers: {teacher['median']:.1f} ({teacher['low']:.1f} to {teacher['high']:.1f})."
+    )
+    name = "distillation" if bench.data == "reviews-en" else f"distillation_{bench.data.replace('-', '_')}"
+    values = {"data": bench.data, "seeds": seeds, "teacher": teacher, "ways": values}
+    publish(name, [head, *rows], values, summary=summary, command=f"distillation.py --data {bench.data} --model {bench.name}")
+
+
+def difference(these: list[list[int]], those: list[list[int]]) -> dict[str, Any]:
+    """Points that these are better, averaged over seeds, with a bootstrap over texts."""
+    apart = 100 * (np.asarray(these, float) - np.asarray(those, float)).mean(axis=0)
+    drawn = np.random.default_rng(0).integers(0, len(apart), (2000, len(apart)))
+    low, high = np.percentile(apart[drawn].mean(axis=1), [2.5, 97.5])
+    return {"value": float(apart.mean()), "ci95": [float(low), float(high)]}
+
+
+if __name__ == "__main__":
+    main()
