@@ -58,7 +58,7 @@ class Effort:
     """Rungs above this share of the original's predicted latency are repaired in closed form only: teaching them is dear, and
     what they lack is taught further down. If the first taught rung fails, the walk goes back up and teaches those above."""
     retry: int
-    """How many times longer a rung that dropped too much is taught once more; 0 for not at all."""
+    """How many more times a rung that dropped too much is taught, as long as each lessens the drop; 0 for not at all."""
 
 
 FULL = Effort(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from string import ascii_lowercase
@@ -92,8 +93,8 @@ class Ladder:
                     self._go_back(above)
                 return
             if self._taught(name) and not self._holds(name):
-                if self.effort.retry and self._teach_again(f"{name}-longer", name, self.effort.retry):
-                    name = f"{name}-longer"
+                if longer := self._teach_longer(name):
+                    name = longer
                 elif not self._holds(above[-1]):
                     self._go_back(above)
                     return
@@ -107,8 +108,20 @@ class Ladder:
     def _go_back(self, above: list[str]) -> None:
         """Teach the rungs that were passed untaught, from the lowest up, until one holds."""
         for name in reversed(above[1:]):
-            if self._holds(name) or self._taught(name) or self._teach_again(f"{name}-taught", name, 1):
+            if self._holds(name) or self._taught(name) or self._teach_again(f"{name}-taught", name):
                 return
+
+    def _teach_longer(self, name: str) -> str | None:
+        """Teach a rung that dropped too much again, as often as that helps. The name of the one that then holds, if any."""
+        before = name
+        for number in range(1, self.effort.retry + 1):
+            longer = f"{name}-longer" + (f"-{number}" if number > 1 else "")
+            if self._teach_again(longer, before):
+                return longer
+            if self._drop(longer) >= self._drop(before):
+                return None
+            before = longer
+        return None
 
     def ship(self) -> dict[str, Any]:
         """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
@@ -182,25 +195,24 @@ class Ladder:
             options = {"speedup": step, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
             model = self._step(f"{name}: prune and repair", "prune_structured", model, **options, **self.effort.prune)
             if self._share(model) <= self.effort.teach_below:
-                model = self._teach(name, model, 1)
+                model = self._teach(name, model)
             self._save(model, folder, rung=[above, step])
         return self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"), above)
 
-    def _teach_again(self, name: str, source: str, times: int) -> bool:
+    def _teach_again(self, name: str, source: str) -> bool:
         """Teach a rung that is there already, under a new name. True when it then keeps the drop."""
         if not (self.folder / name).exists():
             model = self.task.load(str(self.folder / source))
-            stages = teaching(name, *self._work(self._share(model)), taught=self._has_teacher(), times=times)
+            stages = teaching(name, *self._work(self._share(model)), taught=self._has_teacher())
             if not self._time_for(name, stages):
                 return False
-            self._save(self._teach(name, model, times), self.folder / name)
+            self._save(self._teach(name, model), self.folder / name)
         self._enter(name, "distilled for longer" if self._taught(source) else "distilled", source)
         return self._holds(name)
 
-    def _teach(self, name: str, model: Model, times: int) -> Model:
-        options = {**self.effort.distill, "epochs": self.effort.distill["epochs"] * times}
+    def _teach(self, name: str, model: Model) -> Model:
         teacher, cache = str(self.folder / "rung-01"), str(self.folder / "teacher")
-        return self._step(f"{name}: distil", "distill", model, teacher=teacher, cache=cache, seed=self.seed, **options)
+        return self._step(f"{name}: distil", "distill", model, teacher=teacher, cache=cache, seed=self.seed, **self.effort.distill)
 
     def _room_below(self, model: Model, step: float) -> bool:
         """Whether a rung faster than this one by a step still has room for a head."""
@@ -215,7 +227,12 @@ class Ladder:
 
     def _holds(self, name: str) -> bool:
         """Whether a rung keeps the drop; the other limits say nothing about how far down to go."""
-        return any(c["name"] == name and c["drop"] <= self.run.budget.max_drop for c in self.run.candidates)
+        return self._drop(name) <= self.run.budget.max_drop
+
+    def _drop(self, name: str) -> float:
+        """What a rung lost; without end if it could not be made or measured."""
+        found = self.run.find(name)
+        return float(found["drop"]) if found else math.inf
 
     # -- what every leg uses -------------------------------------------------------------------------------------------------
 

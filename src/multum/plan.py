@@ -71,10 +71,10 @@ def rung(name: str, effort: Effort, texts: int, pace: float, share: float, *, ta
     return [pruning, (f"{name}: measure", MEASURE)]
 
 
-def teaching(name: str, effort: Effort, texts: int, pace: float, share: float, *, taught: bool, times: int = 1) -> Stages:
-    """Teaching a rung, `times` as long as usual, and measuring it. The first has to wait for the teacher's outputs."""
+def teaching(name: str, effort: Effort, texts: int, pace: float, share: float, *, taught: bool) -> Stages:
+    """Teaching a rung and measuring it. The first has to wait for the teacher's outputs."""
     passes = texts * (1 + effort.distill["augment"]) * pace
-    seconds = TRAINING * effort.distill["epochs"] * times * passes * share
+    seconds = TRAINING * effort.distill["epochs"] * passes * share
     return [(f"{name}: distil", seconds + (0 if taught else passes)), (f"{name}: measure", MEASURE)]
 
 
