@@ -263,7 +263,7 @@ def test_only_what_is_looked_at_is_wanted() -> None:
     assert (wanted.hidden, wanted.attention) == ((0, 3, 6), (3, 6))
     wanted = LayerMatcher(LayerLosses(relations=1.0, teacher_layer=5), shape(2), shape(6)).wanted
     assert (wanted.hidden, wanted.attention) == ((), (5,))
-    wanted = LayerMatcher(LayerLosses(hidden=1.0, layer_map="dynamic"), shape(6), shape(12)).wanted
+    wanted = LayerMatcher(LayerLosses(hidden=1.0, layer_map="dynamic"), shape(8), shape(12)).wanted
     assert (wanted.hidden, wanted.attention) == ((3, 6, 9, 12), ())
 
 
@@ -283,7 +283,9 @@ def test_the_other_maps() -> None:
     assert layer_pairs("last", 3, 12) == ([(3, 12)], [])
     assert layer_pairs("last", 3, 12, 10) == ([(3, 10)], [])
     assert layer_pairs((5, 5, 12), 3, 12) == ([(1, 5), (2, 5), (3, 12)], [])
-    assert layer_pairs("dynamic", 3, 12) == ([(0, 4), (0, 8), (0, 12)], [])
+    assert layer_pairs("dynamic", 3, 12) == ([(0, 6), (0, 12)], [])
+    assert layer_pairs("dynamic", 12, 12) == ([(0, 3), (0, 6), (0, 9), (0, 12)], [])
+    assert layer_pairs("dynamic", 1, 6) == ([(0, 6)], [])
     assert layer_pairs("dynamic", 3, 12, None, (6, 12)) == ([(0, 6), (0, 12)], [])
 
 

@@ -80,7 +80,7 @@ def test_a_second_call_computes_nothing(teacher: Any, rows: list[Any], tmp_path:
     assert calls == []
 
 
-@pytest.mark.parametrize("what", ["weights", "tokenizer", "texts", "precision"])
+@pytest.mark.parametrize("what", ["weights", "tokenizer", "texts", "precision", "token types", "padding", "dtype"])
 def test_what_changes_the_outputs_changes_the_key(what: str, teacher: Any, rows: list[Any], tmp_path: Path) -> None:
     cached_logits(teacher, rows, tmp_path, precision="fp32")
     other = teacher.copy()
@@ -90,8 +90,17 @@ def test_what_changes_the_outputs_changes_the_key(what: str, teacher: Any, rows:
         other.tokenizer.add_tokens(["zebra"])
     elif what == "texts":
         rows = rows[:-1] + rows[:1]
+    elif what == "token types":
+        rows = [{**row, "token_type_ids": [i % 2 for i in range(len(row["input_ids"]))]} for row in rows]
+    elif what == "padding":
+        rows = [{**row, "attention_mask": [1] * (len(row["input_ids"]) - 1) + [0]} for row in rows]
+    elif what == "dtype":
+        other.module.bfloat16().float()
+        cached_logits(other, rows, tmp_path, precision="fp32")  # weights that bf16 holds exactly
+        assert len(list(tmp_path.glob("*.f32"))) == 2
+        other.module.bfloat16()
     cached_logits(other, rows, tmp_path, precision="bf16" if what == "precision" else "fp32")
-    assert len(list(tmp_path.glob("*.f32"))) == 2
+    assert len(list(tmp_path.glob("*.f32"))) == (3 if what == "dtype" else 2)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(

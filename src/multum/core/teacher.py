@@ -1,10 +1,10 @@
 """Teacher outputs: computed once, kept on disk, memory-mapped.
 
 One file of raw rows and one of JSON beside it: a row for each example (logits, float32), or one for each token of each example
-(`teacher_states`, float16). The key is a digest of the teacher's weights and tokenizer, the examples as the teacher reads them,
-the precision and what is kept, so a stale cache cannot be mistaken for a fresh one. Every chunk has its own digest: an
-interrupted run goes on where it stopped, a damaged chunk is found and computed again. What would not fit the disk is refused
-before anything is written.
+(`teacher_states`, float16; `sparse_logits`, ids and counts). The key is a digest of the teacher's weights and tokenizer, the
+examples as the teacher reads them, the precision and what is kept, so a stale cache cannot be mistaken for a fresh one. Every
+chunk has its own digest: an interrupted run goes on where it stopped, a damaged chunk is found and computed again. What would
+not fit the disk is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import nn
 
 from ..errors import InputError
@@ -103,8 +104,14 @@ def cache_folder() -> Path:
 
 def key_of(teacher: Model, rows: Rows, precision: Precision, *what: str) -> str:
     """The name of a cache: a digest of all that its numbers depend on, and of `what` is kept."""
-    examples = np.concatenate([np.asarray([*row["input_ids"], -1], dtype=np.int64) for row in rows])
-    return digest(teacher.fingerprint(), examples.tobytes(), resolve_precision(precision), *what)
+    columns = [_column(rows, name) for name in model_inputs(rows[0])]
+    told = [column for number, column in enumerate(columns) if number == 0 or len(set(column.tolist()) - {-1}) > 1]
+    own = [] if teacher.module.dtype == torch.float32 else [str(teacher.module.dtype)]
+    return digest(teacher.fingerprint(), *(column.tobytes() for column in told), resolve_precision(precision), *what, *own)
+
+
+def _column(rows: Rows, name: str) -> np.ndarray:
+    return np.concatenate([np.asarray([*row[name], -1], dtype=np.int64) for row in rows])
 
 
 def kept(
@@ -113,7 +120,7 @@ def kept(
     rows: Rows,
     counts: Sequence[int],
     width: int,
-    dtype: type[np.floating],
+    dtype: DTypeLike,
     compute: Callable[[Rows], np.ndarray],
 ) -> np.ndarray:
     """What a teacher computes for examples, from the file at `path` or computed chunk by chunk and written there.
@@ -152,9 +159,10 @@ def kept(
         if str(start) in done:
             logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
         with on_accelerator(teacher.module):
-            part[:] = compute(rows[start:end])
+            fresh = compute(rows[start:end]).astype(dtype, copy=False)
+        part[:] = fresh
         values.flush()
-        done[str(start)] = digest(part.tobytes())
+        done[str(start)] = digest(fresh.tobytes())  # not of the file, which another process may be writing too
         write_json(index, done)
         report(end / len(rows))
     return np.memmap(path, dtype=dtype, mode="r", shape=values.shape)

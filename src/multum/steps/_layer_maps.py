@@ -22,7 +22,8 @@ from ..core.model import Model
 Pairs = list[tuple[int, int]]
 """(student layer, teacher layer)."""
 DYNAMIC = 4
-"""Teacher layers that `dynamic` matches by default: CoFi's 3, 6, 9 and 12 of 12."""
+"""Teacher layers that `dynamic` matches by default: CoFi's 3, 6, 9 and 12 of 12; fewer where half the student's layers are fewer,
+or there would be nothing to choose."""
 
 
 def evenly(count: int, layers: int) -> list[int]:
@@ -70,7 +71,7 @@ def layer_pairs(
     if layer_map == "last":
         return [(student, teacher_layer or teacher)], []
     if layer_map == "dynamic":
-        return [(0, layer) for layer in dynamic or evenly(min(DYNAMIC, student, teacher), teacher)], []
+        return [(0, layer) for layer in dynamic or evenly(min(DYNAMIC, (student + 1) // 2, teacher), teacher)], []
     chosen = [*descent[1:], teacher] if descent else evenly(student, teacher)
     return list(zip(range(1, student + 1), chosen, strict=True)), []
 

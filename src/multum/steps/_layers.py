@@ -113,7 +113,7 @@ class LayerLosses:
     teacher_layer: int | None = None
     """The teacher's layer for relations and for the map `last`; None: its last."""
     dynamic_layers: tuple[int, ...] | None = None
-    """The teacher's layers that `dynamic` finds partners for; None: up to four, evenly spaced."""
+    """The teacher's layers that `dynamic` finds partners for; None: up to four, at most half as many as the student has."""
     project: bool = False
     """Learn W_e and W_h, from the identity, even where the widths agree (CoFi, arXiv:2204.00408)."""
 

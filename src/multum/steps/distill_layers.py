@@ -76,11 +76,12 @@ class DistillLayers(Step):
     teacher_layer: int | None = None
     """The teacher's layer, from 1, for `relations` and the map `last`; by default its last."""
     dynamic_layers: tuple[int, ...] | None = None
-    """The teacher's layers, from 1, that the map `dynamic` finds partners for; by default up to four, evenly spaced."""
+    """The teacher's layers, from 1, that the map `dynamic` finds partners for; by default up to four,
+    not more than half the student has, evenly spaced."""
     project: bool = False
     """Learn a matrix between the states even where their widths agree, from the identity (CoFi)."""
     live: bool = False
-    """Run the teacher beside the student in every step: slower, but nothing is kept on disk."""
+    """Run the teacher beside the student in every step: slower, but nothing of its inside is kept on disk."""
     temperature: float = 2.0
     """T: above 1 the teacher's smaller probabilities count for more."""
     alpha: float = 0.9
