@@ -17,15 +17,24 @@ from datasets import Dataset
 from lessons import KINDS, VOCABULARY, arguments, classifiers, difference, examples, of_kind, reviews, without_dropout
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+)
 from two_processes import BATCH, EPOCHS, EXAMPLES, LESSONS
 
 import multum
 from multum.core.capture import capture, shape_of
 from multum.distillation_trainer import PROJECTIONS, DistillationTrainer
 from multum.errors import InputError
+from multum.steps._divergences import divergence_of
 from multum.steps._layers import LayerLosses, LayerMatcher
-from multum.steps._outputs import output_loss
+from multum.steps._outputs import LANGUAGE_MODELS, output_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = {"embeddings": 0.5, "hidden": 0.5, "relations": 1.0}
@@ -183,6 +192,172 @@ def test_the_temperature_matters(tmp_path: Path) -> None:
     (teacher, student), data = of_kind("single_label"), examples("single_label", 8)
     made = [trained(teacher, student, arguments(tmp_path), data, alpha=1.0, temperature=t) for t in (1.0, 4.0)]
     assert difference(*made) > 1e-3
+
+
+SOFTMAX_KINDS = ("single_label", "multi_label", "token_labels", "question_answering", "causal_lm", "seq2seq")
+DIVERGENCES = ("reverse_kl", {"jsd": 0.5}, {"jsd": 0.1}, {"skew_kl": 0.1}, {"skew_reverse_kl": 0.1})
+
+
+@pytest.mark.parametrize(("kind", "divergence"), [*zip(SOFTMAX_KINDS, [*DIVERGENCES, "reverse_kl"], strict=True)], ids=str)
+def test_another_divergence_may_take_the_place_of_kl(kind: str, divergence: Any, tmp_path: Path) -> None:
+    teacher, student = of_kind(kind)
+    options = {"alpha": 1.0, "temperature": 3.0, "divergence": divergence}
+    trainer = DistillationTrainer(teacher, student, arguments(tmp_path), train_dataset=examples(kind, 6), **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        ours, theirs = student.eval()(**batch), teacher.eval()(**batch)
+        loss = trainer.compute_loss(student, batch).item()
+    assert loss == pytest.approx(output_loss(kind, ours, theirs, batch, 3.0, divergence_of(divergence)).item(), rel=1e-5)
+    if kind == "single_label" or kind == "token_labels":
+        chosen = slice(None) if kind == "single_label" else batch["labels"] != -100
+        q, p = ((outputs.logits[chosen] / 3).softmax(-1) for outputs in (ours, theirs))
+        m = q if kind == "single_label" else 0.1 * p + 0.9 * q
+        expected = (
+            (q * (q / p).log()).sum(-1)
+            if kind == "single_label"
+            else (0.1 * (p * (p / m).log()).sum(-1) + 0.9 * (q * (q / m).log()).sum(-1))
+        )
+        assert loss == pytest.approx(9 * expected.mean().item(), rel=1e-4)
+
+
+def test_numbers_have_no_divergence_and_bad_ones_are_listed_with_the_rest(tmp_path: Path) -> None:
+    pair = of_kind("regression")
+    assert "their loss is the squared error" in refused(tmp_path, *pair, divergence="reverse_kl")
+    text = refused(tmp_path, *pair, divergence={"jsd": 2}, alpha=-1, on_policy=1.5, sparse_logits={"top_k": 0})
+    assert "4 problems" in text
+    assert all(part in text for part in ("divergence is 'forward_kl'", "alpha is a share", "on_policy is", "sparse_logits is"))
+
+
+# A cache for language models
+
+EXACT = {"temperature": 1.0, "sparse_logits": {"top_k": VOCABULARY}}
+"""Keeps all of a distribution, but for the rounding to half precision."""
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_if_all_of_it_is_kept_a_cached_language_model_is_a_live_one(kind: str, tmp_path: Path) -> None:
+    (teacher, student), data = of_kind(kind), examples(kind, 10)
+    args = arguments(tmp_path, num_train_epochs=2, train_sampling_strategy="random", per_device_train_batch_size=4)
+    live = trained(teacher, student, args, data, temperature=1.0)
+    kept = trained(teacher, student, args, data, cache=tmp_path / "kept", **EXACT)
+    assert difference(live, student) > 1e-2
+    assert difference(live, kept) < 1e-3
+    drawn = [trained(teacher, student, args, data, cache=tmp_path / "kept", temperature=1.0) for _ in range(2)]
+    assert 1e-3 < difference(live, drawn[0]) < difference(live, student)
+    assert difference(*drawn) == 0.0
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_the_loss_on_what_is_kept_by_hand(kind: str, tmp_path: Path) -> None:
+    (teacher, student), data = of_kind(kind), examples(kind, 7)
+    options = {"temperature": 1.0, "alpha": 1.0, "sparse_logits": {"sample": 9}, "cache": tmp_path / "kept"}
+    trainer = DistillationTrainer(teacher, student, arguments(tmp_path), train_dataset=data, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    shift = int(kind == "causal_lm")
+    with torch.no_grad():
+        loss = trainer.compute_loss(student, batch).item()
+        log_q = student.eval()(**{name: value for name, value in batch.items() if name != "teacher_row"}).logits.log_softmax(-1)
+        p = teacher.eval()(**{name: value for name, value in batch.items() if name != "teacher_row"}).logits.softmax(-1)
+    values, losses = iter(trainer._teacher.kept_sparse.cached.values), []
+    for text in range(7):
+        for place in range(shift, batch["labels"].shape[1]):
+            if batch["labels"][text, place] != -100:
+                entries = [(int(e["id"]), int(e["weight"])) for e in next(values) if e["weight"]]
+                assert sum(count for _, count in entries) == 9
+                assert min(p[text, place - shift, token] for token, _ in entries) > 1e-5
+                losses.append(-sum(count / 9 * log_q[text, place - shift, token].item() for token, count in entries))
+    assert next(values, None) is None
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_neither_batches_nor_their_order_matter_to_what_is_kept(tmp_path: Path) -> None:
+    (teacher, student), data = of_kind("causal_lm"), examples("causal_lm", 10)
+    made = []
+    for size, steps in ((10, 1), (4, 3)):
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "num_train_epochs": 2}
+        args = arguments(tmp_path, train_sampling_strategy="random", **changes)
+        made.append(trained(teacher, student, args, data, temperature=1.0, cache=tmp_path / "kept"))
+    assert difference(*made) < 2e-5
+    asked: list[int] = []
+    teacher.transformer.register_forward_pre_hook(lambda *_: asked.append(1))
+    again = trained(teacher, student, args, data, temperature=1.0, cache=tmp_path / "kept")
+    assert difference(made[1], again) == 0.0
+    assert not asked
+
+
+def ragged(count: int = 8, longest: int = 9) -> Dataset:
+    """Texts of different lengths, without labels."""
+    draw = np.random.default_rng(2)
+    rows = [draw.integers(2, VOCABULARY, 2 + number % (longest - 1)).tolist() for number in range(count)]
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+
+
+def test_labels_may_be_made_by_the_collator(tmp_path: Path) -> None:
+    (teacher, student), data = of_kind("causal_lm"), ragged()
+    tokenizer = classifiers("roberta", "roberta")[0].tokenizer  # pads with 1
+    collators = [DataCollatorForLanguageModeling(tokenizer, mlm=False), DataCollatorForSeq2Seq(tokenizer)]
+    labelled = data.map(lambda row: {"labels": row["input_ids"]})
+    args, made = arguments(tmp_path, per_device_train_batch_size=4), []
+    for each, collator in zip((data, labelled), collators, strict=True):
+        cached = {"cache": tmp_path / "kept", "temperature": 1.0, "data_collator": collator}
+        made.append(trained(teacher, student, args, each, **cached))
+    live = trained(teacher, student, args, data, temperature=1.0, data_collator=collators[0])
+    kept = trained(teacher, student, args, data, cache=tmp_path / "kept", data_collator=collators[0], **EXACT)
+    assert difference(*made) < 1e-6
+    assert difference(live, kept) < 1e-3 < difference(live, student)
+
+
+@pytest.mark.parametrize("change", ["masks drawn anew", "left padding", "other labels", "texts cut"])
+def test_batches_that_are_not_the_training_set_are_refused(change: str, tmp_path: Path) -> None:
+    kind = "masked_lm" if change == "masks drawn anew" else "causal_lm"
+    (teacher, student), data = of_kind(kind), ragged()
+    tokenizer = classifiers("bert" if kind == "masked_lm" else "roberta", "bert")[0].tokenizer
+    masks = (
+        {"mlm_probability": 0.5, "mask_replace_prob": 1.0, "random_replace_prob": 0.0} if kind == "masked_lm" else {"mlm": False}
+    )
+    whole = DataCollatorForLanguageModeling(tokenizer, **masks)
+    if change == "left padding":
+        tokenizer.padding_side = "left"
+
+    def collator(rows: Any) -> Any:
+        batch = whole([{name: value for name, value in row.items() if name != "labels"} for row in rows])
+        return {name: value[:, :4] for name, value in batch.items()} if change == "texts cut" else batch
+
+    if change == "other labels":
+        data = data.map(lambda row: {"labels": [-100, *row["input_ids"][1:]]})
+    options = {"temperature": 1.0, "cache": tmp_path / "kept", "data_collator": collator}
+    with pytest.raises(InputError, match="the batches are not what the training set says"):
+        trained(teacher, student, arguments(tmp_path), data, **options)
+
+
+def test_a_cached_language_model_may_have_a_padded_vocabulary_and_evaluation_asks_it_live(tmp_path: Path) -> None:
+    (teacher, student), data = of_kind("causal_lm", vocabulary=VOCABULARY + 8), examples("causal_lm", 8)
+    options = {"temperature": 1.0, "alpha": 1.0, "eval_dataset": data}
+    live = trained(teacher, student, arguments(tmp_path), data, **options)
+    trainer = DistillationTrainer(
+        teacher, copy.deepcopy(student), arguments(tmp_path), train_dataset=data, cache=tmp_path / "kept", **options | EXACT
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert difference(live, trainer.model) < 1e-3
+    assert 0 < trainer.evaluate()["eval_loss"] < before
+
+
+def test_what_a_cache_cannot_do_for_language_models_is_said_at_once(tmp_path: Path) -> None:
+    pair, kept = of_kind("causal_lm"), {"cache": tmp_path / "kept"}
+    for settings in ({"temperature": 2.0}, {"temperature": 1.0, "divergence": {"jsd": 0.5}}):
+        assert "only forward KL at temperature 1" in refused(tmp_path, *pair, **kept, **settings)
+    text = refused(tmp_path, *pair, **kept, layer_losses={"hidden": 1.0})
+    assert all(part in text for part in ("2 problems", "only forward KL at temperature 1", "leave out layer_losses"))
+    assert "it needs cache" in refused(tmp_path, *pair, sparse_logits={"sample": 50})
+    assert "and such a model" in refused(tmp_path, *of_kind("single_label"), **kept, sparse_logits={"sample": 50})
+    data = examples("causal_lm", 4)
+    positions = data.map(lambda row: {"position_ids": list(range(len(row["input_ids"])))})
+    with pytest.raises(InputError, match="the teacher would read position_ids too"):
+        trained(*pair, arguments(tmp_path), positions, temperature=1.0, **kept)
+    later = {"data_collator": lambda rows: (batch := default_data_collator(rows)) | {"labels": batch["input_ids"]}}
+    with pytest.raises(InputError, match="an encoder-decoder reads the labels"):
+        trained(*of_kind("seq2seq"), arguments(tmp_path), data.remove_columns("labels"), temperature=1.0, **kept, **later)
 
 
 @pytest.mark.parametrize("layers", [None, LAYERS])
@@ -429,7 +604,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     far = of_kind("causal_lm", vocabulary=4000)
     assert "vocabulary has 40 tokens and the teacher's 4000" in refused(tmp_path, *far)
     assert "layer_losses: " in refused(tmp_path, teacher, student, layer_losses={"relations": 1.0, "relation_heads": 5})
-    assert "cache: it keeps one row an example" in refused(tmp_path, *of_kind("causal_lm"), cache=tmp_path / "kept")
+    assert "cache: it keeps one row an example" in refused(tmp_path, *of_kind("token_labels"), cache=tmp_path / "kept")
 
 
 def test_other_tokenizers_are_refused_where_tokens_are_compared_or_texts_are_gone(tmp_path: Path) -> None:

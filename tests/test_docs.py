@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [page for page in sorted((Path(__file__).parent.parent / "docs").glob("*.md")) if BLOCK.search(page.read_text("utf-8"))]
@@ -22,6 +23,12 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
         getattr(model.module, family).save_pretrained(tmp_path / name)
         model.tokenizer.save_pretrained(tmp_path / name)
     tiny.model("roberta").save(tmp_path / "roberta-reviews")
+    tokenizer = tiny.model("roberta").tokenizer
+    for name, layers in (("gpt2", 2), ("distilgpt2", 1)):
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=tiny.POSITIONS, n_embd=16, n_layer=layers, n_head=2)
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
     for name in ("train", "validation"):
         rows = getattr(tiny.splits(48, 16), name)
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def main(folder: Path) -> None:
             name: value.clone() for name, value in (trainer.accelerator.unwrap_model(trainer.model).state_dict() | extra).items()
         }
         save_file(weights, folder / f"{kind}-{args.process_index}.safetensors")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # all is saved; at a usual exit one of gloo's threads may wait for ever on a busy machine
 
 
 if __name__ == "__main__":

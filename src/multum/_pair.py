@@ -127,7 +127,9 @@ def agreement(
     if kind == "regression" and configs[0].num_labels != configs[1].num_labels:
         problems.append(f"the student has {configs[0].num_labels} numbers as output and the teacher {configs[1].num_labels}")
     if cache and kind not in PER_EXAMPLE:
-        problems.append(f"cache: it keeps one row an example (classes, several labels, numbers), and these outputs are {kind}")
+        problems.append(
+            f"cache: it keeps one row an example (classes, several labels, numbers; of language models sparse logits), and these outputs are {kind}"
+        )
     if tokenizers[1] is None:
         problems += _same_vocabulary(*configs)
     elif tokenizers[0] is None:

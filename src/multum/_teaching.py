@@ -21,13 +21,14 @@ import torch
 from torch import nn
 
 from ._pair import columns_of, inner
-from .core.capture import Captured, capture
+from ._sparse_answers import SparseAnswers, SparsePlan
+from .core.capture import Captured, capture, shape_of
 from .core.model import Model
 from .core.teacher import cached_logits
 from .core.teacher_states import CachedStates, cached_states
 from .core.training import Precision
 from .errors import InputError
-from .steps._layers import LayerMatcher
+from .steps._layers import LayerLosses, LayerMatcher
 
 TEACHER_INPUTS, TEACHER_ROW = "teacher_inputs", "teacher_row"
 
@@ -49,6 +50,8 @@ class Teacher:
     """Where."""
     args: Any = None
     """The TrainingArguments."""
+    plan: SparsePlan | None = None
+    """What is kept of its answers, if it is a language model."""
 
     @cached_property
     def columns(self) -> list[str]:
@@ -63,9 +66,12 @@ class Teacher:
             theirs: what its own tokenizer made of the texts.
             rows: the numbers of the examples, if its answers are kept.
         """
-        if rows is not None:
+        if rows is not None and self.plan:
+            answers: Any = SimpleNamespace(logits=self.kept_sparse.batch(batch, rows))
+            captured = Captured()
+        elif rows is not None:
             logits, states = self.kept
-            answers: Any = SimpleNamespace(logits=torch.from_numpy(logits[rows.cpu().numpy()]).to(rows.device))
+            answers = SimpleNamespace(logits=torch.from_numpy(logits[rows.cpu().numpy()]).to(rows.device))
             captured = states.batch(rows, batch["input_ids"].shape[1]) if states else Captured()
         else:
             answers, captured = self._live(batch if theirs is None else theirs)
@@ -89,13 +95,27 @@ class Teacher:
         """Its logits for the training set, (examples, classes), and what layer losses look at, from the cache."""
         assert self.cache  # noqa: S101
         rows = _rows(self.data, self.columns, self.reader)
-        pad = getattr(inner(self.module).config, "pad_token_id", None)
-        model = Model(module=self.module, tokenizer=_Ids(pad or 0, list(rows[0])), source="teacher")
-        precision: Precision = "bf16" if self.args.bf16 else "fp32"
+        model, precision = self._as_model(rows), self._precision
         with self.args.main_process_first(local=False), answering(self.module):
             logits = cached_logits(model, rows, self.cache, precision=precision)
             states = cached_states(model, rows, self.matcher.wanted, self.cache, precision=precision) if self.matcher else None
         return logits, states
+
+    @cached_property
+    def kept_sparse(self) -> SparseAnswers:
+        """A language model's answers to the training set, from the cache."""
+        assert self.cache and self.plan  # noqa: S101, PT018
+        rows = _rows(self.data, self.columns, None, labels=True)
+        with self.args.main_process_first(local=False), answering(self.module):
+            return SparseAnswers.of(self.plan, self._as_model(rows), rows, self.cache, self._precision)
+
+    def _as_model(self, rows: Sequence[Mapping[str, Any]]) -> Model:
+        pad = getattr(inner(self.module).config, "pad_token_id", None)
+        return Model(module=self.module, tokenizer=_Ids(pad or 0, list(rows[0])), source="teacher")
+
+    @property
+    def _precision(self) -> Precision:
+        return "bf16" if self.args.bf16 else "fp32"
 
 
 @contextmanager
@@ -117,6 +137,22 @@ def capturing(model: nn.Module, matcher: LayerMatcher | None) -> Iterator[Captur
     """Record of a forward pass what the layer losses look at; nothing if there are none."""
     with capture(model, attention=matcher.attention) if matcher else nullcontext(Captured()) as captured:
         yield captured
+
+
+def matching(losses: LayerLosses, student: nn.Module, teacher: nn.Module, args: Any) -> LayerMatcher:
+    """What compares the layers, with the same projections in every process.
+
+    Raises:
+        InputError: they cannot be compared so.
+    """
+    attention = losses.attention > 0 or losses.relations > 0
+    try:
+        shapes = [shape_of(model, attention=attention) for model in (student, teacher)]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(args.seed)
+            return LayerMatcher(losses, *shapes).to(args.device)
+    except InputError as error:
+        raise InputError(*(f"layer_losses: {problem}" for problem in error.problems)) from None
 
 
 def as_asked(outputs: Any, config: Any) -> Any:
@@ -218,8 +254,8 @@ class _Ids:
         return json.dumps({"columns": self.columns})
 
 
-def _rows(data: Any, columns: Sequence[str], reader: Reader | None) -> list[dict[str, Any]]:
-    """A data set's examples as the teacher reads them: lists of ids.
+def _rows(data: Any, columns: Sequence[str], reader: Reader | None, *, labels: bool = False) -> list[dict[str, Any]]:
+    """A data set's examples as the teacher reads them: lists of ids; on demand with their labels, where there are any.
 
     Raises:
         InputError: they are no texts.
@@ -229,7 +265,13 @@ def _rows(data: Any, columns: Sequence[str], reader: Reader | None) -> list[dict
     if reader:
         encoded = reader(rows)
         rows = [{name: values[number] for name, values in encoded.items()} for number in range(len(rows))]
-    wanted = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in columns]
+    wanted = [
+        name for name in ("input_ids", "attention_mask", "token_type_ids", *(["labels"] if labels else [])) if name in columns
+    ]
     if not rows or "input_ids" not in rows[0]:
         raise InputError("cache: the training set must have examples with input_ids")
+    if labels and (more := sorted(set(rows[0]) & set(columns) - set(wanted))):
+        raise InputError(
+            f"cache: the teacher would read {', '.join(more)} too, which it is not kept for; leave them out of the data"
+        )
     return [{name: np.asarray(row[name]).tolist() for name in wanted if name in row} for row in rows]

@@ -3,9 +3,9 @@ r"""`DistillationTrainer`: a Hugging Face Trainer whose model also learns from a
     L = α KD(z_s, z_t) + (1 - α) L_s + Σ_k λ_k L_k
 
 KD is the loss of `steps/_outputs` for the kind of outputs at hand (T² KL for classes), L_s what the student's own class, label
-smoothing or `compute_loss_func` makes of the labels, L_k the layer losses of `steps/_layers`. Each is a mean over its items
-(examples, tokens that count, texts) of the *whole* batch of an optimizer step, however that is cut into accumulation steps and
-processes: the mean over a part is weighed by the part's share in the items.
+smoothing or `compute_loss_func` makes of the labels (nothing of a text that the student wrote), L_k the layer losses of
+`steps/_layers`. Each is a mean over its items (examples, tokens that count, texts) of the *whole* batch of an optimizer step,
+however that is cut into accumulation steps and processes: the mean over a part is weighed by the part's share in the items.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ._pair import agreement, both_loaded, columns_of, data_sets, inner, layer_losses_of
-from ._teaching import TEACHER_INPUTS, TEACHER_ROW, Collator, Reader, Teacher, as_asked, capturing, numbered, real_tokens
-from .core.capture import shape_of
+from ._on_policy import ON_POLICY, some_sampled
+from ._pair import agreement, both_loaded, columns_of, data_sets, inner
+from ._settings import settings_of
+from ._sparse_answers import SparsePlan
+from ._teaching import TEACHER_INPUTS, TEACHER_ROW, Collator, Reader, Teacher, as_asked, capturing, matching, numbered, real_tokens
 from .errors import InputError
-from .steps._layers import LayerLosses, LayerMatcher
-from .steps._outputs import items, kind_of, labelled, output_loss
+from .steps._layers import LayerLosses
+from .steps._outputs import LANGUAGE_MODELS, items, kind_of, labelled, output_loss
 
 PROJECTIONS = "layer_projections.safetensors"
 """In a checkpoint: what layer losses learn beside the student, which going on needs and the student does not."""
@@ -46,9 +48,15 @@ class DistillationTrainer(Trainer):
         args: as for Trainer.
         temperature: T, above 0.
         alpha: α, the teacher's share, from 0 (labels alone) to 1 (no labels needed).
+        divergence: between the distributions of student and teacher: "forward_kl", "reverse_kl", {"jsd": β}, {"skew_kl": α} or
+            {"skew_reverse_kl": α}, see `multum.steps._divergences`; T² goes with each.
         layer_losses: `multum.steps._layers.LayerLosses` or a dict of its fields, for example `{"hidden": 1.0}`.
         cache: a folder that keeps what the teacher makes of the training set, so that later epochs and runs do without it. For
-            outputs of one width for all examples: classes, several labels, numbers.
+            outputs of one width for all examples: classes, several labels, numbers; and, thinned out, for language models.
+        sparse_logits: what a cache keeps of a language model's answers: {"sample": K} of K draws, unbiased (50 if left out), or
+            {"top_k": K}, biased. Only forward KL at temperature 1 can be had of either.
+        on_policy: λ, the share of batches whose continuations the student writes itself, for the teacher alone to judge (GKD);
+            for causal and encoder-decoder language models.
         teacher_processing_class: the teacher's tokenizer, where it is not the student's (`processing_class`). Each model then
             tokenizes the texts for itself, which the data set must have kept.
         text_columns: the one or two columns with the texts; by default `text` and `text_pair`, `sentence1` and `sentence2`,
@@ -70,17 +78,29 @@ class DistillationTrainer(Trainer):
         *,
         temperature: float = 2.0,
         alpha: float = 0.5,
+        divergence: str | Mapping[str, float] = "forward_kl",
         layer_losses: LayerLosses | Mapping[str, Any] | None = None,
         cache: str | Path | None = None,
+        sparse_logits: Mapping[str, int] | None = None,
+        on_policy: float = 0.0,
         teacher_processing_class: Any = None,
         text_columns: Sequence[str] | None = None,
         **trainer: Any,
     ) -> None:
         self.args = args = args or TrainingArguments("tmp_trainer")
-        self.temperature, self.alpha, self.cache = temperature, alpha, Path(cache) if cache else None
-        self.layer_losses = layer_losses_of(layer_losses)
-        if problems := self._problems(trainer):
-            raise InputError(*problems)
+        self.settings = settings_of(
+            args,
+            trainer,
+            temperature=temperature,
+            alpha=alpha,
+            divergence=divergence,
+            layer_losses=layer_losses,
+            cache=cache,
+            sparse_logits=sparse_logits,
+            on_policy=on_policy,
+        )
+        self.temperature, self.alpha, self.cache = temperature, alpha, self.settings.cache
+        self.layer_losses = self.settings.layer_losses
         student, self.teacher_model = both_loaded(teacher_model, student_model)
         self._tokenizers, self._text_columns = (trainer.get("processing_class"), teacher_processing_class), text_columns
         self._data = data_sets(trainer)
@@ -95,22 +115,6 @@ class DistillationTrainer(Trainer):
         if self.cache or self._teacher.reader:
             self.data_collator = Collator(self.data_collator, self._reader, self._teacher.reader)
 
-    def _problems(self, trainer: Mapping[str, Any]) -> list[str]:
-        problems = [f"layer_losses: {problem}" for problem in self.layer_losses.problems()] if self.layer_losses else []
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0 (got {self.temperature})")
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
-        if self.layer_losses and self.cache and getattr(trainer.get("processing_class"), "padding_side", "right") != "right":
-            problems.append("cache: layers are kept without padding and come back padded on the right; set padding_side='right'")
-        if self.layer_losses and any(trainer.get("optimizers", (None, None))):
-            problems.append(
-                "layer_losses: their projections are trained with the student, so Trainer must make the optimizer itself"
-            )
-        if self.layer_losses and (self.args.fsdp or self.args.deepspeed):
-            problems.append("layer_losses: they look into the layers of whole models, which FSDP and DeepSpeed cut in pieces")
-        return problems
-
     def call_model_init(self, trial: Any = None) -> Any:
         """A new student, checked against the teacher like the first one."""
         student = super().call_model_init(trial)
@@ -119,35 +123,31 @@ class DistillationTrainer(Trainer):
 
     def _meet(self, student: nn.Module) -> None:
         """Check student and teacher against each other, and make ready what they need of each other."""
-        agreed = agreement(
-            student,
-            self.teacher_model,
-            tokenizers=self._tokenizers,
-            data=self._data,
-            columns=self._text_columns,
-            layer_losses=self.layer_losses is not None,
-            cache=self.cache is not None,
-        )
+        kind, both = kind_of(inner(student)), (student, self.teacher_model)
+        problems = list(self.settings.misfits(kind))
+        try:
+            agreed = agreement(
+                *both,
+                tokenizers=self._tokenizers,
+                data=self._data,
+                columns=self._text_columns,
+                layer_losses=self.layer_losses is not None,
+                cache=self.cache is not None and kind not in LANGUAGE_MODELS,
+            )
+        except InputError as error:
+            problems += error.problems
+        if problems:
+            raise InputError(*problems)
         if not hasattr(self.teacher_model, "hf_device_map"):
             self.teacher_model.to(self.args.device)
         readers = [
             Reader(tokenizer, inner(model).config, agreed.texts) if agreed.texts else None
-            for tokenizer, model in zip(self._tokenizers, (student, self.teacher_model), strict=True)
+            for tokenizer, model in zip(self._tokenizers, both, strict=True)
         ]
-        matcher = self._matcher(student) if self.layer_losses else None
+        matcher = matching(self.layer_losses, *both, self.args) if self.layer_losses else None
         self._reader, self._columns = readers[0], columns_of(student)
-        self._teacher = Teacher(self.teacher_model, agreed.order, matcher, readers[1], self._numbered, self.cache, self.args)
-
-    def _matcher(self, student: nn.Module) -> LayerMatcher:
-        assert self.layer_losses  # noqa: S101
-        attention = self.layer_losses.attention > 0 or self.layer_losses.relations > 0
-        try:
-            shapes = [shape_of(model, attention=attention) for model in (student, self.teacher_model)]
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.args.seed)  # the same projections in every process
-                return LayerMatcher(self.layer_losses, *shapes).to(self.args.device)
-        except InputError as error:
-            raise InputError(*(f"layer_losses: {problem}" for problem in error.problems)) from None
+        plan = SparsePlan.of(kind, student, self.teacher_model, self.settings.thinning) if self.cache else None
+        self._teacher = Teacher(self.teacher_model, agreed.order, matcher, readers[1], self._numbered, self.cache, self.args, plan)
 
     # The loss
 
@@ -169,8 +169,9 @@ class DistillationTrainer(Trainer):
         if num_items_in_batch is not None:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             shares = counts * processes / num_items_in_batch.clamp(min=1)  # gradients are averaged over the processes
+        teacher_alone = batch.pop(ON_POLICY, False) or self.alpha == 1
         with capturing(model, matcher) as ours:
-            own, outputs = self._own_loss(model, batch)
+            own, outputs = self._own_loss(model, batch, teacher_alone)
         terms = []
         if own is not None and (counts[1] > 0 or self.alpha == 0):  # the mean over no label is no number
             terms.append((1 - self.alpha) * own.mean() * shares[1])
@@ -178,7 +179,7 @@ class DistillationTrainer(Trainer):
             with self.accelerator.autocast():
                 answers, captured = self._teacher.says(batch, theirs, rows)
             if self.alpha > 0:
-                apart = output_loss(self._kind(batch), outputs, answers, batch, self.temperature)
+                apart = output_loss(self._kind(batch), outputs, answers, batch, self.temperature, self.settings.divergence)
                 terms.append(self.alpha * apart * shares[0])
             if matcher:
                 terms.append(matcher(ours, captured, real_tokens(batch)) * shares[2])
@@ -186,10 +187,10 @@ class DistillationTrainer(Trainer):
         loss = torch.stack(terms).sum()
         return (loss, outputs) if return_outputs else loss
 
-    def _own_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[torch.Tensor | None, Any]:
+    def _own_loss(self, model: nn.Module, batch: Mapping[str, Any], teacher_alone: bool) -> tuple[torch.Tensor | None, Any]:
         """What the student, or Trainer, makes of the labels, None if they do not count; and the student's outputs."""
         batch = self._for_student(batch)
-        if self.alpha == 1:
+        if teacher_alone:
             reads_labels = getattr(self._student.config, "is_encoder_decoder", False)  # its decoder does
             return None, model(**{name: value for name, value in batch.items() if reads_labels or name not in self.label_names})
         if not self._has_labels(batch):
@@ -227,12 +228,15 @@ class DistillationTrainer(Trainer):
         """Items that the teacher is heard on, items that have a label, texts: (3,)."""
         kind = self._kind(batch)
         heard = items(kind, batch)
-        own = labelled(kind, batch).sum() if self._has_labels(batch) else heard.new_tensor(0, dtype=torch.long)
-        return torch.stack([heard.sum(), own, own.new_tensor(len(heard))])
+        own = self._has_labels(batch) and ON_POLICY not in batch
+        labels = labelled(kind, batch).sum() if own else heard.new_tensor(0, dtype=torch.long)
+        return torch.stack([heard.sum(), labels, labels.new_tensor(len(heard))])
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The batches of one optimizer step, and how much there is in all of them, in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        seed = self.args.seed, self.state.global_step, self.args.process_index
+        batches = some_sampled(self.accelerator.unwrap_model(self.model), batches, self.settings.on_policy, *seed)
         for parameter in self._projections:
             parameter.grad = None  # Trainer clears those of the student only
         if not batches:

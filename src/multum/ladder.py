@@ -263,8 +263,8 @@ class Ladder:
 
     def _expect(self, rungs_done: int) -> None:
         work = self.effort, len(self.task.inputs("train")), self.pace
-        more = {"unlabelled": len(self.task.unlabelled), "taught": self._has_teacher()}
-        stages = ahead(*work, bench.offers(), rungs_done, step=STEP, **more)
+        more, taught = len(self.task.unlabelled), self._has_teacher()
+        stages = ahead(*work, bench.offers(), rungs_done, step=STEP, taught=taught, unlabelled=more)
         done = {stage["name"] for stage in self.progress.stages()}
         self.progress.plan(stage for stage in stages if stage[0] not in done)
 

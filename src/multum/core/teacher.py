@@ -187,7 +187,7 @@ def _make_room(path: Path, size: int) -> None:
     if size > free:
         raise InputError(
             f"the teacher's outputs would take {size / 1e6:,.0f} MB in {path.parent}, which has {free / 1e6:,.0f} MB free; keep "
-            "fewer layers, choose a folder with more room (cache), or run the teacher beside the student"
+            "fewer layers or tokens, choose a folder with more room (cache), or run the teacher beside the student"
         )
     logger.info("the teacher's outputs take %.1f MB in %s", size / 1e6, path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,9 @@ r"""How far a student's outputs are from its teacher's, by the kind of output (a
     a span             the mean of T² KL over the places of the start and T² KL over those of the end, padding left out
 
 z_t, z_s are the logits of teacher and student. The gradient of T² KL by z_s is T (q - p), of about the same size whatever the
-temperature T. Every loss is a mean over *items*: examples, or tokens that count. `items` says which those are, so that whoever
-puts batches together can weigh them by their number.
+temperature T. Another of the `_divergences` may take KL's place. Where only a sparse estimate t of a language model's p was kept
+(`core/sparse_logits`) the loss is -Σ t log q at T = 1: KL, on average over the draws, and a constant. Every loss is a mean over
+*items*: examples, or tokens that count. `items` says which, so that whoever puts batches together can weigh them by number.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.auto import modeling_auto as auto
 
+from ..core.sparse_logits import SparseLogits
 from ..errors import InputError
+from ._divergences import Divergence, forward_kl
 
 Kind = Literal[
     "single_label", "multi_label", "regression", "token_labels", "masked_lm", "causal_lm", "seq2seq", "question_answering"
@@ -40,33 +43,38 @@ IGNORED = -100
 logger = logging.getLogger(__name__)
 
 
-def softened_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² KL(p ‖ q) over the last dimension: (..., classes) twice -> (...), float32 or better, at least 0."""
+def softened_kl(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: Divergence = forward_kl
+) -> torch.Tensor:
+    """T² KL(p ‖ q), or T² of another divergence: (..., classes) twice -> (...), float32 or better, at least 0."""
     log_p = F.log_softmax(_precise(teacher) / temperature, dim=-1)
     log_q = F.log_softmax(_precise(student) / temperature, dim=-1)
-    return temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    return temperature**2 * divergence(log_p, log_q)
 
 
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+def distillation_loss(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: Divergence = forward_kl
+) -> torch.Tensor:
     """T² KL(p ‖ q), averaged over the examples.
 
     Args:
         student: logits z_s, (examples, classes).
         teacher: logits z_t, (examples, classes).
         temperature: T.
+        divergence: in the place of KL.
 
     Returns:
         A scalar, at least 0.
     """
-    return softened_kl(student, teacher, temperature).mean()
+    return softened_kl(student, teacher, temperature, divergence).mean()
 
 
-def binary_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T² Σ_c KL of the two outcomes of every class, (examples, classes) twice -> (examples,)."""
-    z_t, z_s = _precise(teacher) / temperature, _precise(student) / temperature
-    yes = F.logsigmoid(z_t).exp() * (F.logsigmoid(z_t) - F.logsigmoid(z_s))
-    no = F.logsigmoid(-z_t).exp() * (F.logsigmoid(-z_t) - F.logsigmoid(-z_s))
-    return temperature**2 * (yes + no).sum(-1)
+def binary_kl(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float, divergence: Divergence = forward_kl
+) -> torch.Tensor:
+    """T² Σ_c KL, or another divergence, of the two outcomes of every class, (examples, classes) twice -> (examples,)."""
+    log_p, log_q = (F.logsigmoid(torch.stack([z, -z], dim=-1) / temperature) for z in (_precise(teacher), _precise(student)))
+    return temperature**2 * divergence(log_p, log_q).sum(-1)
 
 
 def squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -74,7 +82,9 @@ def squared_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return ((_precise(student) - _precise(teacher)) ** 2).flatten(1).mean(-1)
 
 
-def token_loss(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float) -> torch.Tensor:
+def token_loss(
+    student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tensor, temperature: float, divergence: Divergence = forward_kl
+) -> torch.Tensor:
     """T² KL(p ‖ q), averaged over the tokens that count; 0 if none does.
 
     Args:
@@ -82,23 +92,34 @@ def token_loss(student: torch.Tensor, teacher: torch.Tensor, counts: torch.Tenso
         teacher: logits z_t, the same.
         counts: boolean, (batch, tokens).
         temperature: T.
+        divergence: in the place of KL.
     """
-    return _mean(softened_kl(student[counts], teacher[counts], temperature))
+    return _mean(softened_kl(student[counts], teacher[counts], temperature, divergence))
 
 
-def span_loss(student: Any, teacher: Any, real: torch.Tensor, temperature: float) -> torch.Tensor:
+def sparse_cross_entropy(student: torch.Tensor, teacher: SparseLogits) -> torch.Tensor:
+    """-Σ_i t_i log q_i over the tokens that were kept: logits z_s, (items, vocabulary or more) -> (items,)."""
+    log_q = F.log_softmax(_precise(student)[..., : teacher.vocabulary], dim=-1)
+    return -(teacher.weights * log_q.gather(-1, teacher.ids)).sum(-1)
+
+
+def span_loss(
+    student: Any, teacher: Any, real: torch.Tensor, temperature: float, divergence: Divergence = forward_kl
+) -> torch.Tensor:
     """T² KL over the places of a text, the mean of start and end, averaged over the examples.
 
     Args:
         student: has `start_logits` and `end_logits`, (batch, tokens) each.
         teacher: the same.
         real: which tokens are no padding, boolean, (batch, tokens).
+        temperature: T.
+        divergence: in the place of KL.
     """
     halves = []
     for name in ("start_logits", "end_logits"):
         # Not -inf: 0 · (-inf + inf) would be nan.
         ours, theirs = (_precise(getattr(outputs, name)).masked_fill(~real, -1e30) for outputs in (student, teacher))
-        halves.append(softened_kl(ours, theirs, temperature))
+        halves.append(softened_kl(ours, theirs, temperature, divergence))
     return _mean(torch.stack(halves).mean(0))
 
 
@@ -122,42 +143,51 @@ def labelled(kind: Kind, batch: Mapping[str, Any]) -> torch.Tensor:
     return batch["labels"] != IGNORED if kind == "single_label" else items(kind, batch)
 
 
-def output_loss(kind: Kind, student: Any, teacher: Any, batch: Mapping[str, Any], temperature: float) -> torch.Tensor:
+def output_loss(
+    kind: Kind, student: Any, teacher: Any, batch: Mapping[str, Any], temperature: float, divergence: Divergence = forward_kl
+) -> torch.Tensor:
     """How far the student's outputs are from the teacher's.
 
     Args:
         kind: what the outputs are, see `kind_of`.
         student: outputs with `logits`, or with `start_logits` and `end_logits`.
-        teacher: the same, no gradient; of language models the vocabularies may be padded to different sizes.
+        teacher: the same, no gradient; of language models the vocabularies may be padded to different sizes, or `logits` are
+            `SparseLogits` of the `items` of the batch, in their order.
         batch: what the student was given.
-        temperature: T; a regression has none.
+        temperature: T; a regression has none, and sparse logits are those of T = 1.
+        divergence: in the place of KL; a regression has none, and sparse logits know KL(p ‖ q) alone.
 
     Returns:
         A scalar, at least 0, the mean over the `items` of the batch.
     """
     if kind == "question_answering":
-        return span_loss(student, teacher, _real(batch), temperature)
+        return span_loss(student, teacher, _real(batch), temperature, divergence)
     ours, theirs = student.logits, teacher.logits
     if kind == "single_label":
-        return distillation_loss(ours, theirs, temperature)
+        return distillation_loss(ours, theirs, temperature, divergence)
     if kind == "multi_label":
-        return binary_kl(ours, theirs, temperature).mean()
+        return binary_kl(ours, theirs, temperature, divergence).mean()
     if kind == "regression":
         return squared_error(ours, theirs).mean()
+    counts, last = items(kind, batch), -1 if kind == "causal_lm" else None
+    if isinstance(theirs, SparseLogits):
+        return _mean(sparse_cross_entropy(ours[:, :last][counts], theirs))
     if kind in LANGUAGE_MODELS:
         ours, theirs = common_vocabulary(ours, theirs)
-    if kind == "causal_lm":
-        ours, theirs = ours[:, :-1], theirs[:, :-1]
-    return token_loss(ours, theirs, items(kind, batch), temperature)
+    return token_loss(ours[:, :last], theirs[:, :last], counts, temperature, divergence)
 
 
 def common_vocabulary(student: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits over a vocabulary that one model padded to a rounder size, both cut to what they share; says so once."""
-    sizes = student.shape[-1], teacher.shape[-1]
-    if sizes[0] == sizes[1]:
-        return student, teacher
-    _say_cut(*sizes)
-    return student[..., : min(sizes)], teacher[..., : min(sizes)]
+    size = shared_vocabulary(student.shape[-1], teacher.shape[-1])
+    return student[..., :size], teacher[..., :size]
+
+
+def shared_vocabulary(student: int, teacher: int) -> int:
+    """The number of tokens that two models have in common, one of which may be padded; says so once."""
+    if student != teacher:
+        _say_cut(student, teacher)
+    return min(student, teacher)
 
 
 @cache

@@ -115,6 +115,7 @@ class TextClassification:
         columns = self.columns_for(_names_of(model.module.config))
         if columns != list(range(len(columns))):
             _reorder(model.module, columns)
+        model.module.config.problem_type = "single_label_classification"
         model.module.config.id2label = dict(enumerate(self.labels))
         model.module.config.label2id = {label: index for index, label in enumerate(self.labels)}
         return model

@@ -1,0 +1,118 @@
+"""What a `DistillationTrainer` is told beside what every Trainer is, and what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import TrainingArguments
+
+from ._pair import layer_losses_of
+from .core.sparse_logits import Thinning, thinning_of
+from .errors import InputError
+from .steps._divergences import Divergence, divergence_of, forward_kl
+from .steps._layers import LayerLosses
+from .steps._outputs import LANGUAGE_MODELS, Kind
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The values that a trainer was given, read."""
+
+    temperature: float
+    alpha: float
+    divergence: Divergence
+    layer_losses: LayerLosses | None
+    cache: Path | None
+    thinning: Thinning | None
+    """None: it was left open."""
+    on_policy: float
+
+    def misfits(self, kind: Kind) -> Iterator[str]:
+        """What cannot be had for this kind of outputs."""
+        sparse = self.cache is not None and kind in LANGUAGE_MODELS
+        if kind == "regression" and self.divergence is not forward_kl:
+            yield "divergence: numbers have no distributions to compare; their loss is the squared error, so leave it out"
+        if sparse and (self.temperature != 1 or self.divergence is not forward_kl):
+            yield (
+                "cache: of a language model's answers it keeps a sample, from which only forward KL at temperature 1 can be "
+                "estimated; set temperature=1.0 and divergence='forward_kl', or run the teacher beside the student"
+            )
+        if sparse and self.layer_losses:
+            yield "cache: the layers of language models are not kept; leave out layer_losses, or run the teacher beside the student"
+        if self.thinning and not sparse:
+            yield "sparse_logits says how a cache keeps the answers of a language model; it needs cache, and such a model"
+        if self.on_policy > 0 and kind not in ("causal_lm", "seq2seq"):
+            yield f"on_policy: only causal and encoder-decoder language models can write texts, and these outputs are {kind}"
+
+
+def settings_of(
+    args: TrainingArguments,
+    trainer: Mapping[str, Any],
+    *,
+    temperature: float,
+    alpha: float,
+    divergence: str | Mapping[str, float],
+    layer_losses: LayerLosses | Mapping[str, Any] | None,
+    cache: str | Path | None,
+    sparse_logits: Mapping[str, int] | None,
+    on_policy: float,
+) -> Settings:
+    """The values, read and checked.
+
+    Args:
+        args: those of Trainer.
+        trainer: what else Trainer is given.
+
+    Raises:
+        InputError: lists what is wrong with them.
+    """
+    problems: list[str] = []
+
+    def read(reader: Callable[[Any], T], given: Any) -> T | None:
+        try:
+            return reader(given)
+        except InputError as error:
+            problems.extend(error.problems)
+            return None
+
+    settings = Settings(
+        temperature=temperature,
+        alpha=alpha,
+        divergence=read(divergence_of, divergence) or forward_kl,
+        layer_losses=read(layer_losses_of, layer_losses),
+        cache=Path(cache) if cache else None,
+        thinning=read(thinning_of, sparse_logits) if sparse_logits is not None else None,
+        on_policy=on_policy,
+    )
+    problems += _wrong(settings, args, trainer)
+    if problems:
+        raise InputError(*problems)
+    return settings
+
+
+def _wrong(settings: Settings, args: TrainingArguments, trainer: Mapping[str, Any]) -> Iterator[str]:
+    layers, whole_models = settings.layer_losses, "which FSDP and DeepSpeed cut in pieces"
+    yield from (f"layer_losses: {problem}" for problem in (layers.problems() if layers else []))
+    if not settings.temperature > 0:
+        yield f"temperature must be above 0 (got {settings.temperature})"
+    if not 0 <= settings.alpha <= 1:
+        yield f"alpha is a share, 0 to 1 (got {settings.alpha})"
+    if not 0 <= settings.on_policy <= 1:
+        yield f"on_policy is a share, 0 to 1 (got {settings.on_policy})"
+    if layers and settings.cache and getattr(trainer.get("processing_class"), "padding_side", "right") != "right":
+        yield "cache: layers are kept without padding and come back padded on the right; set padding_side='right'"
+    if layers and any(trainer.get("optimizers", (None, None))):
+        yield "layer_losses: their projections are trained with the student, so Trainer must make the optimizer itself"
+    if layers and (args.fsdp or args.deepspeed):
+        yield f"layer_losses: they look into the layers of whole models, {whole_models}"
+    if settings.on_policy > 0 and (args.fsdp or args.deepspeed):
+        yield f"on_policy: texts are written by whole models, {whole_models}"
+    if settings.on_policy > 0 and settings.cache:
+        yield "on_policy: what the student writes is new each time, so the teacher's answers to it cannot come from a cache"
+    if settings.on_policy > 0 and settings.alpha == 0:
+        yield "on_policy: only the teacher says anything of what the student writes, and alpha=0 does not listen to it"
