@@ -128,7 +128,8 @@ def agreement(
         problems.append(f"the student has {configs[0].num_labels} numbers as output and the teacher {configs[1].num_labels}")
     if cache and kind not in PER_EXAMPLE:
         problems.append(
-            f"cache: it keeps one row an example (classes, several labels, numbers; of language models sparse logits), and these outputs are {kind}"
+            "cache: it keeps one row an example (classes, several labels, numbers; of language models sparse logits), "
+            f"and these outputs are {kind}"
         )
     if tokenizers[1] is None:
         problems += _same_vocabulary(*configs)
