@@ -27,7 +27,10 @@ QUICK: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "batch_size": 16},
     "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
     "prune_weights": {"sparsity": 0.5},
+    "reconstruct": {"teacher": TEACHER, "samples": 16},
+    "sparsegpt": {"sparsity": 0.5, "samples": 16},
     "trim_vocabulary": {},
+    "wanda": {"sparsity": 0.5, "samples": 16},
 }
 """Fields for a quick run."""
 
@@ -52,7 +55,10 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "finetune": [{"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 2.0}],
     "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],
     "prune_weights": [{"sparsity": 1.5}, {"scope": "rows"}, {"pattern": "4:2"}],
+    "reconstruct": [{"teacher": ""}, {"samples": 0}, {"damping": 0.0}],
+    "sparsegpt": [{"sparsity": 1.5}, {"pattern": "4:2"}, {"samples": 0}, {"damping": 0.0}],
     "trim_vocabulary": [{"min_count": 0}],
+    "wanda": [{"sparsity": -0.5}, {"pattern": "4:2"}, {"samples": 0}],
 }
 """Fields that must be refused, each on top of the quick ones."""
 

@@ -25,7 +25,8 @@ from multum.core.surgery import head_features, head_size, heads_and_neurons, kee
 from multum.core.task import Batch
 from multum.errors import InputError
 from multum.steps import prune_structured
-from multum.steps.prune_structured import PruneStructured, Sublayer, _repair_sublayer, choose, cut, kl, price_sublayers, repair
+from multum.steps._repair import _repair_sublayer
+from multum.steps.prune_structured import PruneStructured, Sublayer, choose, cut, kl, price_sublayers, repair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)

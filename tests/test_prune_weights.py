@@ -10,9 +10,9 @@ import torch
 
 from multum.core.families import blocks_of
 from multum.errors import InputError
+from multum.steps._sparsity import compressed_bytes
 from multum.steps.prune_weights import (
     PruneWeights,
-    compressed_bytes,
     lowest,
     lowest_of_all,
     lowest_of_groups,

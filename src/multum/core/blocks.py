@@ -7,7 +7,7 @@ Two walks advanced together compare a changed model with the original at the sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,42 @@ class Block:
             for handle in handles:
                 handle.remove()
         return seen
+
+    def sums(self, paths: Sequence[str], measure: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Σ over the batches of `measure(x)`, where x (tokens, features) is what flows into each part, padding left out.
+
+        One x at a time is in memory. Parts that read one tensor in turn (query, key and value) get one sum, the same object. A part
+        that is never called has none.
+
+        Args:
+            paths: of the parts.
+            measure: gives a new tensor, the same shape for every batch.
+        """
+        totals: dict[str, torch.Tensor] = {}
+        owner: dict[str, str] = {}
+        last: tuple[torch.Tensor | None, str] = (None, "")
+        mask = torch.empty(0)
+
+        def look(path: str) -> Any:
+            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                nonlocal last
+                if inputs[0] is not last[0]:
+                    part = measure(inputs[0][mask].detach())
+                    totals[path] = totals[path].add_(part) if path in totals else part
+                    last = (inputs[0], path)
+                owner[path] = last[1]
+
+            return hook
+
+        handles = [self.module.get_submodule(path).register_forward_pre_hook(look(path)) for path in paths]
+        try:
+            for batch, mask in enumerate(self.masks):  # noqa: B007 (the hooks read it)
+                last = (None, "")
+                self.run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {path: totals[first] for path, first in owner.items()}
 
     def run(self, batch: int) -> torch.Tensor:
         """The block's output on one batch, (batch, tokens, hidden)."""

@@ -30,16 +30,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.blocks import Block, outputs_from, walk_blocks
+from ..core.blocks import outputs_from, walk_blocks
 from ..core.families import blocks_of, family_of
 from ..core.latency import LatencyTable
 from ..core.model import Model
-from ..core.second_order import Order, Repair, adapted, double, removal_order
+from ..core.second_order import Order, adapted, double, gram, removal_order
 from ..core.step import Step
 from ..core.surgery import head_features, head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
 from ..core.task import Batch, Task
 from ..core.training import autocast, on_accelerator
 from ..errors import InputError
+from ._repair import repair
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
 """Shares of a sublayer's units at which the price is measured; counts between are interpolated."""
@@ -195,19 +196,18 @@ def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: i
     with autocast("auto"):
         whole = outputs_from(module, None, batches, priced)
     for block in walk_blocks(module, batches):
-        grams = _grams(block, (family.attention_output, family.down))
+        grams = block.sums((family.attention_output, family.down), gram)
         pair = []
         for path, width, group in ((family.attention_output, size, 1), (family.down, 1, neuron_group)):
             linear = block.module.get_submodule(path)
             if not isinstance(linear, nn.Linear):
                 pair.append(Sublayer(Order([], 0), {0: 0.0}))
                 continue
-            gram = grams[path]
-            order = removal_order(linear.weight, gram, width, group)
+            order = removal_order(linear.weight, grams[path], width, group)
             measured = {order.units: 0.0}
             for count in _levels(order):
                 features = head_features(order.kept(count), width)
-                with _weight(linear, adapted(linear.weight, gram, features)), autocast("auto"):
+                with _weight(linear, adapted(linear.weight, grams[path], features)), autocast("auto"):
                     measured[count] = kl(whole, outputs_from(module, block, batches, priced))
             pair.append(Sublayer(order, _interpolate(measured, order.counts())))
         result.append((pair[0], pair[1]))
@@ -225,49 +225,6 @@ def cut(module: Any, sublayers: Sequence[tuple[Sublayer, Sublayer]], blocks: Seq
     kept = [i for i, counts in enumerate(blocks) if counts != (0, 0)]
     keep_blocks(module, kept)
     return kept
-
-
-def repair(whole: nn.Module, module: nn.Module, batches: Sequence[Batch], kept: Sequence[int]) -> None:
-    """Solve every output matrix of the cut model again, from the bottom up, towards the whole model's flow.
-
-    Args:
-        whole: the model before the cut.
-        module: the cut model, changed in place.
-        batches: calibration texts.
-        kept: for every block of `module`, its number in `whole`.
-    """
-    family = family_of(module)
-    cut_walk = walk_blocks(module, batches)
-    for reference in walk_blocks(whole, batches):
-        if reference.index in kept:
-            block = next(cut_walk)
-            _repair_sublayer(reference, block, family.attention_output, family.attention_norm)
-            _repair_sublayer(reference, block, family.down, family.feed_forward_norm)
-
-
-def _repair_sublayer(reference: Block, block: Block, path: str, norm: str) -> None:
-    linear = cast(Any, block.module.get_submodule(path))
-    sums = Repair()
-    for batch in range(len(block.calls)):
-        ours = block.flows(batch, (path, norm))
-        wanted = reference.flows(batch, (norm,))[norm].input
-        # The norm reads the sublayer's output plus the residual stream, so this is what both lack together.
-        features = ours[path].input if linear.in_features else ours[path].input[:, :0]
-        sums.add(features, wanted - ours[norm].input)
-    weight, bias = sums.solve()
-    if linear.in_features:
-        linear.weight += weight.to(linear.weight)
-    linear.bias += bias.to(linear.bias)
-
-
-def _grams(block: Block, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-    """H = Σ x xᵀ of what flows into each part, (features, features), over all real tokens."""
-    totals: dict[str, torch.Tensor] = {}
-    for batch in range(len(block.calls)):
-        for path, flow in block.flows(batch, paths).items():
-            product = double(flow.input.T @ flow.input)
-            totals[path] = totals[path] + product if path in totals else product
-    return totals
 
 
 def _levels(order: Order) -> list[int]:

@@ -1,0 +1,119 @@
+r"""Repair a pruned model's output matrices towards the whole model's flow (K-prune: Park et al. 2024, arXiv:2308.03449).
+
+    W <- W + R Cᵀ (C Cᵀ + εI)⁻¹        b <- b + mean(R - ΔW C)
+
+W (hidden, features) is the output matrix of an attention or a feed-forward, b its bias, C are the centred features that still flow
+into it, R is what its output and the residual stream together lack of what the whole model has at that place; ε is `damping`
+times the mean of diag(C Cᵀ). From the bottom up, each with what really flows below it now. No gradient and no label.
+
+Use it after any cut: heads, neurons, whole blocks, single weights. Weights that are zero stay zero: where a matrix has some, every
+row is solved on the features that it still has, a system for each row instead of one for all. With nothing cut nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..core.families import blocks_of, family_of
+from ..core.model import Model
+from ..core.step import Step
+from ..core.task import Batch, Task
+from ..core.training import on_accelerator
+from ..errors import InputError
+from ._layer_maps import descent
+from ._repair import repair
+from ._sparsity import block_linears
+
+
+def teacher_blocks(model: Model, teacher: Model) -> list[int]:
+    """Which block of the teacher each of the model's is compared with, ascending.
+
+    The one that it was, by the model's history; where that says nothing, the one of the same number if both have as many.
+
+    Raises:
+        InputError: the models do not go together; lists every reason.
+    """
+    ours, theirs = model.module.config, teacher.module.config
+    counts = [len(blocks_of(each.module)) for each in (model, teacher)]
+    blocks = descent(model, teacher) or (list(range(counts[0])) if counts[0] == counts[1] else None)
+    problems = []
+    if ours.model_type != theirs.model_type:
+        problems.append(
+            f"the model is of type {ours.model_type!r}, the teacher of type {theirs.model_type!r}; they must be the same"
+        )
+    if ours.hidden_size != theirs.hidden_size:
+        problems.append(
+            f"the model's hidden width is {ours.hidden_size}, the teacher's {theirs.hidden_size}; they must be the same"
+        )
+    if blocks is None or blocks != sorted(set(blocks)):
+        problems.append(
+            f"the model has {counts[0]} blocks and the teacher {counts[1]}, and the model's history does not say which of the "
+            "teacher's they were; take the model that it was cut from"
+        )
+    if problems or blocks is None:
+        raise InputError(*(f"reconstruct: {problem}" for problem in problems))
+    return blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct(Step):
+    """Solve the output matrices of a pruned model again, so that it works inside as the whole model does."""
+
+    teacher: str
+    """Folder or Hub id of the whole model, the one that was cut."""
+    samples: int = 512
+    """Training texts (their labels are not used) that activations are taken from."""
+    damping: float = 0.01
+    """ε: what is added to the diagonal of C Cᵀ, as a share of its mean, 1e-4 or more. The more, the less changes."""
+    seed: int = 0
+    """Seeds the choice of the texts."""
+
+    def check(self) -> list[str]:
+        problems = []
+        if not self.teacher:
+            problems.append("teacher names no folder or Hub id")
+        if self.samples < 1:
+            problems.append(f"samples must be at least 1 (got {self.samples})")
+        if not 1e-4 <= self.damping < float("inf"):
+            problems.append(f"damping must be at least 1e-4, so that every system has a solution (got {self.damping})")
+        return problems
+
+    @torch.no_grad()
+    def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        linears, skipped = block_linears(model, self.name)
+        teacher = task.load(self.teacher)
+        blocks = teacher_blocks(model, teacher)
+        ours, theirs = (task.calibration(each, self.samples, seed=self.seed) for each in (model, teacher))
+        _check_texts(ours, theirs)
+        family = family_of(model.module)
+        solved = [block.get_submodule(path) for block in blocks_of(model.module) for path in (family.attention_output, family.down)]
+        outputs = {name: linear for name, linear in linears.items() if linear in solved}
+        sparse = {name: linear.weight == 0 for name, linear in outputs.items() if bool((linear.weight == 0).any())}
+        with on_accelerator(model.module.eval()), on_accelerator(teacher.module):
+            repair(teacher.module, model.module, ours, blocks, whole_batches=theirs, damping=self.damping, keep_zeros=True)
+        skipped = dict.fromkeys(skipped, "only output matrices of the blocks are repaired")
+        skipped |= dict.fromkeys(linears, "only output matrices are repaired") | dict.fromkeys(outputs, "nothing was lacking")
+        return {
+            "teacher_blocks": blocks,
+            "teacher_fingerprint": teacher.fingerprint(),
+            "repaired": {"dense": len(outputs) - len(sparse), "on_their_zeros": len(sparse)},
+            "zeros_kept": sum(int(zeros.sum()) for zeros in sparse.values()),
+            "summary": f"{len(outputs)} output matrices solved again, {len(sparse)} around their zeros; size and speed: unchanged",
+            "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in ours),
+            "skipped": skipped,
+        }
+
+
+def _check_texts(ours: list[Batch], theirs: list[Batch]) -> None:
+    if not ours:
+        raise InputError("reconstruct: there are no calibration texts; the training split is empty")
+    masks = [[batch["attention_mask"] for batch in batches] for batches in (ours, theirs)]
+    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*masks, strict=True)):
+        raise InputError(
+            "reconstruct: what flows is compared token by token, but model and teacher read the texts in different tokens; take a "
+            "teacher with the model's tokenizer"
+        )
