@@ -22,7 +22,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	for script in startup distil_cost one_shot latency_agreement reviews; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in startup distil_cost one_shot latency_agreement distillation reviews; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info src/*.egg-info

@@ -137,7 +137,15 @@ def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> N
         walk = ", ".join(f"{name} {speedup:.1f}x {drop:+.2f}" for name, speedup, drop in r["frontier"])
         summary += f".\n\nThe walk of seed {r['seed']} on validation (speed-up over torch, points lost): {walk}"
     values = {"finetune": recipe, "runs": runs, "median": total}
-    publish("reviews_quick" if quick else "reviews", [head, *rows], values, summary=f"Median over seeds (range): {summary}.")
+    seeds = " ".join(str(r["seed"]) for r in runs)
+    command = f"reviews.py{' --quick' if quick else ''} --seeds {seeds}"
+    publish(
+        "reviews_quick" if quick else "reviews",
+        [head, *rows],
+        values,
+        summary=f"Median over seeds (range): {summary}.",
+        command=command,
+    )
 
 
 if __name__ == "__main__":
