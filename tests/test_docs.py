@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [page for page in sorted((Path(__file__).parent.parent / "docs").glob("*.md")) if BLOCK.search(page.read_text("utf-8"))]
@@ -50,6 +50,10 @@ def test_the_pages_are_found() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_on_a_page_runs(page: Path) -> None:
     text, namespace = page.read_text(encoding="utf-8"), {"__name__": page.stem}
-    for block in BLOCK.finditer(text):
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == text.count("```python") > 0
+    for block in blocks:
         line = text[: block.start(1)].count("\n")
         exec(compile("\n" * line + block[1], str(page), "exec"), namespace)  # noqa: S102
+    # What the page says of the folder that it saves: a plain model, without the teacher.
+    assert type(AutoModelForSequenceClassification.from_pretrained("student")) is DistilBertForSequenceClassification
