@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import fisher_masks
 from common import publish
 
 from multum._measure import measure
@@ -38,7 +37,7 @@ def main() -> None:
         folder = Path(scratch)
         model = task.load(sys.argv[1]) if len(sys.argv) > 1 else task.load(str(fetch("minilm")))
         if not task.is_trained(model):
-            model = make("finetune", {"epochs": 3, "learning_rate": 1e-4})(model, task)
+            model = make("finetune", {"epochs": 2, "learning_rate": 1e-4})(model, task)
         table = measured_table(model, task, precision="int8", threads=THREADS, rounds=12)
         table.save(folder / "latency.json")
         made: dict[str, Model] = {"whole": model}
@@ -46,8 +45,9 @@ def main() -> None:
             options = {"speedup": speedup, "samples": SAMPLES, "latency_table": str(folder / "latency.json")}
             made[f"prune_structured {speedup:g}x"] = make("prune_structured", options)(model, task)
             made[f"prune_structured, no repair {speedup:g}x"] = make("prune_structured", {**options, "repair": False})(model, task)
-            made[f"Fisher masks {speedup:g}x"] = fisher_masks.prune(model, task, table, speedup)
-            made[f"Fisher masks, no tuning {speedup:g}x"] = fisher_masks.prune(model, task, table, speedup, tuned=False)
+            options = {"speedup": speedup, "latency_table": str(folder / "latency.json")}
+            made[f"Fisher masks {speedup:g}x"] = make("fisher_masks", options)(model, task)
+            made[f"Fisher masks, no tuning {speedup:g}x"] = make("fisher_masks", {**options, "tune": False})(model, task)
             for which in ("importance", "top", "alternate"):
                 options = {"keep": LAYERS[speedup], "which": which, **({"samples": SAMPLES} if which == "importance" else {})}
                 made[f"drop_layers {which} {speedup:g}x"] = make("drop_layers", options)(model, task)

@@ -6,11 +6,16 @@ The original is fine-tuned with every learning rate and number of epochs of a sm
 taken for all seeds. `shrink --max-drop 1` then walks down from it. The test split is read at the end, by `shrink` itself, for the
 original in torch fp32, the original's fastest int8 or fp32 export, and what ships, all three timed in turns: batch 1, the texts'
 own lengths, tokenizing included. A run that was stopped goes on where it was.
+
+Once a run has chosen, every rung is scored on the test split too, for the last table alone: what a rung of some speed loses, over
+all seeds, without the luck of being chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +29,12 @@ from multum.data import open_task
 from multum.errors import BudgetNotMet
 from multum.example import fetch
 from multum.progress import Progress
+from multum.runtimes import open as open_target
 
 GRID = [{"learning_rate": rate, "epochs": epochs} for rate in (5e-5, 1e-4, 2e-4) for epochs in (2, 4)]
+
+EDGES = (4, 5.5, 7.5, 10, 14, 19, 24)
+"""Speed-ups between which rungs are put together."""
 
 
 def main() -> None:
@@ -44,7 +53,8 @@ def main() -> None:
             multum.shrink(str(original), **job, max_drop=1.0, progress=Progress())
         except BudgetNotMet as error:
             print(error)
-        runs.append(figures(read_json(folder / "run.json")))
+        run = read_json(folder / "run.json")
+        runs.append({**figures(run), "rungs_on_test": rungs_on_test(run, folder, data)})
         report(runs, recipe, options.quick)
 
 
@@ -91,11 +101,43 @@ def figures(run: dict[str, Any]) -> dict[str, Any]:
         "over_torch": ratio[chosen["name"]],
         "over_strongest": ratio[chosen["name"]] / ratio[strongest["name"]],
         "strongest": f"{strongest['runtime']} {strongest['precision']}",
+        "tokenize_p50_ms": [c["test"]["speed"]["tokenize_p50_ms"] for c in (original, strongest, chosen)],
+        "macs": [c["test"]["size"]["macs_per_example"] for c in (original, strongest, chosen)],
         "bytes": [c["test"]["size"]["bytes_on_disk"] for c in (original, strongest, chosen)],
         "smaller": original["test"]["size"]["bytes_on_disk"] / chosen["test"]["size"]["bytes_on_disk"],
         "seconds": run["elapsed_s"],
         "frontier": [(c["name"], c["speedup"], c["drop"]) for c in run["candidates"] if c["name"].startswith("rung-")],
     }
+
+
+def rungs_on_test(run: dict[str, Any], folder: Path, data: str) -> dict[str, float]:
+    """Points that every rung loses on the test split against the original in torch, one text at a time."""
+    task = open_task("text-classification", data, seed=run["seed"])
+    whole = next(c["test"]["quality"]["value"] for c in run["candidates"] if c["test"])
+    drops = {}
+    for candidate in run["candidates"]:
+        if candidate["name"].startswith("rung-") and "," not in candidate["name"]:  # else a rung in another runtime
+            answers = open_target(folder / candidate["target"]).predict(task.inputs("test"), batch_size=1)
+            drops[candidate["name"]] = round(100 * (whole - task.score(answers, "test").value), 2)
+    return drops
+
+
+def frontier(runs: list[dict[str, Any]]) -> list[str]:
+    """The rungs of all seeds by speed, as a table: what they lose on both splits."""
+    rows = [
+        (speedup, drop, run["rungs_on_test"][name])
+        for run in runs
+        for name, speedup, drop in run["frontier"]
+        if name in run["rungs_on_test"]
+    ]
+    lines = ["| speed-up over torch | rungs | points lost on validation, mean (range) | on test |", "| --- | --- | --- | --- |"]
+    for low, high in itertools.pairwise(EDGES):
+        inside = [row for row in rows if low <= row[0] < high]
+        if inside:
+            columns = list(zip(*inside, strict=True))[1:]
+            cells = [f"{statistics.mean(column):.2f} ({min(column):.2f} to {max(column):.2f})" for column in columns]
+            lines.append(f"| {low}x to {high}x | {len(inside)} | {cells[0]} | {cells[1]} |")
+    return lines
 
 
 def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> None:
@@ -136,6 +178,7 @@ def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> N
     for r in runs:
         walk = ", ".join(f"{name} {speedup:.1f}x {drop:+.2f}" for name, speedup, drop in r["frontier"])
         summary += f".\n\nThe walk of seed {r['seed']} on validation (speed-up over torch, points lost): {walk}"
+    summary += ".\n\nThe rungs of all seeds together:\n\n" + "\n".join(frontier(runs)) + "\n"
     values = {"finetune": recipe, "runs": runs, "median": total}
     seeds = " ".join(str(r["seed"]) for r in runs)
     command = f"reviews.py{' --quick' if quick else ''} --seeds {seeds}"
@@ -143,7 +186,7 @@ def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> N
         "reviews_quick" if quick else "reviews",
         [head, *rows],
         values,
-        summary=f"Median over seeds (range): {summary}.",
+        summary=f"Median over seeds (range): {summary}",
         command=command,
     )
 

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from torch import nn
 
-from multum.core.blocks import Block, first_calls, outputs_from, walk_blocks
-from multum.core.families import blocks_of, family_of
+from multum.core.blocks import Block, block_calls, each_output, outputs_from, walk_blocks
+from multum.core.families import blocks_of, family_of, is_pre_norm
+from multum.core.linears import is_linear
 from multum.core.surgery import keep_heads
 from multum.core.task import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)
+FAMILIES = pytest.mark.parametrize("name", [*tiny.FAMILIES, *tiny_families.FAMILIES])
 
 
 def made(name: str = "bert", samples: int = 40) -> tuple[nn.Module, list[Batch]]:
@@ -155,8 +157,40 @@ def test_flows_go_into_and_out_of_the_part(name: str) -> None:
         for path in (family.attention_output, family.down, family.feed_forward_norm):
             flow = block.flows(1, (path,))[path]
             torch.testing.assert_close(block.module.get_submodule(path)(flow.input), flow.output)
-        # The last norm is the end of the block.
-        torch.testing.assert_close(flow.output, block.run(1)[block.masks[1]])
+        whole = block.flows(1, ("",))[""]
+        assert torch.equal(whole.input, block.calls[1][0][0][block.masks[1]])
+        assert torch.equal(whole.output, block.run(1)[block.masks[1]])
+        # The last norm is the end of the block, unless norms stand before their sublayers.
+        assert torch.equal(flow.output, whole.output) != is_pre_norm(module)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "opt", "deberta-v2"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_are_taken_over_what_flows(name: str, shared: bool) -> None:
+    """DeBERTa runs its table of positions through matrices of its own or, where they are shared, again through query and key."""
+    if shared and name != "deberta-v2":
+        return
+    module = tiny_families.language_model(name, vocabulary=400, share_att_key=True) if shared else made(name)[0]
+    batches = made("bert")[1]
+    block = list(walk_blocks(module, batches))[1]
+    paths = [path for path, part in block.module.named_modules() if is_linear(part)]
+    found = block.sums(paths, lambda x: x.double().sum(0))
+    for path in paths:
+        seen: list[torch.Tensor] = []
+        handle = block.module.get_submodule(path).register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        total = torch.zeros(())
+        for number, mask in enumerate(block.masks):
+            seen.clear()
+            block.run(number)
+            assert len(seen) == (2 if shared and path.endswith(("query_proj", "key_proj")) else 1)
+            for x in seen:
+                rows = x.reshape(-1, x.shape[-1])
+                total = total + (rows if len(rows) != mask.numel() else rows[mask.flatten()]).double().sum(0)
+        handle.remove()
+        torch.testing.assert_close(found[path], total)
+    first, second = paths[:2] if name != "gpt2" else (paths[0], paths[0])
+    assert found[first] is found[second]  # query and key read one tensor
 
 
 @torch.no_grad()
@@ -210,14 +244,33 @@ def test_outputs_from_leave_out_the_blocks_before() -> None:
 
 
 @FAMILIES
-def test_first_calls_stop_before_the_first_block(name: str) -> None:
+def test_calls_are_found_without_running_a_block(name: str) -> None:
     module, batches = made(name)
+    before = list(blocks_of(module))
     runs: list[int] = []
     for part in blocks_of(module):
         part.register_forward_hook(lambda *_: runs.append(1))
-    calls = first_calls(module, batches)
+    calls = block_calls(module, batches)
     assert runs == []
-    assert [args[0].shape[:2] for args, _ in calls] == [batch["input_ids"].shape for batch in batches]
+    assert len(calls) == 3
+    for each in calls:
+        assert [args[0].shape[:2] for args, _ in each] == [batch["input_ids"].shape for batch in batches]
+    assert all(part is own for part, own in zip(blocks_of(module), before, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny_families.DECODERS)
+def test_language_models_answer_for_every_real_token(name: str) -> None:
+    module, (_, batches) = tiny_families.language_model(name), made("bert")
+    batches = [{**batch, "input_ids": batch["input_ids"] % 50} for batch in batches]
+    whole = [module(**batch).logits[batch["attention_mask"].bool()] for batch in batches]
+    head, every = module.get_output_embeddings(), range(len(batches))
+    for block in (None, *walk_blocks(module, batches)):
+        answers = list(each_output(module, block, batches, every))
+        states = list(each_output(module, block, batches, every, before=head))
+        for mine, state, expected in zip(answers, states, whole, strict=True):
+            assert torch.equal(mine, expected)
+            torch.testing.assert_close(head(state), expected, rtol=1e-5, atol=1e-5)
 
 
 class Elsewhere:

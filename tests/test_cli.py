@@ -24,7 +24,24 @@ from multum.errors import BudgetNotMet, MultumError, of_the_system
 from multum.steps.drop_layers import DropLayers
 
 TASK = ("--task", "text-classification")
-COMMANDS = ("quickstart", "shrink", "run", "apply", "measure", "export", "predict", "report", "steps", "example", "doctor")
+COMMANDS = (
+    "quickstart",
+    "shrink",
+    "run",
+    "apply",
+    "measure",
+    "export",
+    "predict",
+    "report",
+    "steps",
+    "example",
+    "doctor",
+    "advise",
+    "score",
+    "compare",
+    "sensitivity",
+    "load-legacy",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -532,7 +549,7 @@ def test_apply_takes_the_fields_of_a_step_as_options(places, work):
     result = call("apply", "drop_layers", places[0], *data, "-o", "out", "--which", "0,2", "--samples=8", "--seed", "3")
     assert result.exit_code == 0, result.output
     (entry,) = json.loads((work / "out" / "recipe.json").read_text())["steps"]
-    assert entry["fields"] == {"keep": None, "which": [0, 2], "samples": 8, "seed": 3}
+    assert entry["fields"] == {"keep": None, "which": [0, 2], "stack": None, "samples": 8, "seed": 3}
     assert "million parameters" in result.stdout
     again = call("apply", "prune_weights", work / "out", *data, "-o", "out2", "--pattern", "2:4")
     assert again.exit_code == 0, again.output

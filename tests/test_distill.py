@@ -166,7 +166,7 @@ class Marks:
 
     def encode(self, model: Model, split: Any) -> Any:
         def marked(row: dict[str, Any], number: int) -> dict[str, Any]:
-            label = float(row["labels"]) if number % 3 else -100.0
+            label = float(row["labels"]) if number % 3 else float("nan")
             return {"marks": label if self.kind == "regression" else [label, 1 - label if number % 3 else label]}
 
         rows = self.texts.encode(model, split).map(marked, with_indices=True)
@@ -178,7 +178,7 @@ class Marks:
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         labels, logits = batch["labels"], outputs.logits.view_as(batch["labels"])
-        known = labels != -100
+        known = ~labels.isnan()
         if self.kind == "regression":
             return F.mse_loss(logits[known], labels[known])
         return F.binary_cross_entropy_with_logits(logits[known], labels[known])

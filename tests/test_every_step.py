@@ -10,21 +10,49 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_families
 import torch
-from transformers import AutoModelForSequenceClassification
+import transformers
+import translators
 
 from multum.core.model import Model
 from multum.core.step import Step, find, from_history, make, names
 from multum.errors import InputError
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
-TEACHER, FOLDER = "<teacher>", "<folder>"
+FURTHER = {
+    **dict.fromkeys(("distill", "distill_layers", "finetune"), ("llama", "gpt2")),
+    **dict.fromkeys(
+        (
+            "drop_layers",
+            "fisher_masks",
+            "low_rank",
+            "movement",
+            "prune_structured",
+            "prune_weights",
+            "reconstruct",
+            "sparsegpt",
+            "wanda",
+        ),
+        tiny_families.FAMILIES,
+    ),
+    "trim_vocabulary": ("llama",),
+}
+"""Architectures that a step is tried on beside those: whatever cuts or walks, on all."""
+WRITING = ("distill_generation",)
+"""Steps for encoder-decoders alone."""
+TEACHER, FOLDER, TEXT = "<teacher>", "<folder>", "<text>"
 
 QUICK: dict[str, dict[str, Any]] = {
     "distill": {"teacher": TEACHER, "epochs": 1, "batch_size": 16, "cache": FOLDER},
+    "distill_generation": {"teacher": TEACHER, "beams": 2, "max_new_tokens": 8, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "distill_layers": {"teacher": TEACHER, "hidden": 1.0, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "drop_layers": {"keep": 1, "which": "importance", "samples": 8},
     "finetune": {"epochs": 1, "batch_size": 16},
+    "fisher_masks": {"speedup": 1.5, "samples": 32, "batch_size": 8},
+    "low_rank": {"keep": 0.5, "samples": 16},
+    "pretrain": {"text": TEXT, "steps": 2, "batch_size": 4, "block": 16},
+    "movement": {"sparsity": 0.5, "epochs": 1, "batch_size": 16},
     "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
     "prune_weights": {"sparsity": 0.5},
     "reconstruct": {"teacher": TEACHER, "samples": 16},
@@ -43,6 +71,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"student": {"layers": -1}},
         {"augment_model": "x"},
     ],
+    "distill_generation": [{"teacher": ""}, {"beams": 0}, {"max_new_tokens": 0}, {"mix": 2.0}, {"alpha": -0.5}, {"epochs": 0}],
     "distill_layers": [
         {"hidden": -1.0},
         {"logits": -1.0},
@@ -53,6 +82,10 @@ BAD: dict[str, list[dict[str, Any]]] = {
     ],
     "drop_layers": [{"keep": 0}, {"which": "bottom"}, {"samples": 0}],
     "finetune": [{"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 2.0}],
+    "fisher_masks": [{"speedup": 0.5}, {"samples": 0}, {"batch_size": 0}],
+    "low_rank": [{"keep": 1.0}, {"rank": 0}, {"samples": 0}],
+    "pretrain": [{"steps": 0}, {"block": 7}, {"start": "anew"}, {"start": {"layers": 2}}, {"tokenizer": "bpe"}, {"shuffle": -1}],
+    "movement": [{"sparsity": 1.5}, {"block": 0}, {"begin": 0.9}, {"epochs": 0}, {"learning_rate": -1.0}],
     "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],
     "prune_weights": [{"sparsity": 1.5}, {"scope": "rows"}, {"pattern": "4:2"}],
     "reconstruct": [{"teacher": ""}, {"samples": 0}, {"damping": 0.0}],
@@ -87,39 +120,57 @@ def run(task, tmp_path_factory):
     @cache
     def made(name: str, family: str) -> Run:
         values = quick(name, folder, family)
-        step, model = find(name)(**values), tiny.model(family)
+        step, model = find(name)(**values), model_for(name, family)
+        if name == "pretrain" and model.tokenizer.mask_token is None:
+            model.tokenizer.mask_token = model.tokenizer.unk_token  # one of its own would change the weights of other tests
         before = model.fingerprint()
-        return Run(step, model, before, step(model, task), step(model, task))
+        data = data_for(name, task)
+        return Run(step, model, before, step(model, data), step(model, data))
 
     return made
 
 
-def quick(name: str, folder: Path, family: str = "bert") -> dict[str, Any]:
+def model_for(name: str, family: str, seed: int = 0) -> Model:
+    return translators.translator(family, seed=seed) if name in WRITING else tiny.model(family, seed=seed)
+
+
+def data_for(name: str, task: Any) -> Any:
+    return translators.translating(32, 16) if name in WRITING else task
+
+
+def families_for(name: str) -> tuple[str, ...]:
+    return translators.FAMILIES if name in WRITING else (*FAMILIES, *FURTHER.get(name, ()))
+
+
+def quick(name: str, folder: Path, family: str = "") -> dict[str, Any]:
+    family = family or families_for(name)[0]
     if name not in QUICK:
         pytest.fail(f"step {name!r} is not in the tables of this file: give it fields for a quick run in QUICK and bad ones in BAD")
     teacher = folder / f"teacher-{family}"
     if TEACHER in QUICK[name].values() and not teacher.is_dir():
-        tiny.model(family, seed=1).save(teacher)
-    places = {TEACHER: str(teacher), FOLDER: str(folder / "cache")}
+        model_for(name, family, seed=1).save(teacher)
+    if TEXT in QUICK[name].values():
+        (folder / "text.txt").write_text("\n\n".join(tiny.passages(20)), encoding="utf-8")
+    places = {TEACHER: str(teacher), FOLDER: str(folder / "cache"), TEXT: str(folder / "text.txt")}
     return {key: places.get(value, value) if isinstance(value, str) else value for key, value in QUICK[name].items()}
 
 
 every_step = pytest.mark.parametrize("name", names())
-every_family = pytest.mark.parametrize("family", FAMILIES)
+on_every_family = pytest.mark.parametrize(("name", "family"), [(name, family) for name in names() for family in families_for(name)])
 
 
 @torch.no_grad()
 def logits(module, model: Model, task) -> torch.Tensor:
     batches = list(task.batches(model, "validation", 8))
-    return torch.cat([module(**{key: value for key, value in batch.items() if key != "labels"}).logits for batch in batches])
+    found = [module(**{key: value for key, value in batch.items() if key != "labels"}).logits for batch in batches]
+    return torch.cat([one.flatten() for one in found])
 
 
 def test_the_tables_name_every_step_and_no_other():
     assert sorted(QUICK) == sorted(BAD) == names()
 
 
-@every_step
-@every_family
+@on_every_family
 def test_the_input_model_is_left_as_it_was(name, family, run):
     made = run(name, family)
     assert made.model.fingerprint() == made.before
@@ -128,8 +179,7 @@ def test_the_input_model_is_left_as_it_was(name, family, run):
     assert not made.once.module.training
 
 
-@every_step
-@every_family
+@on_every_family
 def test_the_same_seed_gives_the_same_bits(name, family, run):
     made = run(name, family)
     assert made.once.fingerprint() == made.twice.fingerprint()
@@ -140,20 +190,18 @@ def test_the_same_seed_gives_the_same_bits(name, family, run):
     assert timeless[0] == timeless[1]
 
 
-@every_step
-@every_family
+@on_every_family
 def test_something_changes(name, family, run):
     made = run(name, family)
     assert made.once.fingerprint() != made.before
 
 
-@every_step
-@every_family
+@on_every_family
 def test_the_saved_folder_loads_and_answers_the_same(name, family, run, task, tmp_path):
-    made = run(name, family)
+    made, task = run(name, family), data_for(name, task)
     made.once.save(tmp_path / "model")
-    module = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
-    again = Model.load(tmp_path / "model", auto_class="AutoModelForSequenceClassification")
+    module = getattr(transformers, task.auto_class).from_pretrained(tmp_path / "model")
+    again = Model.load(tmp_path / "model", auto_class=task.auto_class)
     expected = logits(made.once.module, made.once, task)
     assert torch.isfinite(expected).all()
     assert torch.equal(logits(module, again, task), expected)
@@ -164,7 +212,7 @@ def test_the_saved_folder_loads_and_answers_the_same(name, family, run, task, tm
 
 @every_step
 def test_the_history_gives_back_an_equal_step(name, run):
-    made = run(name, "bert")
+    made = run(name, families_for(name)[0])
     entry = json.loads(json.dumps(made.once.history[-1]))
     assert entry["step"] == made.step.name == name
     assert set(entry["fields"]) == {field.name for field in fields(made.step)}
@@ -172,8 +220,7 @@ def test_the_history_gives_back_an_equal_step(name, run):
     assert type(from_history(entry)) is type(made.step)
 
 
-@every_step
-@every_family
+@on_every_family
 def test_every_linear_layer_is_changed_or_skipped(name, family, run):
     made = run(name, family)
     entry = made.once.history[-1]

@@ -9,18 +9,40 @@ from typing import Any
 
 import numpy as np
 import pytest
+import taggers
 import tiny
 import torch
+import translators
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 
-from multum.core.task import Quality
+from multum.core.task import IGNORED, UNKNOWN, Quality
 from multum.errors import InputError
 from multum.tasks import find, names
+from multum.tasks.fill_mask import FillMask
 from multum.tasks.text_classification import TextClassification
+from multum.tasks.text_generation import TextGeneration
 
-MADE: dict[str, Callable[..., Any]] = {"text-classification": tiny.task}
-"""Task name -> a small one, with a model from `tiny.model` that fits it."""
+MADE: dict[str, Callable[..., Any]] = {
+    "text-classification": tiny.task,
+    "token-classification": taggers.tagging,
+    "question-answering": taggers.answering,
+    "text-generation": lambda: TextGeneration.from_splits(tiny.text_splits(300), packed=False, max_length=128),
+    "fill-mask": lambda: FillMask.from_splits(tiny.text_splits(300), packed=False, max_length=128),
+    "translation": translators.translating,
+    "summarization": translators.summarizing,
+}
+"""Task name -> a small one."""
+MODELS: dict[str, Callable[..., Any]] = {
+    "text-classification": tiny.model,
+    "token-classification": taggers.tagger,
+    "question-answering": taggers.answerer,
+    "text-generation": lambda: tiny.language_model("llama", positions=128),
+    "fill-mask": lambda: tiny.language_model("bert", positions=128),
+    "translation": translators.translator,
+    "summarization": lambda: translators.translator("bart"),
+}
+"""Task name -> a model that fits it."""
 
 
 def test_every_task_is_tried_here() -> None:
@@ -31,7 +53,7 @@ def test_every_task_is_tried_here() -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_encode_keeps_order_and_batches_pad(name: str) -> None:
-    task, model = MADE[name](), tiny.model()
+    task, model = MADE[name](), MODELS[name]()
     rows = task.encode(model, "validation")
     assert len(rows) == len(task.inputs("validation"))
     batches = list(task.batches(model, "validation", 5))
@@ -46,7 +68,7 @@ def test_encode_keeps_order_and_batches_pad(name: str) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_calibration_is_seeded_and_has_no_labels(name: str) -> None:
-    task, model = MADE[name](), tiny.model()
+    task, model = MADE[name](), MODELS[name]()
     first, again, other = (task.calibration(model, 40, seed=seed) for seed in (0, 0, 1))
     assert sum(len(batch["input_ids"]) for batch in first) == 40
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
@@ -59,14 +81,15 @@ def test_calibration_is_seeded_and_has_no_labels(name: str) -> None:
 
 @pytest.mark.parametrize("name", MADE)
 def test_texts_without_reference_leave_the_loss_alone(name: str) -> None:
-    task, model = MADE[name](), tiny.model()
+    task, model = MADE[name](), MODELS[name]()
     batch = next(task.batches(model, "train", 4))
     with torch.no_grad():
         outputs = model.module(**{key: value for key, value in batch.items() if key != "labels"})
-    known = task.loss(SimpleNamespace(logits=outputs.logits[:2]), {"labels": batch["labels"][:2]})
-    labels = torch.cat([batch["labels"][:2], torch.tensor([-100, -100])])
-    assert torch.allclose(known, task.loss(outputs, {"labels": labels}))
-    assert set(task.encode_texts(model, task.inputs("train")[:3])["labels"]) == {-100}
+    known = task.loss(SimpleNamespace(**{key: value[:2] for key, value in outputs.items()}), {"labels": batch["labels"][:2]})
+    unknown = torch.full_like(batch["labels"][:2], -100)
+    assert torch.allclose(known, task.loss(outputs, {"labels": torch.cat([batch["labels"][:2], unknown])}))
+    blank = task.encode_texts(model, task.inputs("train")[:3])["labels"]
+    assert {int(label) for row in blank for label in np.ravel(row)} <= {IGNORED, UNKNOWN}
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -86,13 +109,14 @@ def test_unlabelled_texts_are_carried_and_encoded_like_the_others(pairs: bool) -
 
 @pytest.mark.parametrize("name", MADE)
 def test_save_load_keeps_the_answers(name: str, tmp_path: Path) -> None:
-    task, model = MADE[name](), tiny.model()
+    task, model = MADE[name](), MODELS[name]()
     model.save(tmp_path / "m")
     again = task.load(str(tmp_path / "m"))
     assert task.is_trained(again)
     batch = {key: value for key, value in next(task.batches(model, "test", 8)).items() if key != "labels"}
     with torch.no_grad():
-        assert torch.equal(model.module(**batch).logits, again.module(**batch).logits)
+        pairs = zip(model.module(**batch).values(), again.module(**batch).values(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_accuracy_f1_and_interval() -> None:

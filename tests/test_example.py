@@ -13,7 +13,7 @@ import pytest
 from on_disk import listing
 
 from multum import example
-from multum.errors import InputError, MultumError
+from multum.errors import InputError, MissingExtra, MultumError
 
 NAME = "multum_made_up"
 
@@ -179,3 +179,42 @@ def test_chinese_reviews_become_three_splits_without_copies_or_contested_texts(t
     everything = dict(row for found in rows.values() for row in found)
     assert everything == plain | {long: "positive", "首尾有空格": "positive"}
     assert {label for _, label in rows["test"]} == {"positive", "negative"}
+
+
+def test_what_unpacking_takes_is_asked_for_before_the_download(made_up: example.Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(example.EXAMPLES, "made-up", replace(made_up, needs="multum_no_such_package"))
+    with pytest.raises(MissingExtra, match=r"multum_no_such_package is not installed; .*multum\[multum_no_such_package\]"):
+        example.fetch("made-up")
+    monkeypatch.setitem(example.EXAMPLES, "made-up", replace(made_up, needs="zipfile"))
+    assert (example.fetch("made-up") / "words.txt").is_file()
+
+
+def test_editorials_are_put_together_again_and_split_by_text(tmp_path: Path) -> None:
+    """The package's own layout, with made-up sentences out of order, one document twice."""
+    inner = tmp_path / "hutto_ICWSM_2014"
+    inner.mkdir()
+    lines = [f"{d}_{s}\t0.5\tSentence {s}\tof  {d}." for d in range(1, 201) for s in (10, 2, 1)]
+    lines += ["201_1\t0.1\tSentence 1 of 7.", "201_2\t0.1\tSentence 2 of 7.", "201_3\t0.1\tSentence 10 of 7."]
+    (inner / "nytEditorialSnippets_GroundTruth.txt").write_text("\n".join(lines), encoding="utf-8")
+    (inner / "amazonReviewSnippets_GroundTruth.txt").write_text("1_2\t1\tit broke.\n1_1\t1\ti bought it.", encoding="utf-8")
+    (inner / "tweets_GroundTruth.txt").write_text("1\t1\tnot running text", encoding="utf-8")
+    root = tmp_path / "vaderSentiment-3.3.2" / "additional_resources"
+    root.mkdir(parents=True)
+    with tarfile.open(root / "hutto_ICWSM_2014.tar.gz", "w:gz") as archive:
+        archive.add(inner, arcname="hutto_ICWSM_2014")
+    with tarfile.open(tmp_path / "package.tar.gz", "w:gz") as archive:
+        archive.add(root.parent, arcname="vaderSentiment-3.3.2")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    example.EXAMPLES["plain-en"].unpack(tmp_path / "package.tar.gz", folder)
+
+    def texts(name: str) -> list[str]:
+        with (folder / name).open(encoding="utf-8", newline="") as file:
+            return [row["text"] for row in csv.DictReader(file)]
+
+    found = [texts(f"{split}.csv") for split in ("train", "validation", "test")]
+    assert [len(part) for part in found] == [40, 60, 100]
+    assert sorted(text for part in found for text in part) == sorted(
+        f"Sentence 1 of {d}. Sentence 2 of {d}. Sentence 10 of {d}." for d in range(1, 201)
+    )
+    assert texts("other/product-reviews.csv") == ["i bought it. it broke."]

@@ -19,17 +19,19 @@ from transformers import AutoModelForSequenceClassification
 from multum.core.blocks import Block, walk_blocks
 from multum.core.families import base_of, blocks_of, family_of
 from multum.core.latency import Blocks, LatencyTable
+from multum.core.linears import matrix
 from multum.core.model import Model
 from multum.core.second_order import adapted, removal_order
-from multum.core.surgery import head_features, head_size, heads_and_neurons, keep_blocks
+from multum.core.surgery import head_features, head_size, head_width, heads_and_neurons, keep_blocks
 from multum.core.task import Batch
 from multum.errors import InputError
 from multum.steps import prune_structured
+from multum.steps._price import kl
 from multum.steps._repair import _repair_sublayer
-from multum.steps.prune_structured import PruneStructured, Sublayer, choose, cut, kl, price_sublayers, repair
+from multum.steps.prune_structured import PruneStructured, Sublayer, choose, cut, price_sublayers, repair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = pytest.mark.parametrize("name", tiny.FAMILIES)
+FAMILIES = pytest.mark.parametrize("name", [*tiny.FAMILIES, "llama", "gpt2", "mpnet"])
 Sublayers = list[tuple[dict[int, float], dict[int, float]]]
 
 
@@ -248,10 +250,10 @@ def test_kl_is_that_of_loops() -> None:
 def zeroed(model: Model, sublayers: Sequence[tuple[Sublayer, Sublayer]], blocks: Blocks) -> Model:
     """The slow way: the columns of what is cut are zero, everything else stays."""
     result = model.copy()
-    family, size = family_of(result.module), head_size(result.module)
+    family, size = family_of(result.module), head_width(result.module)
     for block, pair, counts in zip(blocks_of(result.module), sublayers, blocks, strict=True):
         for path, width, sublayer, count in zip((family.attention_output, family.down), (size, 1), pair, counts, strict=True):
-            weight = block.get_submodule(path).weight
+            weight = matrix(block.get_submodule(path))
             kept = head_features(sublayer.order.kept(count), width)
             weight[:, [i for i in range(weight.shape[1]) if i not in kept]] = 0
     return result

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from transformers import AutoModelForSequenceClassification
 
@@ -40,7 +41,7 @@ def fewer_blocks(model: Model) -> Model:
     return model
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny_families.FAMILIES])
 def test_uneven_models_load_by_plain_from_pretrained(family: str, tmp_path: Path) -> None:
     model = tiny.uneven(tiny.model(family, layers=3))
     model.save(tmp_path / "model")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tiny_families
 import torch
 from transformers import AutoModelForSequenceClassification, FNetConfig, FNetForSequenceClassification
 
@@ -100,6 +101,19 @@ def test_sizes_make_a_new_model_with_the_tokenizer_and_the_labels(family: str) -
     assert torch.equal(torch.random.get_rng_state(), state)
     # What is not named is as in the model.
     assert heads_and_neurons(student_of(model, {"num_hidden_layers": 2}).module) == [(4, 32)] * 2
+
+
+@pytest.mark.parametrize("family", tiny_families.FAMILIES)
+def test_sizes_of_the_other_architectures(family: str) -> None:
+    """Key/value heads, windows per layer and projections follow what is named."""
+    model, grouped = tiny.model(family, layers=3), family in tiny_families.GROUPED
+    student = student_of(model, SMALL)
+    assert heads_and_neurons(student.module) == [(1 if grouped else 2, 24)]
+    assert student.module.get_input_embeddings().weight.shape[1] == student.module.config.hidden_size == 16
+    assert torch.isfinite(answers(student, tiny.task())).all()
+    assert heads_and_neurons(student_of(model, {"num_hidden_layers": 2}).module) == [(4, 32)] * 2
+    wider = student_of(model, {"hidden_size": 64}).module.config
+    assert wider.num_attention_heads == model.module.config.num_attention_heads
 
 
 def test_a_pruned_model_lends_its_architecture_and_its_blocks() -> None:

@@ -6,16 +6,22 @@ import random
 from functools import cache
 from types import SimpleNamespace
 
+import tiny_families
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
     ElectraForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -82,7 +88,7 @@ def model(
     labels: tuple[str, ...] = ("negative", "positive"),
 ) -> Model:
     """A classifier with random weights, spread wide enough that its answers differ from text to text."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(family), model_max_length=POSITIONS, **_special(family))
+    tokenizer = tiny_families.tokenizer(family, _tokenizer(family), model_max_length=POSITIONS, **_special(family))
     names = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
@@ -109,6 +115,10 @@ def model(
         module = ElectraForSequenceClassification(ElectraConfig(embedding_size=hidden // 2, **stock, **names))
     elif family == "bert":
         module = BertForSequenceClassification(BertConfig(**stock, **names))
+    elif family in tiny_families.FAMILIES:
+        ids = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
+        sizes = {"layers": layers, "heads": heads, "neurons": neurons, "hidden": hidden, "positions": POSITIONS}
+        module = tiny_families.classifier(family, **sizes, **ids, **names)
     else:
         raise ValueError(family)
     with torch.no_grad():
@@ -134,11 +144,12 @@ def uneven(model: Model) -> Model:
 
 
 def _special(family: str) -> dict[str, object]:
-    if family == "roberta":
+    if _is_bpe(family):
         names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
         return {**names, "pad_token": "<pad>", "unk_token": "<unk>", "model_input_names": ["input_ids", "attention_mask"]}
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if family != "distilbert" else [])
+    typed = family not in ("distilbert", *tiny_families.FAMILIES)
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if typed else [])
     return {**names, "model_input_names": inputs}
 
 
@@ -149,7 +160,11 @@ def _corpus() -> list[str]:
 
 
 def _tokenizer(family: str) -> Tokenizer:
-    return Tokenizer.from_str(_trained("bpe" if family == "roberta" else "wordpiece"))
+    return Tokenizer.from_str(_trained("bpe" if _is_bpe(family) else "wordpiece"))
+
+
+def _is_bpe(family: str) -> bool:
+    return family == "roberta" or (family in tiny_families.FAMILIES and family not in tiny_families.WORDPIECE)
 
 
 @cache
@@ -177,3 +192,68 @@ def _trained(kind: str) -> str:
         made.train_from_iterator(_corpus(), trainer)
         made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return str(made.to_str())
+
+
+LANGUAGE_MODELS = ("gpt2", "llama", "bert")
+"""Two causal ones, of which `llama` puts a BOS token before every text, and a masked one."""
+
+
+def language_model(
+    family: str = "llama",
+    *,
+    layers: int = 2,
+    heads: int = 4,
+    neurons: int = 48,
+    hidden: int = 32,
+    positions: int = POSITIONS,
+    seed: int = 0,
+) -> Model:
+    """A language model with random weights, spread wide enough that no two tokens are equally probable."""
+    made = _tokenizer("bert" if family == "bert" else "roberta")
+    if family == "llama":
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    elif family == "gpt2":
+        made.post_processor = processors.ByteLevel(trim_offsets=False)
+    special = {k: v for k, v in _special("bert" if family == "bert" else "roberta").items() if k not in ("cls_token", "sep_token")}
+    special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"} if family == "bert" else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=positions, **special)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    stock = {"vocab_size": len(tokenizer), "max_position_embeddings": positions, "num_attention_heads": heads, **ids}
+    stock |= {"hidden_size": hidden, "num_hidden_layers": layers}
+    torch.manual_seed(seed)
+    module: torch.nn.Module
+    if family == "llama":
+        module = LlamaForCausalLM(LlamaConfig(num_key_value_heads=heads // 2, intermediate_size=neurons, **stock))
+    elif family == "gpt2":
+        module = GPT2LMHeadModel(GPT2Config(n_inner=neurons, **stock))
+    elif family == "bert":
+        module = BertForMaskedLM(BertConfig(intermediate_size=neurons, **stock))
+    else:
+        raise ValueError(family)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    module.config.use_cache = False
+    return Model(module=module.eval(), tokenizer=tokenizer, source=f"tiny-{family}-lm")
+
+
+def passages(count: int, *, seed: int = 0) -> list[str]:
+    """Different texts of two to five made-up sentences."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        labels = [rng.choice(list(WORDS_OF)) for _ in range(rng.randint(2, 5))]
+        text = ". ".join(sentence(rng, label) for label in labels) + "."
+        if text not in found:
+            found.append(text)
+    return found
+
+
+def text_splits(n_train: int = 64, n_validation: int = 32, n_test: int = 32, *, seed: int = 0) -> SimpleNamespace:
+    """Three data sets with a column `text`."""
+    texts, made = passages(n_train + n_validation + n_test, seed=seed), {}
+    for name, count in (("train", n_train), ("validation", n_validation), ("test", n_test)):
+        made[name] = Dataset.from_dict({"text": [texts.pop() for _ in range(count)]})
+    return SimpleNamespace(**made, notes=[], fingerprints={name: name for name in made})

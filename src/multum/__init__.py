@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 from . import _hook
 
 if TYPE_CHECKING:
+    from ._advise import advise
+    from ._compare import compare
     from ._measure import measure
     from ._report import report
     from ._run import run
+    from ._score import score
     from ._shrink import shrink
     from .core.model import Model
     from .core.step import Step
@@ -31,12 +34,28 @@ _WHERE = {
     "Step": "core.step",
     "Task": "core.task",
     "MultumError": "errors",
+    "advise": "_advise",
+    "compare": "_compare",
     "measure": "_measure",
     "report": "_report",
     "run": "_run",
+    "score": "_score",
     "shrink": "_shrink",
 }
-__all__ = ["DistillationTrainer", "Model", "MultumError", "Step", "Task", "measure", "report", "run", "shrink"]
+__all__ = [
+    "DistillationTrainer",
+    "Model",
+    "MultumError",
+    "Step",
+    "Task",
+    "advise",
+    "compare",
+    "measure",
+    "report",
+    "run",
+    "score",
+    "shrink",
+]
 
 _hook.install()
 

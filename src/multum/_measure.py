@@ -79,9 +79,12 @@ def measure(
             if worker.facts["precision"] == "int8":
                 # One scale serves a whole batch, so that answers depend on it: those counted are of texts alone, as they are timed.
                 worker.ask("predict", texts=inputs, batch=1, save=str(saved))
-            worker.predictions = np.load(saved)[:, worker.columns]
-            worker.lengths = np.array(worker.ask("count", texts=inputs))
+            found = np.load(saved)
+            worker.predictions = found if worker.columns is None else found[..., worker.columns]
+            worker.lengths = worker.ask("count", texts=inputs)
             worker.memory = worker.ask("memory")
+            if "generation" in worker.facts:
+                worker.writing = _tokens_per_s(worker, inputs, turns)
         return [_write(worker, workers[0], task, split, rounds, batch_size) for worker in workers]
 
 
@@ -91,11 +94,13 @@ class _Worker:
     def __init__(self, target: Path, threads: int) -> None:
         self.target, self.threads = target, threads
         self.facts: dict[str, Any] = {}
-        self.columns: list[int] = []
+        self.columns: list[int] | None = None
         self.times: list[list[float]] = []
         self.tokenizing: list[float] = []
         self.throughput = self.memory = 0.0
-        self.predictions = self.lengths = np.empty(0)
+        self.predictions = np.empty(0)
+        self.lengths: list[list[int]] = []
+        self.writing: dict[str, Any] = {}
 
     def __enter__(self) -> _Worker:
         environment = os.environ | {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -144,7 +149,7 @@ def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, 
     """Put one target's figures together and into its folder."""
     from .core.model import machine, versions
 
-    facts, lengths = worker.facts, worker.lengths
+    facts, lengths = worker.facts, np.array([sum(rows) for rows in worker.lengths])
     model = facts.get("model") or read_json(worker.target / "runtime.json")["model"]
     every = np.concatenate(worker.times)
     medians, others = ([float(np.median(turn)) for turn in w.times] for w in (worker, first))
@@ -158,7 +163,7 @@ def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, 
             "bytes_on_disk": facts["bytes"],
             "parameters": model["parameters"],
             "nonzero_parameters": model["nonzero_parameters"],
-            "macs_per_example": macs_per_example(model["macs"], lengths),
+            "macs_per_example": macs_per_example(model["macs"], worker.lengths),
         },
         "speed": {
             "runtime": facts["runtime"],
@@ -170,13 +175,15 @@ def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, 
             "tokenize_p50_ms": round(float(np.median(worker.tokenizing)), 4),
             "examples_per_s": round(worker.throughput, 1),
             "throughput_batch_size": batch_size,
+            **worker.writing,
             "rounds": rounds,
             "texts": "the split's own lengths",
             "lengths": {"p50": int(np.percentile(lengths, 50)), "p90": int(np.percentile(lengths, 90))},
             "spread": round(float(np.subtract(*np.percentile(medians, [90, 10])) / np.median(medians)), 3),
             "ratio_to_first": ratio(others, medians),
         },
-        "truncated": int((lengths >= facts["max_length"]).sum()),
+        "truncated": int((lengths >= facts["max_length"]).sum()) if facts["cuts"] else 0,
+        **({"generation": facts["generation"]} if "generation" in facts else {}),
         "memory": {"peak_rss_mb": round(worker.memory, 1)},
         "machine": machine(),
         "versions": versions(),
@@ -194,6 +201,20 @@ def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, 
     return metrics
 
 
+def _tokens_per_s(worker: _Worker, inputs: Sequence[Any], turns: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Tokens that a target which writes texts wrote a second, one text at a time and in batches, and how many a text took."""
+    from .core.generation import tokens_of
+
+    counts = tokens_of(worker.predictions)
+    of = dict(zip(inputs, counts.tolist(), strict=True))
+    seconds = sum(map(sum, worker.times)) / 1e3
+    return {
+        "tokens_per_s": round(sum(of[text] for texts in turns for text in texts) / seconds, 1),
+        "tokens_per_s_batched": round(worker.throughput * float(counts.mean()), 1),
+        "written_tokens": {"p50": int(np.percentile(counts, 50)), "p90": int(np.percentile(counts, 90))},
+    }
+
+
 def ratio(first: Sequence[float], this: Sequence[float]) -> dict[str, Any]:
     """How many times faster `this` is than `first`: the median over rounds of their ratio, with its bootstrap interval.
 
@@ -206,12 +227,16 @@ def ratio(first: Sequence[float], this: Sequence[float]) -> dict[str, Any]:
     return {"value": round(float(np.median(ratios)), 4), "ci95": [round(float(low), 4), round(float(high), 4)]}
 
 
-def macs_per_example(macs: dict[str, int] | None, lengths: np.ndarray) -> int | None:
-    """The mean over texts of these lengths; None where the architecture is not known well enough to count."""
+def macs_per_example(macs: dict[str, int] | None, lengths: Sequence[Any] | np.ndarray) -> int | None:
+    """The mean over texts of these lengths, each a number or those of the rows that a text is read in.
+
+    None where the architecture is not known well enough to count.
+    """
     if macs is None:
         return None
-    n = lengths.astype(float)
-    return round(float((macs["per_token"] * n + macs["per_token_squared"] * n**2 + macs["per_example"]).mean()))
+    n = np.concatenate([np.atleast_1d(np.asarray(rows, dtype=float)) for rows in lengths])
+    every = macs["per_token"] * n + macs["per_token_squared"] * n**2 + macs["per_example"]
+    return round(float(every.sum() / len(lengths)))
 
 
 def _sample(inputs: Sequence[Any], count: int, seed: int) -> list[Any]:

@@ -21,8 +21,6 @@ import numpy as np
 from . import runtimes
 from .errors import MultumError
 
-Text = str | tuple[str, str]
-
 
 def open_target(target: Path, threads: int) -> Any:
     """A model folder is run by torch even where it ships an export, because it is the folder that was asked for."""
@@ -34,7 +32,13 @@ def open_target(target: Path, threads: int) -> Any:
 def about(predictor: Any) -> dict[str, Any]:
     """What the parent needs to know before it asks for times."""
     facts = {name: getattr(predictor, name) for name in ("labels", "runtime", "precision", "threads", "max_length")}
+    facts["cuts"] = predictor.reader.cuts
     facts["bytes"] = sum(path.stat().st_size for path in predictor.files)
+    if hasattr(predictor.reader, "scored"):  # it writes texts
+        from .core.generation import settings_of
+
+        predictor.reader.scored = False  # what nobody who reads a text waits for
+        facts["generation"] = settings_of(predictor.module)
     if hasattr(predictor, "module"):
         from .core.profile import profile
 
@@ -44,7 +48,7 @@ def about(predictor: Any) -> dict[str, Any]:
 
 def answer(predictor: Any, order: dict[str, Any]) -> Any:
     """Carry out one order."""
-    texts: list[Text] = [tuple(text) if isinstance(text, list) else text for text in order.get("texts", [])]
+    texts: list[Any] = [_as_given(text) for text in order.get("texts", [])]
     match order["do"]:
         case "predict":
             started = time.perf_counter()
@@ -53,7 +57,7 @@ def answer(predictor: Any, order: dict[str, Any]) -> Any:
             np.save(order["save"], logits)
             return seconds
         case "count":
-            return [predictor.tokenize([text]) for text in texts]
+            return [predictor.lengths([text]) for text in texts]
         case "time":
             return _milliseconds(predictor.predict, texts)
         case "tokenize":
@@ -90,7 +94,12 @@ def main(target: str, threads: str) -> None:
         reply(error=str(error))
 
 
-def _milliseconds(call: Any, texts: Sequence[Text]) -> list[float]:
+def _as_given(value: Any) -> Any:
+    """JSON knows no tuples; a pair of texts, or a sentence of words, is one."""
+    return tuple(value) if isinstance(value, list) and all(isinstance(part, str) for part in value) else value
+
+
+def _milliseconds(call: Any, texts: Sequence[Any]) -> list[float]:
     times = []
     for text in texts:
         started = time.perf_counter()

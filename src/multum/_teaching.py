@@ -181,7 +181,7 @@ class Reader:
     def length_limit(self) -> int:
         """Tokens that the model reads."""
         positions = getattr(self.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        if self.config.model_type in ("roberta", "xlm-roberta"):  # these count positions from padding_idx + 1
+        if self.config.model_type in ("roberta", "xlm-roberta", "mpnet"):  # these count positions from padding_idx + 1
             positions -= self.config.pad_token_id + 1
         return int(min(positions, self.tokenizer.model_max_length))
 

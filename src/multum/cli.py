@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
+from . import __version__, cli_advice, cli_evidence, cli_language, cli_legacy, cli_sensitivity
 from . import options as opt
 from .failures import INTERRUPTED, STOPPED, Commands
 
@@ -208,15 +208,10 @@ def predict(
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Label and probability of every text."""
-    from . import terminal
-    from .commands import answers, inputs_of
+    """What the model says of every text: labels with probabilities, entities, answers to questions."""
+    from .commands import predict_and_show
 
-    found = answers(folder, inputs_of(texts or [], pair or [], source, columns), threads)
-    if as_json:
-        terminal.print_json(found)
-    else:
-        terminal.print_lines(*(f"{one['label']}\t{one['probability']:.3f}\t{terminal.one_line(one['text'])}" for one in found))
+    predict_and_show(folder, texts or [], pair or [], source, columns, threads, as_json)
 
 
 @app.command(epilog="Example: multum report runs/reviews -o report.html")
@@ -277,6 +272,13 @@ def doctor(as_json: opt.Json = False) -> None:
         terminal.print_json(facts)
     else:
         terminal.print_checkup(facts)
+
+
+cli_language.add_to(app)
+cli_evidence.add_to(app)
+cli_sensitivity.add_to(app)
+cli_legacy.add_to(app)
+cli_advice.add_to(app)
 
 
 def main() -> None:

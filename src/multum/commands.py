@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from .errors import BudgetNotMet, InputError
 from .progress import Progress
 
 RUN = "run.json"
+AT_ONCE = 512
+"""Inputs that `predict` answers before it shows the answers."""
 
 
 def together(problems: Sequence[str], **calls: Callable[[], Any]) -> dict[str, Any]:
@@ -160,8 +162,14 @@ def new_folder(path: Path) -> Path:
     return path
 
 
-def inputs_of(texts: Sequence[str], pairs: Sequence[str], source: Path | None, columns: str) -> list[Any]:
-    """The inputs of `predict`, from the command line or a file.
+def inputs_of(
+    texts: Sequence[str],
+    pairs: Sequence[str],
+    source: Path | None,
+    columns: str,
+    names: tuple[str, str | None] = ("text", "text_pair"),
+) -> list[Any]:
+    """The inputs of `predict`, from the command line or a file, whose columns are called `names` unless `columns` says otherwise.
 
     Raises:
         InputError: neither or both, or not as many second texts as first ones.
@@ -171,7 +179,7 @@ def inputs_of(texts: Sequence[str], pairs: Sequence[str], source: Path | None, c
     if bool(texts) == bool(source):
         raise InputError("give either texts or --input FILE" + (", not both" if texts else ""))
     if source:
-        return list(read(source, units.pairs(columns, "--columns")))
+        return list(read(source, units.pairs(columns, "--columns"), names))
     if not pairs:
         return list(texts)
     if len(pairs) != len(texts):
@@ -179,22 +187,28 @@ def inputs_of(texts: Sequence[str], pairs: Sequence[str], source: Path | None, c
     return list(zip(texts, pairs, strict=True))
 
 
-def answers(folder: Path, inputs: Sequence[Any], threads: int | None) -> list[dict[str, Any]]:
-    """Label, its probability and those of all labels for every input."""
-    import numpy as np
+def predict_and_show(
+    folder: Path, texts: Sequence[str], pairs: Sequence[str], source: Path | None, columns: str, threads: int | None, as_json: bool
+) -> None:
+    """Answer inputs from the command line or a file, some at a time, a line for each or all as JSON."""
+    from .core.reading import reader_of
 
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
+    reader = reader_of(folder)
+    found = answers(folder, inputs_of(texts, pairs, source, columns, reader.columns), threads)
+    if as_json:
+        terminal.print_json(list(found))
+    else:
+        for one in found:
+            terminal.print_lines(f"{reader.line(one)}\t{terminal.one_line(one['text'])}")
+
+
+def answers(folder: Path, inputs: Sequence[Any], threads: int | None) -> Iterator[dict[str, Any]]:
+    """What the model says of every input, as its task tells it; computed `AT_ONCE` inputs at a time."""
     from . import runtimes
 
     predictor = runtimes.open(folder, threads=threads)
-    logits = np.asarray(predictor.predict(inputs), dtype=np.float64)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares = odds / odds.sum(axis=1, keepdims=True)
-    return [
-        {
-            "text": text,
-            "label": predictor.labels[int(row.argmax())],
-            "probability": round(float(row.max()), 6),
-            "probabilities": {label: round(float(share), 6) for label, share in zip(predictor.labels, row, strict=True)},
-        }
-        for text, row in zip(inputs, shares, strict=True)
-    ]
+    for start in range(0, len(inputs), AT_ONCE):
+        some = inputs[start : start + AT_ONCE]
+        yield from predictor.reader.answers(predictor.predict(some), some, predictor.labels)

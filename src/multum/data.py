@@ -7,7 +7,7 @@ Texts without labels may stand beside the splits, for a teacher to label: those 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import pandas as pd
 from datasets import Dataset
 
-from .core.folders import digest
+from ._splits import clean, complete, fingerprint, keys_of, leave_out, without_leaks
 from .errors import InputError
-from .tables import SPLITS, from_disk, from_hub, from_texts
+from .tables import SPLITS, from_disk, from_hub, from_texts, unfolded
 
 UNLABELLED = "unlabelled"
-SHARE, MOST = 0.15, 2000
-"""Of the rows, for each of validation and test where the data has no such split."""
+Prepare = Callable[[dict[str, pd.DataFrame], list[str]], dict[str, pd.DataFrame]]
+"""(tables by split, notes) -> the tables as a task takes them."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class Splits:
 
 
 def open_task(
-    name: str, source: str, *, columns: Mapping[str, str] | None = None, unlabelled: str | None = None, seed: int = 0
+    name: str,
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    unlabelled: str | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> Any:
     """The task of this name on this data.
 
@@ -47,6 +53,7 @@ def open_task(
         columns: task column -> column of the data.
         unlabelled: file of texts without labels, for distillation: as the data, or .txt with one text a line.
         seed: of the splits, where they have to be made.
+        options: further fields of the task, for example `{"beams": 4}` for translation.
 
     Raises:
         InputError: lists everything that is wrong with the data and with the texts.
@@ -54,6 +61,9 @@ def open_task(
     from . import tasks
 
     task = tasks.find(name)
+    if hasattr(task, "asked_for"):
+        task = task.asked_for(columns or {})
+    special = {name: getattr(task, name) for name in ("values", "prepare") if hasattr(task, name)}
     splits = read(
         source,
         task.columns,
@@ -62,10 +72,12 @@ def open_task(
         keys=task.keys,
         stratify=task.stratify,
         seed=seed,
+        **special,
+        **{name: getattr(task, name) for name in ("aliases", "group") if hasattr(task, name)},
     )
     if unlabelled:
-        splits = with_unlabelled(splits, unlabelled, task.keys, mapping=columns)
-    return task.from_splits(splits, seed=seed)
+        splits = with_unlabelled(splits, unlabelled, task.keys, mapping=columns, **special)
+    return task.from_splits(splits, seed=seed, **(options or {}))
 
 
 def sizes(task: Any) -> dict[str, int]:
@@ -83,6 +95,10 @@ def read(
     keys: Sequence[str],
     stratify: str | None = None,
     seed: int = 0,
+    values: Sequence[str] = (),
+    aliases: Mapping[str, Sequence[str]] | None = None,
+    group: str | None = None,
+    prepare: Prepare | None = None,
 ) -> Splits:
     """Read, check, clean and split.
 
@@ -95,25 +111,48 @@ def read(
         keys: rows that agree in these columns are the same example.
         stratify: column whose values all splits share in equal parts.
         seed: of the splits, where they have to be made.
+        values: columns that are no texts; `prepare` sees to them.
+        aliases: task column -> other names that it may have in the data.
+        group: column whose rows with one value go into one split, where splits have to be made.
+        prepare: what the task makes of the tables before anything else; it adds to the notes.
 
     Raises:
         InputError: lists everything that is wrong with the data.
     """
     tables = from_hub(source[3:]) if source.startswith("hf:") else from_disk(Path(source))
-    tables = _rename(tables, columns, optional, mapping or {}, source)
-    texts = [name for name in (*columns, *optional) if name != stratify]
+    tables = {name: unfolded(table) for name, table in tables.items()}
+    tables = _rename(tables, columns, optional, mapping or {}, source, aliases or {})
+    texts = [name for name in (*columns, *optional) if name != stratify and name not in values]
     keys = [key for key in keys if all(key in table for table in tables.values())]
     notes: list[str] = []
-    tables = {name: _clean(table, name, texts, keys, stratify, notes) for name, table in tables.items()}
+    tables = _prepared(tables, prepare, source, notes)
+    tables = {name: clean(table, name, texts, keys, stratify, notes) for name, table in tables.items()}
     if empty := [name for name, table in tables.items() if table.empty]:
         raise InputError(*(f"{source}: no usable row is left in {name}" for name in empty), *notes)
-    tables = _complete(tables, stratify, seed, source, notes)
-    tables = _without_leaks(tables, keys, notes)
+    if stratify and any(isinstance(cell, list) for table in tables.values() for cell in table[stratify]):
+        stratify = None  # sets of labels are too many to share out in equal parts
+    tables = complete(tables, stratify, seed, source, notes, group)
+    tables = without_leaks(tables, keys, notes)
     sets = {name: Dataset.from_pandas(tables[name], preserve_index=False) for name in SPLITS}
-    return Splits(**sets, notes=notes, fingerprints={name: _fingerprint(tables[name]) for name in SPLITS})
+    return Splits(**sets, notes=notes, fingerprints={name: fingerprint(tables[name]) for name in SPLITS})
 
 
-def with_unlabelled(splits: Splits, source: str, keys: Sequence[str], *, mapping: Mapping[str, str] | None = None) -> Splits:
+def _prepared(tables: dict[str, pd.DataFrame], prepare: Prepare | None, source: str, notes: list[str]) -> dict[str, pd.DataFrame]:
+    try:
+        return prepare(tables, notes) if prepare else tables
+    except InputError as error:
+        raise InputError(*(f"{source}: {problem}" for problem in error.problems)) from None
+
+
+def with_unlabelled(
+    splits: Splits,
+    source: str,
+    keys: Sequence[str],
+    *,
+    mapping: Mapping[str, str] | None = None,
+    values: Sequence[str] = (),
+    prepare: Prepare | None = None,
+) -> Splits:
     """The splits, and beside them the texts of a file that stand in none of them.
 
     Args:
@@ -121,6 +160,8 @@ def with_unlabelled(splits: Splits, source: str, keys: Sequence[str], *, mapping
         source: a .txt file with one text a line, or a csv, tsv, jsonl or parquet file with the data's text columns.
         keys: names of the task's text columns.
         mapping: task column -> the data's own name for it; the file may have either.
+        values: those of the columns that are no texts.
+        prepare: what the task makes of the file first.
 
     Raises:
         InputError: no such file, another kind of file, no such column, or no text that is new.
@@ -134,21 +175,27 @@ def with_unlabelled(splits: Splits, source: str, keys: Sequence[str], *, mapping
         raise InputError(*(f"{source}: no column {key!r}; it has: {columns}; rename the right one" for key in missing))
     table = table[[own[key] for key in keys]].set_axis(list(keys), axis=1)
     notes: list[str] = []
-    table = _clean(table, UNLABELLED, keys, keys, None, notes)
-    later = {name: set(_keys(tables[name], keys)) for name in reversed(SPLITS)}
-    table, _ = _leave_out(table, UNLABELLED, later, keys, notes)
+    table = _prepared({UNLABELLED: table}, prepare, source, notes)[UNLABELLED]
+    table = clean(table, UNLABELLED, [key for key in keys if key not in values], keys, None, notes)
+    later = {name: set(keys_of(tables[name], keys)) for name in reversed(SPLITS)}
+    table, _ = leave_out(table, UNLABELLED, later, keys, notes)
     if table.empty:
         raise InputError(f"{source}: no text is left that is not in the data", *notes)
     return replace(
         splits,
         unlabelled=Dataset.from_pandas(table, preserve_index=False),
         notes=[*splits.notes, *notes],
-        fingerprints=splits.fingerprints | {UNLABELLED: _fingerprint(table)},
+        fingerprints=splits.fingerprints | {UNLABELLED: fingerprint(table)},
     )
 
 
 def _rename(
-    tables: Mapping[str, pd.DataFrame], columns: Sequence[str], optional: Sequence[str], mapping: Mapping[str, str], source: str
+    tables: Mapping[str, pd.DataFrame],
+    columns: Sequence[str],
+    optional: Sequence[str],
+    mapping: Mapping[str, str],
+    source: str,
+    aliases: Mapping[str, Sequence[str]],
 ) -> dict[str, pd.DataFrame]:
     known = (*columns, *optional)
     problems = [
@@ -159,106 +206,14 @@ def _rename(
     result = {}
     for split, table in tables.items():
         where = source if split == "all" else f"{source} ({split})"
-        for name in known:
-            own = mapping.get(name, name)
+        names = {name: next((other for other in (name, *aliases.get(name, ())) if other in table), name) for name in known}
+        names |= {name: own for name, own in mapping.items() if name in known}
+        for name, own in names.items():
             if own not in table and (name in columns or name in mapping):
                 fix = "" if name in mapping else f"; name the right one with --columns {name}=COLUMN"
                 problems.append(f"{where}: no column {own!r}; it has: {', '.join(map(str, table.columns))}{fix}")
-        wanted = {mapping.get(name, name): name for name in known if mapping.get(name, name) in table}
+        wanted = {own: name for name, own in names.items() if own in table}
         result[split] = table[list(wanted)].rename(columns=wanted)
     if problems:
         raise InputError(*problems)
     return result
-
-
-def _clean(
-    table: pd.DataFrame, split: str, texts: Sequence[str], keys: Sequence[str], label: str | None, notes: list[str]
-) -> pd.DataFrame:
-    """Drop what cannot be used and write down how much of it there was."""
-
-    def drop(bad: pd.Series, what: str) -> None:
-        nonlocal table
-        if count := int(bad.sum()):
-            notes.append(f"{split}: {count} {'row' if count == 1 else 'rows'} dropped: {what}")
-            table = table[~bad]
-
-    if label in table:
-        drop(table[label].isna() | (table[label].astype(str).str.strip() == ""), "no label")
-    for name in texts:
-        if name in table:
-            table = table.assign(**{name: table[name].where(table[name].notna(), "").astype(str).str.strip()})
-            drop(table[name] == "", f"empty {name}")
-    if keys and not table.empty:
-        key = _keys(table, keys)
-        if label in table:
-            labels = table[label].astype(str).groupby(key).transform("nunique")
-            drop(labels > 1, "the same text with different labels")
-            key = _keys(table, keys)
-        drop(key.duplicated(), "repeats an earlier row")
-    return table.reset_index(drop=True)
-
-
-def _keys(table: pd.DataFrame, keys: Sequence[str]) -> pd.Series:
-    """What makes two rows the same: their texts, whatever the spacing and capitals."""
-    joined = table[keys[0]] if len(keys) == 1 else table[list(keys)].agg("\x00".join, axis=1)
-    return joined.str.casefold().str.replace(r"\s+", " ", regex=True)
-
-
-def _complete(
-    tables: dict[str, pd.DataFrame], label: str | None, seed: int, source: str, notes: list[str]
-) -> dict[str, pd.DataFrame]:
-    """Make the splits that the data lacks out of the training rows: seeded, stratified."""
-    from sklearn.model_selection import train_test_split
-
-    rest = tables.get("train", tables.get("all"))
-    result = {name: table for name, table in tables.items() if name in SPLITS}
-    missing = [name for name in ("test", "validation") if name not in result]
-    assert rest is not None  # noqa: S101 - both readers make sure of one or the other
-    if missing and label is not None:
-        counts = rest[label].astype(str).value_counts()
-        if len(counts) > 1 and (rare := [f"{name!r} ({count})" for name, count in counts.items() if count < 4]):
-            raise InputError(
-                f"{source}: labels with fewer than 4 examples cannot be split into train, {' and '.join(sorted(missing))}: "
-                f"{', '.join(rare)}; add examples or give a folder with splits"
-            )
-    size = min(MOST, round(SHARE * len(rest)))
-    for name in missing:
-        groups = rest[label].astype(str) if label is not None else None
-        classes = 1 if groups is None else groups.nunique()
-        rest, result[name] = train_test_split(rest, test_size=max(size, classes, 1), random_state=seed, stratify=groups)
-    result["train"] = rest
-    if missing:
-        notes.append(
-            f"{' and '.join(sorted(missing))} split made from the training rows (seed {seed}{', stratified' if label else ''})"
-        )
-    return {name: result[name].reset_index(drop=True) for name in SPLITS}
-
-
-def _without_leaks(tables: dict[str, pd.DataFrame], keys: Sequence[str], notes: list[str]) -> dict[str, pd.DataFrame]:
-    """Take out of an earlier split what also stands in a later one, so that the test split stays as it was given."""
-    if not keys:
-        return tables
-    result: dict[str, pd.DataFrame] = {}
-    later: dict[str, set[str]] = {}
-    for name in reversed(SPLITS):
-        result[name], later[name] = _leave_out(tables[name], name, later, keys, notes)
-        if result[name].empty:
-            raise InputError(f"every row of the {name} split also stands in a later split; the splits must not overlap")
-    return result
-
-
-def _leave_out(
-    table: pd.DataFrame, name: str, later: Mapping[str, set[str]], keys: Sequence[str], notes: list[str]
-) -> tuple[pd.DataFrame, set[str]]:
-    """The rows of a table that stand in none of the others, and their keys."""
-    key = _keys(table, keys) if len(table) else pd.Series(dtype=str)
-    for other, known in later.items():
-        leaks = key.isin(known)
-        if count := int(leaks.sum()):
-            notes.append(f"{name}: {count} {'row' if count == 1 else 'rows'} dropped: also in the {other} split")
-            table, key = table[~leaks], key[~leaks]
-    return table.reset_index(drop=True), set(key)
-
-
-def _fingerprint(table: pd.DataFrame) -> str:
-    return digest(table[sorted(table.columns)].to_json(orient="values", force_ascii=False))

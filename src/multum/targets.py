@@ -97,6 +97,20 @@ def _targets_in(folder: Path, runtime: str, precision: str) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{runtime}-{precision or '*'}/runtime.json"))
 
 
+def only_one_label(task: Any, what: str) -> None:
+    """Refuse a task whose models `what` cannot take.
+
+    Raises:
+        InputError: says what can be done with it.
+    """
+    if not getattr(task, "shrinks", False):
+        kind = f"{task.name} ({task.problem.replace('_', ' ')})" if hasattr(task, "problem") else task.name
+        raise InputError(
+            f"{what} takes text-classification with one label a text, not {kind}; such models can be trained, distilled and "
+            "pruned with 'multum apply' and 'multum run', and are measured and used in torch: 'multum measure', 'multum predict'"
+        )
+
+
 def exporter(runtime: str, precision: str) -> Any:
     """The module of a runtime that can export to this precision on this machine.
 
@@ -118,6 +132,7 @@ def exporter(runtime: str, precision: str) -> Any:
 
 def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
     """Export a model folder; calibrated on training texts, checked on validation texts."""
+    only_one_label(task, "export")
     model = task.load(str(folder))
     parity: dict[str, Any] = module.export(
         model,

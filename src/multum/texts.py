@@ -6,19 +6,21 @@ import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
 TEXT, PAIR = "text", "text_pair"
-Input = str | tuple[str, str]
+Input = str | tuple[str, str] | list[str]
 
 
-def read(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Input]:
-    """Texts, or pairs of texts where the file has a second text column, in the file's order.
+def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tuple[str, str | None] = (TEXT, PAIR)) -> list[Input]:
+    """Texts, pairs of texts where the file has a second text column, or sentences as lists of words, in the file's order.
 
     Args:
         path: `.csv`, `.tsv`, `.jsonl`, or any other file with one text a line (empty lines do not count), in UTF-8.
-        columns: `text` and `text_pair` -> the file's own names for them.
+        columns: `text` and `text_pair`, or what is in `names` -> the file's own names for them.
+        names: of the two columns; without a second None. `text` will do for the first where the file lacks it.
 
     Raises:
         InputError: missing, empty or badly encoded file, or no such column.
@@ -42,14 +44,17 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None) -> list[Inp
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if not rows:
         raise InputError(f"{path} has no texts")
-    return _column(path, rows, columns)
+    return _column(path, rows, columns, names)
 
 
-def _column(path: Path, rows: list[dict[str, str]], columns: Mapping[str, str]) -> list[Input]:
-    text, pair = columns.get(TEXT, TEXT), columns.get(PAIR, PAIR)
-    wanted = [text, pair] if PAIR in columns or pair in rows[0] else [text]
+def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], names: tuple[str, str | None]) -> list[Input]:
+    first, second = names
+    given = next((name for name in (first, TEXT) if name in columns), None)
+    text = columns[given] if given else next((name for name in (first, TEXT) if name in rows[0]), first)
+    pair = columns.get(second, second) if second else None
+    wanted = [text] if pair is None or (second not in columns and pair not in rows[0]) else [text, pair]
     problems = [
-        f"{path}: no column {name!r}; it has: {', '.join(map(str, rows[0]))}; name the right one with --columns {TEXT}=COLUMN"
+        f"{path}: no column {name!r}; it has: {', '.join(map(str, rows[0]))}; name the right one with --columns {first}=COLUMN"
         for name in wanted
         if name not in rows[0]
     ]
@@ -57,14 +62,18 @@ def _column(path: Path, rows: list[dict[str, str]], columns: Mapping[str, str]) 
         f"{path}, row {number}: no {name!r}"
         for number, row in enumerate(rows, 1)
         for name in wanted
-        if not isinstance(row.get(name), str)
+        if not isinstance(row.get(name), str) and not (second is None and _is_words(row.get(name)))
     ]
     if problems:
         raise InputError(*problems)
-    return [(row[text], row[pair]) for row in rows] if len(wanted) == 2 else [row[text] for row in rows]
+    return [tuple(row[name] for name in wanted) if len(wanted) > 1 else row[text] for row in rows]
 
 
-def _json_lines(path: Path) -> list[dict[str, str]]:
+def _is_words(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         if not line.strip():

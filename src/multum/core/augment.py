@@ -16,14 +16,13 @@ from pathlib import Path
 from .infilling import Text, cached_infill, load
 from .task import Task
 from .training import Precision
+from .words import UNSPACED, text_of
 
 DROP = 0.15
 """Chance of a word being left out, in the variants that leave words out."""
 INFILLED = 0.5
 """Share of the variants that a masked language model makes, where there is one."""
-_UNSPACED = "\\u0e00-\\u0eff\\u1000-\\u109f\\u1780-\\u17ff\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff\\U00020000-\\U0003ffff"
-"""Thai, Lao, Burmese, Khmer, kana and Han: written without spaces, so that every character counts as a word."""
-_WORD = re.compile(rf"[{_UNSPACED}] ?|[^ {_UNSPACED}]+ ?")
+_WORD = re.compile(rf"[{UNSPACED}] ?|[^ {UNSPACED}]+ ?")
 
 
 def transfer_texts(
@@ -40,7 +39,7 @@ def transfer_texts(
         precision: that it computes with.
     """
     unlabelled = list(task.unlabelled)
-    texts = [*task.inputs("train"), *unlabelled]
+    texts = [text if isinstance(text, tuple) else text_of(text) for text in (*task.inputs("train"), *unlabelled)]
     variants = augment(texts, copies, seed)
     if model is not None and variants:
         if cache is None:
@@ -61,6 +60,8 @@ def augment(texts: Sequence[Text], copies: int, seed: int = 0) -> list[Text]:
         texts: single texts or pairs; in a pair one side, drawn at random, is varied.
         copies: variants per text, 0 or more.
     """
+    if not copies:
+        return []
     rng = random.Random(seed)
     words = [tuple(_split(text) for text in (pair if isinstance(pair, tuple) else (pair,))) for pair in texts]
     result: list[Text] = []

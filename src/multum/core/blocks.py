@@ -3,28 +3,36 @@
 `walk_blocks` runs calibration batches through a model block by block. Whoever receives a block may look at what flows
 through its parts and change its weights; only then is the block run again to make the inputs of the next one.
 Two walks advanced together compare a changed model with the original at the same depth.
+
+Of an encoder-decoder the encoder's blocks come first, then the decoder's, fed by the encoder as it is by then.
+
+What a block is called with beside the hidden state (masks, positions) may differ from block to block, so it is asked for each;
+caches of keys and values are left out, because a block is run more than once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from transformers import Cache
 
-from .families import base_of, blocks_of, family_of
+from ..errors import InputError
+from .block import Block as Block
+from .block import Flow as Flow
+from .block import of_tokens as of_tokens
+from .block import state_of
+from .families import Stack, base_of, one_stack, stacks_of
+from .family import Family
 from .surgery import swap
 from .task import Batch
 
-
-@dataclass(frozen=True)
-class Flow:
-    """What went through one part of a block, padding left out: (tokens, features) each."""
-
-    input: torch.Tensor
-    output: torch.Tensor
+NOWHERE = -1e30
+"""The logit of a place that is none. Not -inf: 0 · (-inf + inf) would be nan."""
 
 
 def beside(module: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
@@ -34,107 +42,68 @@ def beside(module: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
 
 
 class _StopForwardError(Exception):
-    """Ends a forward pass once the first block's inputs are known."""
+    """Ends a forward pass once every block's inputs are known."""
 
 
-@dataclass
-class Block:
-    """One block and everything it is called with, batch by batch.
+class _StandIn(nn.Module):
+    """Takes the place of a block, passes the hidden state on, and keeps what it was called with."""
 
-    Attributes:
-        index: its number, from 0.
-        module: the block itself.
-        calls: per batch, the positional and keyword arguments; the first positional one is the hidden state
-            (batch, tokens, hidden).
-        masks: per batch, True for real tokens, (batch, tokens).
-    """
+    def __init__(self, block: nn.Module, *, tuples: int, last: bool = False) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.tuples, self.last = tuples, last
+        self.__dict__["block"] = block  # not a part of this one
 
-    index: int
-    module: nn.Module
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    masks: list[torch.Tensor]
-
-    def flows(self, batch: int, paths: Sequence[str]) -> dict[str, Flow]:
-        """Run the block on one batch and return what flowed through the parts at `paths`."""
-        seen: dict[str, Flow] = {}
-        mask = self.masks[batch]
-
-        def keep(path: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-                seen[path] = Flow(inputs[0][mask].detach(), output[mask].detach())
-
-            return hook
-
-        handles = [self.module.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    def __getattr__(self, name: str) -> Any:
         try:
-            self.run(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+            return super().__getattr__(name)
+        except AttributeError:  # models look at what a block says of itself (ModernBERT's attention_type)
+            return getattr(self.__dict__["block"], name)
 
-    def sums(self, paths: Sequence[str], measure: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Σ over the batches of `measure(x)`, where x (tokens, features) is what flows into each part, padding left out.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept = [None if isinstance(arg, Cache) else arg for arg in args]
+        self.calls.append((tuple(kept), {name: None if isinstance(arg, Cache) else arg for name, arg in kwargs.items()}))
+        if self.last:
+            raise _StopForwardError
+        return (args[0], *[None] * (self.tuples - 1)) if self.tuples else args[0]
 
-        One x at a time is in memory. Parts that read one tensor in turn (query, key and value) get one sum, the same object. A part
-        that is never called has none.
 
-        Args:
-            paths: of the parts.
-            measure: gives a new tensor, the same shape for every batch.
-        """
-        totals: dict[str, torch.Tensor] = {}
-        owner: dict[str, str] = {}
-        last: tuple[torch.Tensor | None, str] = (None, "")
-        mask = torch.empty(0)
-
-        def look(path: str) -> Any:
-            def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                nonlocal last
-                if inputs[0] is not last[0]:
-                    part = measure(inputs[0][mask].detach())
-                    totals[path] = totals[path].add_(part) if path in totals else part
-                    last = (inputs[0], path)
-                owner[path] = last[1]
-
-            return hook
-
-        handles = [self.module.get_submodule(path).register_forward_pre_hook(look(path)) for path in paths]
-        try:
-            for batch, mask in enumerate(self.masks):  # noqa: B007 (the hooks read it)
-                last = (None, "")
-                self.run(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {path: totals[first] for path, first in owner.items()}
-
-    def run(self, batch: int) -> torch.Tensor:
-        """The block's output on one batch, (batch, tokens, hidden)."""
-        args, kwargs = self.calls[batch]
-        output = self.module(*args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+@contextmanager
+def _stand_ins(module: nn.Module, stack: Stack, count: int, *, stop: bool = False) -> Iterator[list[_StandIn]]:
+    """The model with stand-ins for a stack's first `count` blocks; with `stop` a forward pass ends at the last of them."""
+    family, blocks = stack.family, stack.blocks
+    made = [_StandIn(block, tuples=family.tuples, last=stop and i == count - 1) for i, block in enumerate(blocks[:count])]
+    swap(base_of(module), family.blocks, nn.ModuleList([*made, *blocks[count:]]))
+    try:
+        yield made
+    finally:
+        swap(base_of(module), family.blocks, blocks)
 
 
 @torch.no_grad()
-def first_calls(module: nn.Module, batches: Sequence[Batch]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments with which the first block is called, per batch."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+def block_calls(
+    module: nn.Module, batches: Sequence[Batch], stack: Stack | None = None
+) -> list[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Per block and batch the arguments that it is called with. No block of the stack is run: each is given what the first gets.
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-        raise _StopForwardError
+    Args:
+        module: a transformers model with a row in `families`.
+        batches: its inputs.
+        stack: whose blocks; None for the first.
 
-    handle = blocks_of(module)[0].register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    Raises:
+        InputError: something stands between the blocks that a walk would miss.
+    """
+    if getattr(getattr(module, "config", None), "conv_kernel_size", 0):
+        raise InputError("this model has a convolution beside its first block, so that its blocks cannot be taken one by one")
+    stack = stack or stacks_of(module)[0]
+    with _stand_ins(module, stack, len(stack.blocks), stop=True) as made:
         for batch in batches:
             try:
                 module(**beside(module, batch))
             except _StopForwardError:
                 continue
-    finally:
-        handle.remove()
-    return calls
+    return [each.calls for each in made]
 
 
 def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[Block]:
@@ -144,42 +113,118 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
 
     Args:
         module: a transformers model with a row in `families`.
-        batches: padded inputs with an `attention_mask`, no labels, on any device.
+        batches: padded inputs with an `attention_mask`, no labels, on any device. For an encoder-decoder also
+            `decoder_input_ids`, with a `decoder_attention_mask` where some are padding, or instead of both `labels`, -100 where
+            there is nothing to say.
+
+    Raises:
+        InputError: something stands between the blocks that a walk would miss, or the decoder is given nothing to read.
     """
-    batches = [beside(module, batch) for batch in batches]
-    masks = [batch["attention_mask"].bool() for batch in batches]
-    calls = first_calls(module, batches) if len(blocks_of(module)) else []
-    for index, part in enumerate(blocks_of(module)):
-        block = Block(index, part, calls, masks)
-        yield block
-        calls = [((block.run(i), *args[1:]), kwargs) for i, (args, kwargs) in enumerate(calls)]
+    batches, begin = [beside(module, batch) for batch in batches], 0
+    for stack in stacks_of(module):
+        masks = [_mask(batch, stack) for batch in batches]
+        sources = [batch["attention_mask"].bool() for batch in batches]
+        paths = (stack.family.cross.key, stack.family.cross.value) if stack.family.cross else ()
+        every = block_calls(module, batches, stack) if len(stack.blocks) else []
+        for place, part in enumerate(stack.blocks):
+            block = Block(begin + place, part, every[place], masks, sources, paths)
+            yield block
+            if place + 1 < len(every):
+                following = enumerate(every[place + 1])
+                every[place + 1] = [(_handed_on(stack.family, block.outputs(i), args), kwargs) for i, (args, kwargs) in following]
+            every[place] = []
+        begin += len(stack.blocks)
+
+
+def _mask(batch: Batch, stack: Stack) -> torch.Tensor:
+    """True for real tokens of what a stack reads."""
+    if stack.name != "decoder":
+        return batch["attention_mask"].bool()
+    if "decoder_attention_mask" in batch:
+        return batch["decoder_attention_mask"].bool()
+    if "labels" in batch:  # what predicts a label stands in its place
+        return batch["labels"] != -100
+    if "decoder_input_ids" not in batch:
+        raise InputError("an encoder-decoder's calibration texts need decoder_input_ids (or labels), what its decoder is to read")
+    return torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+
+
+def _handed_on(family: Family, outputs: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The positional arguments of the next block."""
+    following = [state_of(outputs), *args[1:]]
+    for source, place in family.handed_on:
+        following[place] = outputs[source]
+    return tuple(following)
 
 
 @torch.no_grad()
-def outputs_from(module: Any, block: Block | None, batches: Sequence[Batch], numbers: Sequence[int]) -> torch.Tensor:
-    """The model's logits on calibration batches, (examples, classes), computed from `block` on.
+def each_output(
+    module: Any, block: Block | None, batches: Sequence[Batch], numbers: Sequence[int], *, before: nn.Module | None = None
+) -> Iterator[torch.Tensor]:
+    """The model's logits on calibration batches, computed from `block` on, batch by batch.
 
-    The blocks before it are left out and its stored inputs taken instead, which saves half the work on average.
+    (examples, classes), or for a model that answers for every token (real tokens, classes). The blocks before `block` are left out
+    and its stored inputs taken instead, which saves half the work on average.
 
     Args:
         module: the model that `block` was yielded from.
         block: where to begin; None for the whole model.
         batches: those that the walk was given.
         numbers: which of the batches to take.
+        before: the part at which to end: what flows into it, (real tokens, features), instead of the logits.
     """
-    chosen = [beside(module, batches[number]) for number in numbers]
-    if block is None:
-        return torch.cat([module(**batch).logits for batch in chosen])
-    base, path, blocks = base_of(module), family_of(module).blocks, blocks_of(module)
-    stored = iter([block.calls[number][0][0] for number in numbers])
+    one_stack(module)
+    for number in numbers:
+        batch = beside(module, batches[number])
+        mask = batch["attention_mask"].bool()
+        with _begin_at(module, block, number):
+            result = _answers(module(**batch), mask) if before is None else _flowing_into(before, module, batch)
+        yield of_tokens(result, mask) if result.dim() == 3 else result
 
-    def from_store(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (next(stored), *args[1:]), kwargs
 
-    handle = block.module.register_forward_pre_hook(from_store, with_kwargs=True)
-    swap(base, path, nn.ModuleList(blocks[block.index :]))
+def _answers(outputs: Any, mask: torch.Tensor) -> torch.Tensor:
+    """The logits; of a model for spans a row for the starts and a row for the ends of every text, (2 texts, tokens)."""
+    if hasattr(outputs, "logits"):
+        return cast(torch.Tensor, outputs.logits)
+    return torch.cat([outputs.start_logits, outputs.end_logits]).masked_fill(~mask.repeat(2, 1), NOWHERE)
+
+
+def _flowing_into(part: nn.Module, module: nn.Module, batch: Batch) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(inputs[0])
+        raise _StopForwardError
+
+    handle = part.register_forward_pre_hook(stop)
     try:
-        return torch.cat([module(**batch).logits for batch in chosen])
+        with suppress(_StopForwardError):
+            module(**batch)
     finally:
         handle.remove()
-        swap(base, path, blocks)
+    return seen[0]
+
+
+@contextmanager
+def _begin_at(module: nn.Module, block: Block | None, number: int) -> Iterator[None]:
+    """The model with stand-ins for the blocks before `block`, which is given its stored inputs of one batch."""
+    if block is None:
+        yield
+        return
+
+    def from_store(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (block.calls[number][0][0], *args[1:]), kwargs
+
+    handle = block.module.register_forward_pre_hook(from_store, with_kwargs=True)
+    try:
+        with _stand_ins(module, stacks_of(module)[0], block.index):
+            yield
+    finally:
+        handle.remove()
+
+
+def outputs_from(module: Any, block: Block | None, batches: Sequence[Batch], numbers: Sequence[int]) -> torch.Tensor:
+    """`each_output` in one tensor, (examples or real tokens, classes)."""
+    parts = list(each_output(module, block, batches, numbers))
+    widest = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, widest - part.shape[1]), value=NOWHERE) for part in parts])

@@ -2,7 +2,8 @@
 
 Arithmetic predicts a small model's speed badly: a block has a fixed cost whatever its width, and a runtime's kernels come in
 steps. So short stacks of blocks with random weights are timed in the runtime that will serve the model, and the cost of each
-part is read off as a difference. A search for a faster model then adds up costs that were seen, not counted.
+part is read off as a difference. A search for a faster model then adds up costs that were seen, not counted. Where queries share
+keys and values, a head is a key/value head with all its queries.
 
 The last block that attends is cheaper where the task's head reads the first token only: its queries, its feed-forward and
 everything after are computed for that one token. Its costs stand in columns of their own.
@@ -83,14 +84,36 @@ class LatencyTable:
             raise InputError(f"{path} is no latency table; a run of shrink keeps one in latency.json") from error
 
     @classmethod
-    def by_macs(cls, *, hidden: int, head_size: int, heads: int, neurons: int, tokens: int) -> Self:
-        """Multiply-accumulates per example instead of time: for a machine that cannot be measured."""
-        head = 4 * tokens * hidden * head_size + 2 * tokens**2 * head_size
-        neuron = 2 * tokens * hidden
+    def by_macs(
+        cls,
+        *,
+        hidden: int,
+        head_size: int,
+        heads: int,
+        neurons: int,
+        tokens: int,
+        queries: int = 1,
+        gated: bool = False,
+        base: int = 0,
+    ) -> Self:
+        """Multiply-accumulates per example instead of time: for a machine that cannot be measured.
+
+        Args:
+            hidden: width.
+            head_size: features of one query.
+            heads: of the unpruned block, key/value heads where queries share them.
+            neurons: of the unpruned block.
+            tokens: of an example.
+            queries: that share a key/value head.
+            gated: whether the feed-forward has a third matrix.
+            base: what is computed whatever the blocks are: a head over the vocabulary.
+        """
+        head = 2 * (queries + 1) * tokens * hidden * head_size + 2 * tokens**2 * queries * head_size
+        neuron = (3 if gated else 2) * tokens * hidden
         attention = {count: float(count * head) for count in range(heads + 1)}
         feed_forward = {count: float(count * neuron) for count in (0, neurons)}
         return cls(
-            base=0.0,
+            base=float(base),
             attention=attention,
             attention_last=attention,
             feed_forward=feed_forward,

@@ -14,12 +14,12 @@ from typing import Any
 
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import InputError
 from . import shapes
 from .folders import digest, read_json, whole_folder
+from .linears import Linear, is_linear
 
 RECIPE = "recipe.json"
 
@@ -123,9 +123,9 @@ class Model:
             new_weights=self.new_weights,
         )
 
-    def linears(self) -> dict[str, nn.Linear]:
+    def linears(self) -> dict[str, Linear]:
         """Every linear layer by name."""
-        return {name: part for name, part in self.module.named_modules() if isinstance(part, nn.Linear)}
+        return {name: part for name, part in self.module.named_modules() if is_linear(part)}
 
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""

@@ -147,15 +147,18 @@ class Repair:
         self.tokens += len(c)
         self.sums = [a + b for a, b in zip(self.sums, parts, strict=True)] if self.sums else parts
 
-    def solve(self, damping: float = 0.01, support: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve(
+        self, damping: float = 0.01, support: torch.Tensor | None = None, *, centred: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """ΔW (hidden, features) and Δb (hidden,).
 
         Args:
             damping: ε as a share of the mean diagonal of S, above 0.
             support: where ΔW may differ from zero, (hidden, features); None: everywhere.
+            centred: False for a layer without a bias: W <- W + B (S + εI)⁻¹ with nothing centred, and Δb is 0.
         """
         c, r, cc, rc = self.sums
-        mean_c, mean_r = c / self.tokens, r / self.tokens
+        mean_c, mean_r = (c / self.tokens, r / self.tokens) if centred else (torch.zeros_like(c), torch.zeros_like(r))
         if len(c) == 0:
             return rc, mean_r
         s = cc - self.tokens * torch.outer(mean_c, mean_c)

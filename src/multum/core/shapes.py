@@ -5,39 +5,70 @@ transformers asks a *quantizer* to prepare the empty model before the weights ar
 
     "quantization_config": {"quant_method": "multum", "shapes": {module name: [out_features, in_features]}}
 
-A shape with 0 rows is a `Removed`, one with 0 columns a `BiasOnly` (see `surgery`). Nothing here is quantized: once
-the weights are in, the model is an ordinary one again, free to train, move and save. Shapes that stock transformers can
-express by itself (fewer layers, the same number of neurons everywhere) are written into its own fields instead, so
-that such a model loads without multum.
+A shape with 0 rows is a `Removed`, one with 0 columns a `BiasOnly` (see `surgery`), one of three numbers, [out, rank, in], a
+`Factored`. Nothing here is quantized: once the weights are in, the model is an ordinary one again, free to train, move and save.
+Shapes that stock transformers can express by itself (fewer layers, the same number of neurons everywhere, of heads where a config
+can say so) are written into its own fields instead, so that such a model loads without multum.
+
+Two more entries, where an architecture takes them: `heads`, attention name -> the heads of the unpruned block that it still has,
+where all blocks share a table with one column for each (MPNet, T5); `norms`, names of norms that the stock model lacks because the
+first block has none before its attention (ModernBERT), and the first is another one now.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .families import FAMILIES, blocks_of
-from .surgery import BiasOnly, head_size, swap, with_shape
+from .factored import Factored
+from .families import FAMILIES, blocks_of, every_block, family_of, stacks_of
+from .family import Family
+from .head_state import keep_own_heads, own_heads, settle
+from .linears import is_linear, shape_of
+from .surgery import (
+    BiasOnly,
+    counts_of,
+    has,
+    head_size,
+    heads_and_neurons,
+    queries_per_head,
+    rows_of_one,
+    swap,
+    width,
+    with_shape,
+)
 
 METHOD = "multum"
-Shapes = dict[str, tuple[int, int]]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @register_quantization_config(METHOD)
 class ShapesConfig(QuantizationConfigMixin):
-    """What `config.json` says about shapes: module name -> (out_features, in_features)."""
+    """What `config.json` says about shapes: module name -> (out, in), or (out, rank, in) of a `Factored` one."""
 
-    def __init__(self, shapes: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, Any] | None = None,
+        heads: Mapping[str, Sequence[int]] | None = None,
+        norms: Sequence[str] = (),
+        **_: Any,
+    ) -> None:
         self.quant_method: Any = METHOD
-        self.shapes: Shapes = {name: (int(out), int(in_)) for name, (out, in_) in (shapes or {}).items()}
+        self.shapes: Shapes = {name: tuple(int(n) for n in shape) for name, shape in (shapes or {}).items()}
+        self.heads = {name: [int(head) for head in kept] for name, kept in (heads or {}).items()}
+        self.norms = list(norms)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "shapes": {name: list(shape) for name, shape in self.shapes.items()}}
+        more = {name: value for name, value in (("heads", self.heads), ("norms", self.norms)) if value}
+        return {"quant_method": METHOD, "shapes": {name: list(shape) for name, shape in self.shapes.items()}, **more}
 
 
 @register_quantizer(METHOD)
@@ -52,7 +83,12 @@ class ShapesLoader(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        apply_shapes(model, cast(ShapesConfig, self.quantization_config).shapes)
+        entry: Any = self.quantization_config
+        apply_shapes(model, entry.shapes)
+        for name, kept in entry.heads.items():
+            keep_own_heads(model.get_submodule(name), kept)
+        for name in entry.norms:
+            swap(model, name, copy.deepcopy(blocks_of(model)[0].get_submodule(family_of(model).feed_forward_norm)))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -71,29 +107,61 @@ def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
     Raises:
         ValueError: a name is no linear layer of this model.
     """
-    linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    linears = {name: part for name, part in module.named_modules() if is_linear(part)}
     unknown = sorted(set(shapes) - set(linears))
     if unknown:
         raise ValueError(f"config.json gives shapes for layers that this model does not have: {', '.join(unknown)}")
-    size = head_size(module)
-    for name, (out_features, in_features) in shapes.items():
-        swap(module, name, with_shape(linears[name], out_features, in_features, head=size))
+    ones = _rows_of_ones(module)
+    for name, shape in shapes.items():
+        out_features, in_features = shape[0], shape[-1]
+        if len(shape) == 3:
+            swap(module, name, Factored.like(linears[name], shape[1], out_features, in_features))
+            continue
+        new = with_shape(linears[name], out_features, in_features, head=ones.get(linears[name], 1))
+        swap(module, name, new)
+        if not is_linear(new):  # some architectures draw an attention's matrices from outside, and this one has no weight
+            cast(Any, module.get_submodule(name.rpartition(".")[0]))._is_hf_initialized = True
+    queries = queries_per_head(module)
+    for family, block in _attentions(module):
+        size = head_size(module, family)
+        settle(block, family, max(width(block, family.attention_output) // (queries * size), 1), queries, size)
+
+
+def _attentions(module: nn.Module) -> Iterator[tuple[Family, nn.Module]]:
+    """Every block with the row of its attention; one of a decoder that reads an encoder comes twice."""
+    for stack in stacks_of(module):
+        for family in (stack.family, stack.family.cross):
+            yield from ((family, block) for block in stack.blocks if family)
+
+
+def _rows_of_ones(module: nn.Module) -> dict[nn.Module, int]:
+    """For matrices inside the blocks, how many rows belong to one head or neuron."""
+    queries = queries_per_head(module)
+    return {
+        block.get_submodule(path): sum(parts)
+        for family, block in _attentions(module)
+        for path, parts in rows_of_one(family, queries, head_size(module, family)).items()
+        if has(block, path)
+    }
 
 
 def current_shapes(module: nn.Module) -> Shapes:
-    """(out, in) of every linear layer, removed ones included when compared with `stock_shapes`."""
-    return {
-        name: (part.out_features, part.in_features)
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Linear | BiasOnly)
-    }
+    """(out, in) of every linear layer, (out, rank, in) of factored ones; removed ones are told by comparing with `stock_shapes`."""
+    parts = list(module.named_modules())
+    shapes: Shapes = {name: shape_of(part) for name, part in parts if is_linear(part) or isinstance(part, BiasOnly)}
+    return shapes | {name: part.shape for name, part in parts if isinstance(part, Factored)}
+
+
+def stock_model(module: Any) -> nn.Module:
+    """What stock transformers builds from this model's config, without weights."""
+    config = type(module.config).from_dict(without_shapes(module.config.to_dict()))
+    with torch.device("meta"):
+        return type(module)(config)
 
 
 def stock_shapes(module: Any) -> Shapes:
     """(out, in) of every linear layer that stock transformers builds from this model's config."""
-    config = type(module.config).from_dict(without_shapes(module.config.to_dict()))
-    with torch.device("meta"):
-        return current_shapes(type(module)(config))
+    return current_shapes(stock_model(module))
 
 
 def without_shapes(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,25 +175,46 @@ def record(module: Any) -> bool:
     Returns:
         True when stock transformers can load the result, False when it takes `import multum`.
     """
-    if module.config.model_type in FAMILIES:
-        _use_uniform_neurons(module)
-    current = current_shapes(module)
+    if module.config.model_type in FAMILIES and every_block(module):
+        _use_uniform_counts(module)
+    stock, current = stock_model(module), current_shapes(module)
     changed: Shapes = {}
-    for name, shape in stock_shapes(module).items():
+    for name, shape in current_shapes(stock).items():
         now = current.get(name, (0, shape[1]))
         if now != shape:
             changed[name] = now
-    if changed:
-        module.config.quantization_config = ShapesConfig(changed)
+    heads = {name: kept for name, part in module.named_modules() if (kept := own_heads(part)) is not None}
+    there = dict(stock.named_modules())
+    norms = [name for name, part in module.named_modules() if _is_norm_for_nothing(part, there.get(name))]
+    if changed or heads or norms:
+        module.config.quantization_config = ShapesConfig(changed, heads, norms)
     elif hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
-    return not changed
+    return not (changed or heads or norms)
 
 
-def _use_uniform_neurons(module: Any) -> None:
-    down = FAMILIES[module.config.model_type].down
-    counts = {cast(int, block.get_submodule(down).in_features) for block in blocks_of(module)}
-    if len(counts) == 1 and (count := counts.pop()) > 0:
-        # DistilBERT calls it hidden_dim and, unlike num_hidden_layers, gives it no common name.
-        name = "hidden_dim" if hasattr(module.config, "hidden_dim") else "intermediate_size"
-        setattr(module.config, name, count)
+def _is_norm_for_nothing(part: nn.Module, stock: nn.Module | None) -> bool:
+    return isinstance(part, nn.LayerNorm) and isinstance(stock, nn.Identity)
+
+
+def _use_uniform_counts(module: Any) -> None:
+    """Tell the config how many heads and neurons a block has, where all have as many and stock transformers can build that."""
+    family, config = family_of(module), module.config
+    neurons: dict[str, set[int]] = {}
+    for stack in stacks_of(module):  # T5 has one field for both, BART one for each
+        neurons.setdefault(stack.family.neurons_field, set()).update(count for _, count in counts_of(module, stack))
+    for field, found in neurons.items():
+        if len(found) == 1 and 0 not in found:
+            setattr(config, field, found.pop())
+    heads = {count for count, _ in heads_and_neurons(module)}
+    if family.free_heads and len(heads) == 1 and 0 not in heads:
+        count, queries = heads.pop(), queries_per_head(module)
+        if count * queries == config.num_attention_heads:
+            return
+        names = {"head_dim": head_size(module), "num_attention_heads": count * queries, "num_key_value_heads": count}
+        try:
+            type(config).from_dict({**without_shapes(config.to_dict()), **names})
+        except (StrictDataclassError, ValueError):  # Llama's heads must divide its width
+            return
+        for name, value in names.items():
+            setattr(config, name, value)

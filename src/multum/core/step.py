@@ -18,7 +18,9 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import InputError
+from .linears import shape_of
 from .model import Model
+from .shapes import current_shapes
 from .task import Task
 
 
@@ -70,15 +72,16 @@ class Step(ABC):
 
 def _account(before: Model, after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Every linear layer of `before` as changed (new shape, or `weights`) or skipped (and why)."""
-    old, new = before.linears(), after.linears()
+    old, new, shapes = before.linears(), after.linears(), current_shapes(after.module)
     changed: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name, linear in old.items():
         other = new.get(name)
         if other is None:
-            changed[name] = "removed"
-        elif other.weight.shape != linear.weight.shape:
-            changed[name] = [list(linear.weight.shape), list(other.weight.shape)]
+            now = shapes.get(name, ())
+            changed[name] = [list(shape_of(linear)), list(now)] if len(now) == 3 else "removed"
+        elif shape_of(other) != shape_of(linear):
+            changed[name] = [list(shape_of(linear)), list(shape_of(other))]
         elif not torch.equal(other.weight, linear.weight):
             changed[name] = "weights"
         else:

@@ -24,7 +24,7 @@ from ..errors import InputError
 from .families import blocks_of
 from .model import Model
 from .shapes import without_shapes
-from .surgery import keep_blocks
+from .surgery import PER_BLOCK, keep_blocks
 from .task import Task
 
 Spec = str | Mapping[str, Any]
@@ -112,16 +112,20 @@ def _blocks(there: int, layers: Any) -> list[int]:
 
 def _fresh(model: Model, sizes: Mapping[str, Any], seed: int) -> Model:
     """A model of the same class with random weights."""
-    config = type(model.module.config).from_dict(without_shapes(model.module.config.to_dict()))
-    names = {name: _own_name(config, name) for name in SIZES}
+    old = model.module.config
+    names = {name: _own_name(old, name) for name in SIZES}
     if missing := [name for name in sizes if names[name] is None]:
-        kind = config.model_type
+        kind = old.model_type
         raise InputError(*(f"student: models of type {kind!r} have no {name}; name a folder or Hub id instead" for name in missing))
-    for name, value in sizes.items():
-        setattr(config, str(names[name]), value)
-    width, heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 1)
+    width, heads = (
+        sizes.get(name, getattr(old, name, default)) for name, default in (("hidden_size", 0), ("num_attention_heads", 1))
+    )
     if width % heads:
         raise InputError(f"student: {heads} heads do not divide the width: num_attention_heads {heads}, hidden_size {width}")
+    values = without_shapes(old.to_dict()) | _that_follow(old, width, heads)
+    if "num_hidden_layers" in sizes:
+        values = {name: value for name, value in values.items() if name not in PER_BLOCK}
+    config = type(old).from_dict(values | {old.attribute_map.get(names[name], names[name]): value for name, value in sizes.items()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = type(model.module)(config)
@@ -136,10 +140,26 @@ def _fresh(model: Model, sizes: Mapping[str, Any], seed: int) -> Model:
 
 
 def _own_name(config: Any, name: str) -> str | None:
-    """What a config calls a size. DistilBERT has a name of its own for this one, unlike for the others, and no common one."""
-    if name == "intermediate_size" and not hasattr(config, name):
-        name = "hidden_dim"
-    return name if hasattr(config, name) else None
+    """What a config calls a size. Some have a name of their own for the neurons, unlike for the others, and no common one."""
+    names = ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim") if name == "intermediate_size" else (name,)
+    return next((name for name in names if hasattr(config, name)), None)
+
+
+def _that_follow(old: Any, width: int, heads: int) -> dict[str, Any]:
+    """Sizes that nobody names, where a config has them: in the same proportion to width and heads as before."""
+    follow: dict[str, Any] = {}
+    if not hasattr(old, "num_attention_heads"):
+        return follow
+    for name in ("head_dim", "attention_head_size"):
+        if getattr(old, name, None) == old.hidden_size // old.num_attention_heads:
+            follow[name] = width // heads
+    if keys := getattr(old, "num_key_value_heads", None):
+        queries = old.num_attention_heads // keys
+        follow["num_key_value_heads"] = heads // queries if heads % queries == 0 else heads
+    for name in ("word_embed_proj_dim", "pooler_hidden_size"):
+        if getattr(old, name, None) == old.hidden_size:
+            follow[name] = width
+    return follow
 
 
 def _is_layers(value: Any) -> bool:

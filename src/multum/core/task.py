@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 Batch = Mapping[str, "torch.Tensor"]
+IGNORED = -100
+"""The label where none is asked for; losses leave it out."""
+UNKNOWN = -101
+"""The label of a token that is asked about and has no reference: a teacher tells, the task's own loss leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,8 @@ class Quality:
     value: float
     ci95: tuple[float, float]
     n: int
-    others: dict[str, float] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+    """Numbers, and in words how they were computed where that could differ."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"ci95": list(self.ci95)}
@@ -53,15 +58,23 @@ class Task(Protocol):
         ...
 
     def encode(self, model: Model, split: SplitName) -> Dataset:
-        """The split as the model reads it: `input_ids`, `attention_mask`, `labels`, ..., one row an example, unpadded."""
+        """The split as the model reads it: `input_ids`, `attention_mask`, `labels`, ..., unpadded, in the split's order.
+
+        One row is an example, or one of its windows where the task reads long inputs in several. `labels` is what the loss takes:
+        a number, several, or an integer for every token.
+        """
         ...
 
     def encode_texts(self, model: Model, texts: Sequence[Any]) -> Dataset:
-        """Texts without references as the model reads them, one row each, unpadded; `labels` is -100, which losses ignore."""
+        """Inputs without references as the model reads them, unpadded.
+
+        `labels` is what losses leave out: `IGNORED`, or `UNKNOWN` at the tokens that are asked about; nan where labels are
+        floating-point numbers.
+        """
         ...
 
     def inputs(self, split: SplitName) -> Sequence[Any]:
-        """The split's raw inputs, as a runtime's predictor takes them (a text, or a pair of texts)."""
+        """The split's raw inputs, as a runtime's predictor takes them (a text, a pair of texts, a list of words)."""
         ...
 
     def calibration(self, model: Model, samples: int, *, seed: int = 0) -> list[Batch]:
@@ -72,12 +85,27 @@ class Task(Protocol):
         """The task's own loss on a model's outputs, a mean over the examples of the batch."""
         ...
 
+    def columns_for(self, labels: Sequence[str]) -> list[int] | None:
+        """Which of the last axis of a target's predictions are the task's, in its order; None: all, as they are.
+
+        Args:
+            labels: the names of the target's outputs.
+
+        Raises:
+            InputError: the task has others.
+        """
+        ...
+
     def score(self, predictions: np.ndarray, split: SplitName) -> Quality:
         """The quality of predictions (as a runtime's predictor returns them) against the split's references."""
         ...
 
     def drop(self, before: Quality, after: Quality) -> float:
         """What was lost, in the unit a budget is stated in: points for accuracy. Negative when it got better."""
+        ...
+
+    def drop_of(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+        """The same from two `metrics.json`."""
         ...
 
     def batches(self, model: Model, split: SplitName, batch_size: int) -> Iterator[Batch]:

@@ -7,8 +7,6 @@ resume come with it for all of them.
 from __future__ import annotations
 
 import contextlib
-import gc
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,24 +19,25 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import MultumError
+from .linears import is_linear
+from .memory import give_back
 from .model import Model
+from .padding import FEW_SHAPES as FEW_SHAPES
+from .padding import pad as pad
 from .reporting import report
 
 Rows = Sequence[Mapping[str, Any]]
 Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 Precision = Literal["auto", "fp32", "bf16"]
 
-FEW_SHAPES = 8
-"""Batches are padded to a multiple of so many tokens. Matrix kernels are prepared for every new shape, which takes longer than
-running them where a model is small: without this a small student trains at less than half the speed."""
-
 
 def fit(
     model: Model,
-    rows: Rows,
+    rows: Rows | torch.utils.data.IterableDataset,
     loss: Loss,
     *,
-    epochs: float,
+    epochs: float = 1,
+    steps: int | None = None,
     learning_rate: float,
     batch_size: int = 32,
     weight_decay: float = 0.01,
@@ -48,6 +47,7 @@ def fit(
     seed: int = 0,
     after_step: Callable[[nn.Module], None] | None = None,
     checkpoints: Path | None = None,
+    save_every: int | None = None,
     extra: nn.Module | None = None,
 ) -> dict[str, float]:
     """Train `model.module` in place with AdamW, linear warm-up and decay, gradients clipped to norm 1.
@@ -56,14 +56,16 @@ def fit(
 
     Args:
         model: changed in place.
-        rows: encoded examples (`input_ids`, `attention_mask`, ...), unpadded.
+        rows: encoded examples (`input_ids`, `attention_mask`, ...), unpadded; or a stream of them, which takes `steps`.
         loss: (module, padded batch) -> scalar, a mean over the batch.
         epochs: passes over `rows`.
+        steps: optimizer steps, in the place of `epochs`. A stream is read until they are done, and must be long enough.
         learning_rate: the highest, reached after the share `warmup` of all steps.
         dropout: False switches the model's dropout off while training.
         precision: `bf16` is autocast; `auto` takes it where the processor has instructions for it.
         after_step: called with the module after every optimizer step.
-        checkpoints: keep one here after each epoch, and go on from the last one found.
+        checkpoints: keep one here after each epoch, and go on from the last one found. A stream is then read again up to there.
+        save_every: keep one after so many optimizer steps instead.
         extra: what else the loss trains (a projection), on the same terms; it is no part of the model afterwards.
 
     Returns:
@@ -72,8 +74,8 @@ def fit(
     Raises:
         MultumError: the loss became infinite or not a number.
     """
-    gc.collect()  # the Trainer of an earlier fit and its parts hold each other, and with them twice its weights
-    module = model.module
+    give_back()  # what an earlier fit has left
+    module, data = model.module, rows if isinstance(rows, torch.utils.data.IterableDataset) else _ListDataset(rows)
     with (
         tempfile.TemporaryDirectory() as scratch,
         on_accelerator(module),
@@ -87,8 +89,11 @@ def fit(
             model=module,
             args=_arguments(
                 output_dir=str(checkpoints or scratch),
-                save_strategy="epoch" if checkpoints else "no",
+                save_strategy=("steps" if save_every else "epoch") if checkpoints else "no",
+                save_steps=save_every or 500,
                 num_train_epochs=epochs,
+                max_steps=steps or -1,
+                train_sampling_strategy="group_by_length" if isinstance(data, _ListDataset) else "random",
                 learning_rate=learning_rate,
                 per_device_train_batch_size=batch_size,
                 weight_decay=weight_decay,
@@ -98,7 +103,7 @@ def fit(
                 # What is used outside of the model's own forward pass would be taken for unused.
                 ddp_find_unused_parameters=False if extra is not None else None,
             ),
-            train_dataset=_ListDataset(rows),
+            train_dataset=data,
             data_collator=lambda features: pad(features, model.tokenizer.pad_token_id, multiple=FEW_SHAPES),
             callbacks=[_AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
@@ -116,7 +121,6 @@ def _arguments(**hyper: Any) -> TrainingArguments:
     """These hyper-parameters and what is the same in every training."""
     return TrainingArguments(
         lr_scheduler_type="linear",
-        train_sampling_strategy="group_by_length",
         use_cpu=accelerator() == "cpu",
         dataloader_pin_memory=torch.cuda.is_available(),
         save_total_limit=1,
@@ -133,20 +137,6 @@ def _without_autocast(module: nn.Module) -> None:
     """Take off what accelerate leaves around `forward`, which a saved and loaded copy would not have."""
     for name in ("forward", "_original_forward"):
         module.__dict__.pop(name, None)
-
-
-def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int, *, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """Right-pad token columns to the longest, or the next multiple of a number, and stack: (batch, tokens) or (batch,)."""
-    longest = math.ceil(max(len(feature["input_ids"]) for feature in features) / multiple) * multiple
-    fill = {"input_ids": pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-    return {
-        name: torch.tensor(
-            [[*feature[name], *[fill[name]] * (longest - len(feature[name]))] for feature in features]
-            if name in fill
-            else [feature[name] for feature in features]
-        )
-        for name in features[0]
-    }
 
 
 def accelerator() -> str:
@@ -274,7 +264,7 @@ def _zeros_kept(module: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
     zeros = [
         (part.weight, part.weight == 0)
         for part in module.modules()
-        if isinstance(part, nn.Linear) and part.weight.numel() and bool((part.weight == 0).any())
+        if is_linear(part) and part.weight.numel() and bool((part.weight == 0).any())
     ]
 
     @torch.no_grad()

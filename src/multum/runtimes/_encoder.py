@@ -69,12 +69,18 @@ def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
     """The arrays of a transformers sequence classifier.
 
     Raises:
-        InputError: the architecture or its activation is unknown.
+        InputError: the architecture has no such graph, or its activation is unknown.
     """
-    from ..core.families import base_of, blocks_of, family_of
+    from ..core.families import FAMILIES, base_of, blocks_of, family_of
     from ..core.surgery import heads_and_neurons
 
     family, base, config = family_of(module), base_of(module), module.config
+    if family.word_embeddings is None or family.position_embeddings is None or family.embeddings_norm is None:
+        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.word_embeddings))
+        raise InputError(
+            f"models of type {family.model_type!r} cannot be exported to this runtime yet; it takes {known}. "
+            "The runtime pytorch runs every model"
+        )
     name = getattr(config, "hidden_act", None) or config.activation
     if name not in ACTIVATIONS:
         raise InputError(f"activation {name!r} cannot be exported; known: {', '.join(ACTIVATIONS)}")

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from ..core.folders import read_json, write_json
 from ..core.latency import interleave
+from ..core.reading import Texts
 from ._folder import MANIFEST, TOKENIZER, read_manifest
 
 Text = str | tuple[str, str]
@@ -35,6 +36,7 @@ class GraphPredictor:
     def __init__(
         self, folder: Path, manifest: Mapping[str, Any], load: Callable[[int], Run], files: Sequence[Path], threads: int
     ) -> None:
+        self.reader = Texts()
         self.labels: list[str] = list(manifest["labels"])
         self.runtime: str = manifest["runtime"]
         self.precision: str = manifest["precision"]
@@ -55,6 +57,10 @@ class GraphPredictor:
         if len(inputs) == 1:
             return len(self._encode(inputs[0]).ids)
         return sum(len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(inputs)))
+
+    def lengths(self, inputs: Sequence[Text]) -> list[int]:
+        """The tokens of every input."""
+        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(inputs))]
 
     def predict(self, inputs: Sequence[Text], batch_size: int = 32) -> np.ndarray:
         """Logits, float32, (inputs, classes), in the order of the inputs."""

@@ -1,4 +1,7 @@
-"""torch as transformers users run it: the model folder itself, eager, fp32. What the original's latency is measured with."""
+"""torch as transformers users run it: the model folder itself, eager, fp32. What the original's latency is measured with.
+
+It executes models of every task: the head decides how inputs are read and what is made of the outputs (`core/reading`).
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core.reading import reader_of, together, token_limit
 from ..errors import InputError
 from ._folder import takes
-from ._predictor import Text, cores
+from ._predictor import cores
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32",)
 EXTRA: str | None = None
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
+GENERATION_FILES = ("generation_config.json", "source.spm", "target.spm", "spiece.model", "sentencepiece.bpe.model")
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def unavailable() -> str | None:
@@ -40,40 +46,60 @@ class TorchPredictor:
 
         self.threads = threads or cores()
         torch.set_num_threads(self.threads)
-        model = Model.load(folder, auto_class="AutoModelForSequenceClassification")
+        self.reader = reader_of(folder)
+        model = Model.load(folder, auto_class=self.reader.auto_class)
         self.module, self.tokenizer = model.module, model.tokenizer
         config = self.module.config
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
         self.runtime, self.precision = "pytorch", "fp32"
-        positions = getattr(config, "max_position_embeddings", None) or 512
-        if config.model_type in ("roberta", "xlm-roberta"):
-            positions -= config.pad_token_id + 1
-        self.max_length = int(min(positions, self.tokenizer.model_max_length))
-        wanted = ("config.json", "model.safetensors", *TOKENIZER_FILES)
+        self.max_length = token_limit(config, self.tokenizer)
+        wanted = ("config.json", "model.safetensors", *TOKENIZER_FILES, *GENERATION_FILES)
         self.files = [path for path in sorted(folder.iterdir()) if path.name in wanted or path.suffix == ".safetensors"]
         self._torch = torch
 
-    def tokenize(self, inputs: Sequence[Text]) -> int:
+    def tokenize(self, inputs: Sequence[Any]) -> int:
         """Tokenize and count the tokens; there to be timed apart."""
-        return sum(len(ids) for ids in self._encode(inputs, None)["input_ids"])
+        return sum(self.lengths(inputs))
 
-    def predict(self, inputs: Sequence[Text], batch_size: int = 32) -> np.ndarray:
-        """Logits, float32, (inputs, classes), in the order of the inputs."""
-        result = np.empty((len(inputs), len(self.labels)), dtype=np.float32)
+    def lengths(self, inputs: Sequence[Any]) -> list[int]:
+        """The tokens of every row that the inputs are read in."""
+        return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
+
+    def predict(self, inputs: Sequence[Any], batch_size: int = 32) -> np.ndarray:
+        """What the task's reader makes of the outputs (a classifier's logits), float32, (inputs, ...), in the inputs' order."""
+        if not inputs:
+            return np.empty((0, len(self.labels)), dtype=np.float32)
+        parts: list[Any] = [None] * len(inputs)
         # Without knowing the tokens yet, characters tell which texts are of about one length.
-        order = sorted(range(len(inputs)), key=lambda i: len("".join(inputs[i])))
+        order = sorted(range(len(inputs)), key=lambda i: _size(inputs[i]))
         with self._torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                batch = takes(self.module, self._encode([inputs[i] for i in chosen], "pt"))
-                result[chosen] = self.module(**batch).logits.numpy()
-        return result
+                for place, part in zip(chosen, self._answer([inputs[i] for i in chosen], batch_size), strict=True):
+                    parts[place] = part
+        return together(parts)
 
-    def _encode(self, inputs: Sequence[Text], tensors: str | None) -> Any:
-        sides = [list(side) for side in zip(*inputs, strict=True)] if isinstance(inputs[0], tuple) else [list(inputs)]
-        return self.tokenizer(
-            *sides, truncation=True, max_length=self.max_length, padding=tensors is not None, return_tensors=tensors
-        )
+    def _answer(self, inputs: Sequence[Any], batch_size: int) -> list[np.ndarray]:
+        if hasattr(self.reader, "run"):  # it takes more than one look at a row
+            found: list[np.ndarray] = self.reader.run(self.module, self.tokenizer, inputs, batch_size=batch_size)
+            return found
+        encoded = self.reader.encode(self.tokenizer, inputs, self.max_length, "pt")
+        batch = takes(self.module, {name: encoded[name] for name in INPUTS if name in encoded})
+        rows = len(batch["input_ids"])
+        parts = []
+        for start in range(0, rows, batch_size):  # an input may have several rows
+            part = {name: value[start : start + batch_size] for name, value in batch.items()} if rows > batch_size else batch
+            outputs = self.module(**part)
+            parts.append([outputs[name].numpy() for name in self.reader.outputs])
+        joined = [np.concatenate(values) if len(parts) > 1 else values[0] for values in zip(*parts, strict=True)]
+        return list(self.reader.predictions(encoded, dict(zip(self.reader.outputs, joined, strict=True)), inputs))
+
+
+def _size(value: Any) -> int:
+    """Characters of a text, or of all that an input consists of."""
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_size, value.values() if isinstance(value, dict) else value))
 
 
 def open(folder: str | Path, *, threads: int | None = None) -> TorchPredictor:

@@ -3,19 +3,22 @@ r"""The closed-form repair of output matrices towards another model's flow (K-pr
     W <- W + R Cᵀ (C Cᵀ + εI)⁻¹        b <- b + mean(R - ΔW C)
 
 C are the centred features that flow into an output matrix now, R is what the sublayer's output and the residual stream together
-lack of what the other model has at that place. From the bottom up, so that each matrix makes good what those below it left.
+lack of what the other model has at that place: what the norm behind them reads, or, where norms stand before their sublayers, the
+residual stream itself. From the bottom up, so that each matrix makes good what those below it left. A matrix without a bias is
+solved with nothing centred, and none is invented.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ..core.blocks import Block, walk_blocks
-from ..core.families import family_of
+from ..core.blocks import Block, Flow, walk_blocks
+from ..core.families import family_of, is_pre_norm
+from ..core.linears import matrix, shape_of
 from ..core.second_order import Repair
 from ..core.task import Batch
 
@@ -42,14 +45,13 @@ def repair(
         keep_zeros: leave weights that are zero at zero: each row is solved on the features that it still has.
     """
     family = family_of(module)
+    # Where the stream can be seen: it flows into a norm, and where the next block has that norm, out of this block.
+    norms = (family.feed_forward_norm, "") if is_pre_norm(module) else (family.attention_norm, family.feed_forward_norm)
     cut_walk = walk_blocks(module, batches)
     for reference in walk_blocks(whole, batches if whole_batches is None else whole_batches):
         if reference.index in kept:
             block = next(cut_walk)
-            for path, norm in (
-                (family.attention_output, family.attention_norm),
-                (family.down, family.feed_forward_norm),
-            ):
+            for path, norm in zip((family.attention_output, family.down), norms, strict=True):
                 _repair_sublayer(reference, block, path, norm, damping=damping, keep_zeros=keep_zeros)
 
 
@@ -57,15 +59,23 @@ def _repair_sublayer(
     reference: Block, block: Block, path: str, norm: str, *, damping: float = 0.01, keep_zeros: bool = False
 ) -> None:
     linear = cast(Any, block.module.get_submodule(path))
+    columns = shape_of(linear)[1]
     sums = Repair()
     for batch in range(len(block.calls)):
         ours = block.flows(batch, (path, norm))
-        wanted = reference.flows(batch, (norm,))[norm].input
+        theirs = reference.flows(batch, (norm,))
         # The norm reads the sublayer's output plus the residual stream, so this is what both lack together.
-        features = ours[path].input if linear.in_features else ours[path].input[:, :0]
-        sums.add(features, wanted - ours[norm].input)
-    support = linear.weight != 0 if keep_zeros and linear.in_features else None
-    weight, bias = sums.solve(damping, None if support is None or bool(torch.all(support)) else support)
-    if linear.in_features:
-        linear.weight += weight.to(linear.weight)
-    linear.bias += bias.to(linear.bias)
+        features = ours[path].input if columns else ours[path].input[:, :0]
+        sums.add(features, _stream(theirs, norm) - _stream(ours, norm))
+    support = matrix(linear) != 0 if keep_zeros and columns else None
+    support = None if support is None or bool(torch.all(support)) else support
+    weight, bias = sums.solve(damping, support, centred=linear.bias is not None)
+    if columns:
+        matrix(linear).add_(weight.to(linear.weight))
+    if linear.bias is not None:
+        linear.bias += bias.to(linear.bias)
+
+
+def _stream(flows: Mapping[str, Flow], norm: str) -> torch.Tensor:
+    """The residual stream after a sublayer, (tokens, hidden)."""
+    return flows[norm].input if norm else flows[norm].output

@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from ..core.blocks import walk_blocks
-from ..core.families import blocks_of
+from ..core.families import every_block
+from ..core.linears import Linear, matrix, shape_of
 from ..core.model import Model
 from ..core.reporting import report
 from ..core.task import Task
@@ -77,7 +78,7 @@ def sparsity_problems(sparsity: float, pattern: str | None, samples: int = 1) ->
     return problems
 
 
-def block_linears(model: Model, step: str) -> tuple[dict[str, nn.Linear], dict[str, str]]:
+def block_linears(model: Model, step: str) -> tuple[dict[str, Linear], dict[str, str]]:
     """The linear layers inside the blocks by name, and for every other one why it is left alone.
 
     Raises:
@@ -87,17 +88,17 @@ def block_linears(model: Model, step: str) -> tuple[dict[str, nn.Linear], dict[s
     weights = [linear.weight for linear in every.values()]
     if getattr(module, "is_quantized", False) or not all(weight.is_floating_point() for weight in weights):
         raise InputError(f"{step}: the model is already quantized; prune the model it was made from, then quantize the result")
-    inside = set(blocks_of(module).modules())
+    inside = {part for block in every_block(module) for part in block.modules()}
     linears = {name: linear for name, linear in every.items() if linear in inside}
     if not linears:
         raise InputError(f"{step}: the model has no blocks with linear layers left, so that there is nothing to prune")
     return linears, dict.fromkeys(every.keys() - linears.keys(), "only the blocks are pruned")
 
 
-def fitting(linears: Mapping[str, nn.Linear], pattern: str | None, skipped: dict[str, str]) -> dict[str, nn.Linear]:
+def fitting(linears: Mapping[str, Linear], pattern: str | None, skipped: dict[str, str]) -> dict[str, Linear]:
     """The layers that an N:M pattern fits; the others are named in `skipped`."""
     _, of = (parse_pattern(pattern) if pattern else None) or (1, 1)
-    unfit = {name: linear.in_features for name, linear in linears.items() if linear.in_features % of}
+    unfit = {name: shape_of(linear)[1] for name, linear in linears.items() if shape_of(linear)[1] % of}
     skipped.update({name: f"its {inputs} inputs are no multiple of {of}" for name, inputs in unfit.items()})
     return {name: linear for name, linear in linears.items() if name not in unfit}
 
@@ -134,7 +135,7 @@ class Account:
         sample: about how many bytes to compress at most; None: all.
     """
 
-    def __init__(self, module: nn.Module, linears: Mapping[str, nn.Linear], sample: int | None = None) -> None:
+    def __init__(self, module: nn.Module, linears: Mapping[str, Linear], sample: int | None = None) -> None:
         self.linears = linears
         ours = {id(linear.weight) for linear in linears.values()}
         others = [part for part in module.parameters() if id(part) not in ours]
@@ -209,10 +210,10 @@ def prune_blocks(
                     raise InputError(f"{step}: what flows into {chosen[id(parts[path])]} has numbers that are not finite")
                 if total is not prepared[0]:
                     prepared = (total, prepare(total))
-                weight: Any = parts[path].weight
+                weight = matrix(cast(Linear, parts[path]))
                 weight.copy_(prune(weight, prepared[1]))
                 skipped[chosen[id(parts[path])]] = "nothing in it was to be pruned"
-            report((block.index + 1) / len(blocks_of(model.module)))
+            report((block.index + 1) / len(every_block(model.module)))
     return {**account.notes(skipped), "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in batches)}
 
 

@@ -6,14 +6,17 @@ r"""Knowledge distillation: learn the teacher's softened outputs (Hinton et al. 
 z_t, z_s are the logits of teacher and student, (examples, classes); T is the temperature and y the label. The gradient of the
 first term by z_s is α T (q - p): T² keeps its size about the same whatever the temperature. KL is summed over the classes and
 averaged over the examples. Texts without a label (the task's unlabelled ones, variants) take part in the first term only. Where
-outputs are several labels or a number, `_outputs` has what takes the place of KL, and the task what takes that of CE.
+outputs are several labels, a number, a tag for every word or a span, `_outputs` has what takes the place of KL, and the task what
+takes that of CE. Of a language model, whose p is as wide as its vocabulary, 50 tokens drawn from p are kept for every token that
+counts, and T is 1 whatever is asked for (`core/sparse_logits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,11 +27,11 @@ from ..core.model import Model
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
 from ..core.task import Task
-from ..core.teacher import cache_folder, cached_logits
+from ..core.teacher import cache_folder, cached_logits, cached_token_outputs
 from ..core.training import Precision, fit, training_problems
 from ..errors import InputError
-from ._answers import answer_loss
-from ._outputs import PER_EXAMPLE, kind_of
+from ._answers import answer_loss, drawn_answers
+from ._outputs import LANGUAGE_MODELS, PER_EXAMPLE, Kind, kind_of
 
 EXAMPLE = '--student "{layers: 3}"'
 
@@ -44,7 +47,7 @@ class Distill(Step):
     `{layers: [0, 2, 5]}`, these; `{hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 512}`, a new
     one of this size with its tokenizer; or a folder or Hub id."""
     temperature: float = 2.0
-    """T: above 1 the teacher's smaller probabilities count for more."""
+    """T: above 1 the teacher's smaller probabilities count for more. Always 1 for language models."""
     alpha: float = 0.9
     """α: weight of the teacher against the labels; 1 uses no labels at all."""
     augment: int = 0
@@ -92,21 +95,18 @@ class Distill(Step):
         if self.student is not None:
             student, notes = make_student(model, self.student, task, seed=self.seed)
             turn_into(model, student)
-        if kind_of(model.module) not in PER_EXAMPLE:
-            raise InputError(
-                f"distill: {task.name} has no outputs of one width for every example, which is what is kept of the teacher"
-            )
+        kind = kind_of(model.module)
         folder = Path(self.cache) if self.cache else cache_folder()
         variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
-        targets = torch.from_numpy(self._targets(teacher, task, variants, folder))
-        rows = [
-            {**row, "index": index} for index, row in enumerate([*task.encode(model, "train"), *task.encode_texts(model, variants)])
-        ]
+        ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, variants)] for each in (model, teacher))
+        said = self._answers(kind, teacher, ours, theirs, folder)
+        rows = [{**row, "index": index} for index, row in enumerate(ours)]
 
         def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            labels, index = batch.pop("labels"), batch.pop("index")
-            theirs = targets[index.cpu()]
-            return answer_loss(task, model.module, module(**batch), theirs, labels, alpha=self.alpha, temperature=self.temperature)
+            index = batch.pop("index")
+            outputs = module(**{name: value for name, value in batch.items() if name != "labels"})
+            answers = said(index, batch["input_ids"].shape[1])
+            return answer_loss(task, model.module, outputs, answers, batch, alpha=self.alpha, temperature=self.temperature)
 
         result = fit(
             model,
@@ -124,7 +124,17 @@ class Distill(Step):
         model.new_weights = ()
         return {"training": result, "teacher_outputs": len(rows), "teacher_fingerprint": teacher.fingerprint(), **notes}
 
-    def _targets(self, teacher: Model, task: Task, variants: Any, folder: Path) -> Any:
-        """The teacher's logits for the training texts and all others, (examples, classes), read into memory."""
-        rows = [*task.encode(teacher, "train"), *task.encode_texts(teacher, variants)]
-        return cached_logits(teacher, rows, folder, precision=self.precision).copy()
+    def _answers(self, kind: Kind, teacher: Model, ours: list[Any], theirs: list[Any], folder: Path) -> Callable[..., Any]:
+        """What the teacher says of rows (batch,) padded to so many tokens; kept in `folder`."""
+        if kind in PER_EXAMPLE:
+            logits = torch.from_numpy(cached_logits(teacher, theirs, folder, precision=self.precision).copy())
+            return lambda index, _: SimpleNamespace(logits=logits[index.cpu()].to(index.device))
+        if [len(row["input_ids"]) for row in ours] != [len(row["input_ids"]) for row in theirs]:
+            raise InputError(
+                "distill: answers are compared token by token, but student and teacher read the texts in different tokens; take a "
+                "teacher with the student's tokenizer"
+            )
+        if kind in LANGUAGE_MODELS:
+            return drawn_answers(kind, teacher, ours, theirs, folder, self.precision, self.seed, step=self.name)
+        names = ("start_logits", "end_logits") if kind == "question_answering" else ("logits",)
+        return cached_token_outputs(teacher, theirs, folder, names, precision=self.precision).batch

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -155,7 +156,8 @@ class DistillLayers(Step):
             total = matcher(captured, inside(index, mask.shape[1]), mask)
             if targets is not None:
                 share = {"alpha": self.alpha, "temperature": self.temperature}
-                total = total + self.logits * answer_loss(task, model.module, outputs, targets[index.cpu()], labels, **share)
+                theirs_now = SimpleNamespace(logits=targets[index.cpu()].to(index.device))
+                total = total + self.logits * answer_loss(task, model.module, outputs, theirs_now, {"labels": labels}, **share)
             elif torch.distributed.is_initialized():  # several processes wait for a gradient of every weight, the head's too
                 total = total + 0.0 * outputs[0].sum()
             return total

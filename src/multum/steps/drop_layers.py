@@ -5,6 +5,9 @@ r"""Drop whole blocks (Sajjad et al. 2020, arXiv:2004.03844; ShortGPT: Men et al
 h_l (tokens, hidden) is what block l reads and h_{l+1} what it writes; a block that hardly turns its input matters little.
 Three ways to choose the k blocks of n that stay: `top` keeps the first k, `alternate` k evenly spaced ones from the first to
 the last (DistilBERT's start: 0, 2, 4, 7, 9, 11 of 12), `importance` the k of the highest BI, measured once on the whole model.
+
+Of an encoder-decoder one stack is shortened. It is the decoder if none is named: it runs once for every token that is written,
+the encoder once for a text (Shleifer and Rush 2020, arXiv:2010.13002, keep all of BART's encoder and 3 to 6 of 12 decoder blocks).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core.blocks import walk_blocks
-from ..core.families import blocks_of
+from ..core.families import Stack, stacks_of
 from ..core.model import Model
 from ..core.second_order import double
 from ..core.step import Step
@@ -35,7 +38,7 @@ def most_influential(influence: Sequence[float], keep: int) -> list[int]:
 
 @torch.no_grad()
 def block_influence(module: Any, batches: Sequence[Batch]) -> list[float]:
-    """BI_l of every block, averaged over all tokens of all batches that are no padding."""
+    """BI_l of every block, averaged over all tokens of all batches that are no padding; a decoder's blocks after its encoder's."""
     result = []
     for block in walk_blocks(module, batches):
         total, tokens = 0.0, 0
@@ -56,6 +59,8 @@ class DropLayers(Step):
     """How many blocks stay. Not given when `which` names the blocks."""
     which: Literal["top", "alternate", "importance"] | tuple[int, ...] = "top"
     """Which blocks go: the `top` ones, `alternate` ones, those of least `importance`, or these numbers, counted from 0."""
+    stack: Literal["encoder", "decoder"] | None = None
+    """Whose blocks, of an encoder-decoder; None: the decoder's. A model with one stack takes no name."""
     samples: int = 64
     """Training texts that `importance` is measured on (their labels are not used)."""
     seed: int = 0
@@ -75,13 +80,16 @@ class DropLayers(Step):
                 problems.append(f"which must name different blocks, counted from 0 (got {list(self.which)})")
         if self.keep is not None and self.keep < 1:
             problems.append(f"keep must be at least 1 (got {self.keep})")
+        if self.stack not in (None, "encoder", "decoder"):
+            problems.append(f"stack must be 'encoder' or 'decoder' (got {self.stack!r})")
         if self.samples < 1:
             problems.append(f"samples must be at least 1 (got {self.samples})")
         return problems
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
-        blocks = len(blocks_of(model.module))
-        notes: dict[str, Any] = {}
+        stack, begin = self._stack(model)
+        blocks = len(stack.blocks)
+        notes: dict[str, Any] = {"stack": stack.name} if stack.name else {}
         if self.keep is None:
             if missing := [block for block in self.which if int(block) >= blocks]:
                 raise InputError(f"drop_layers: the model has the blocks 0 to {blocks - 1}, no {', '.join(map(str, missing))}")
@@ -92,9 +100,20 @@ class DropLayers(Step):
             raise InputError(f"drop_layers: keep is {self.keep}, but the model has only {blocks} blocks")
         elif self.which == "importance":
             with on_accelerator(model.module.eval()):
-                notes["influence"] = block_influence(model.module, task.calibration(model, self.samples, seed=self.seed))
+                every = block_influence(model.module, task.calibration(model, self.samples, seed=self.seed))
+            notes["influence"] = every[begin : begin + blocks]
             kept = most_influential(notes["influence"], self.keep)
         else:
             kept = alternate(blocks, self.keep) if self.which == "alternate" else list(range(self.keep))
-        keep_blocks(model.module, kept)
+        keep_blocks(model.module, kept, stack.name)
         return {"kept_blocks": kept, "dropped_blocks": sorted(set(range(blocks)) - set(kept)), **notes}
+
+    def _stack(self, model: Model) -> tuple[Stack, int]:
+        """The stack to shorten, and how many blocks run before its first."""
+        stacks = stacks_of(model.module)
+        names = [stack.name for stack in stacks]
+        if self.stack is not None and self.stack not in names:
+            has = f"only a {names[0]}" if names[0] else "one stack of blocks; leave stack out"
+            raise InputError(f"drop_layers: stack is {self.stack!r}, but the model has {has}")
+        place = names.index(self.stack) if self.stack else len(stacks) - 1
+        return stacks[place], sum(len(stack.blocks) for stack in stacks[:place])

@@ -10,15 +10,18 @@ over calibration tokens x and M the features of one structure (a head, a neuron)
 
 1. Order: per sublayer the structures are removed from the cheapest ρ upwards, giving an adapted W for every count.
 2. Price: what a count costs in quality is measured, not modelled: KL(whole ‖ cut) of the model's own outputs on the
-   calibration texts with that one sublayer cut and all others whole.
+   calibration texts, of a language model those of every token, with that one sublayer cut and all others whole.
 3. Choice: min Σ KL subject to Σ latency <= budget, exactly, over all blocks (dynamic programming on the measured table).
 4. Repair: bottom up, each W is solved again for what really flows into it, towards what the whole model had there:
    W <- W + R Cᵀ (C Cᵀ + εI)⁻¹, with C the centred features that are left and R what is missing of the whole model's
    output plus what the residual stream has lost so far. No label is used anywhere.
+
+Where queries share keys and values, a head is a key/value head with all its queries.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,18 +31,29 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ..core.blocks import outputs_from, walk_blocks
-from ..core.families import blocks_of, family_of
+from ..core.blocks import walk_blocks
+from ..core.factored import refuse_factored
+from ..core.families import blocks_of, family_of, one_stack
 from ..core.latency import LatencyTable
+from ..core.linears import Linear, is_linear, matrix, shape_of
 from ..core.model import Model
-from ..core.second_order import Order, adapted, double, gram, removal_order
+from ..core.second_order import Order, adapted, gram, removal_order
 from ..core.step import Step
-from ..core.surgery import head_features, head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
+from ..core.surgery import (
+    head_features,
+    head_size,
+    head_width,
+    heads_and_neurons,
+    keep_blocks,
+    keep_heads,
+    keep_neurons,
+    queries_per_head,
+)
 from ..core.task import Batch, Task
 from ..core.training import autocast, on_accelerator
 from ..errors import InputError
+from ._price import Price
 from ._repair import repair
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
@@ -57,12 +71,6 @@ class Sublayer:
 
     order: Order
     prices: Prices
-
-
-def kl(whole: torch.Tensor, reduced: torch.Tensor) -> float:
-    """KL(whole ‖ reduced) of two sets of logits, (examples, classes), in nats, averaged over the examples."""
-    log_p, log_q = F.log_softmax(double(whole), -1), F.log_softmax(double(reduced), -1)
-    return float(F.kl_div(log_q, log_p, log_target=True, reduction="batchmean"))
 
 
 def choose(sublayers: Sequence[tuple[Prices, Prices]], table: LatencyTable, budget: float) -> list[tuple[int, int]]:
@@ -150,6 +158,8 @@ class PruneStructured(Step):
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module.eval()
+        one_stack(module, self.name)
+        refuse_factored(module, self.name)
         batches = task.calibration(model, self.samples, seed=self.seed)
         table = self._table(module, batches)
         before = heads_and_neurons(module)
@@ -180,35 +190,39 @@ class PruneStructured(Step):
         heads, neurons = (max(counts) for counts in zip(*heads_and_neurons(module), strict=True))
         lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).double()
         hidden = cast(Any, module).config.hidden_size
+        tokens, vocabulary = round(float(lengths.mean())), cast(Any, module).get_output_embeddings()
         return LatencyTable.by_macs(
-            hidden=hidden, head_size=head_size(module), heads=heads, neurons=neurons, tokens=round(float(lengths.mean()))
+            hidden=hidden,
+            head_size=head_size(module),
+            heads=heads,
+            neurons=neurons,
+            tokens=tokens,
+            queries=queries_per_head(module),
+            gated=family_of(module).gate is not None,
+            base=tokens * math.prod(shape_of(vocabulary)) if vocabulary is not None else 0,
         )
 
 
 def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: int) -> list[tuple[Sublayer, Sublayer]]:
-    """Removal order and prices of every block's attention and feed-forward. The model is left as it was.
-
-    Prices are taken from every other batch: batches come by length, and half of them tell enough.
-    """
-    family, size = family_of(module), head_size(module)
+    """Removal order and prices of every block's attention and feed-forward. The model is left as it was."""
+    family, size = family_of(module), head_width(module)
     result = []
-    priced = range(0, len(batches), 2)
     with autocast("auto"):
-        whole = outputs_from(module, None, batches, priced)
+        price = Price(module, batches)
     for block in walk_blocks(module, batches):
         grams = block.sums((family.attention_output, family.down), gram)
         pair = []
         for path, width, group in ((family.attention_output, size, 1), (family.down, 1, neuron_group)):
             linear = block.module.get_submodule(path)
-            if not isinstance(linear, nn.Linear):
+            if not is_linear(linear):
                 pair.append(Sublayer(Order([], 0), {0: 0.0}))
                 continue
-            order = removal_order(linear.weight, grams[path], width, group)
+            order = removal_order(matrix(linear), grams[path], width, group)
             measured = {order.units: 0.0}
             for count in _levels(order):
                 features = head_features(order.kept(count), width)
-                with _weight(linear, adapted(linear.weight, grams[path], features)), autocast("auto"):
-                    measured[count] = kl(whole, outputs_from(module, block, batches, priced))
+                with _weight(linear, adapted(matrix(linear), grams[path], features)), autocast("auto"):
+                    measured[count] = price(block)
             pair.append(Sublayer(order, _interpolate(measured, order.counts())))
         result.append((pair[0], pair[1]))
     return result
@@ -242,9 +256,10 @@ def _interpolate(measured: Mapping[int, float], counts: Sequence[int]) -> Prices
 
 
 @contextmanager
-def _weight(linear: nn.Linear, weight: torch.Tensor) -> Iterator[None]:
+def _weight(linear: Linear, weight: torch.Tensor) -> Iterator[None]:
     before = linear.weight.data
-    linear.weight.data = weight.to(before)
+    linear.weight.data = before.clone()
+    matrix(linear).data.copy_(weight)
     try:
         yield
     finally:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
+from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
@@ -51,13 +51,13 @@ class PruneWeights(Step):
         linears, skipped = block_linears(model, self.name)
         account = Account(model.module, linears)
         for name, mask in self._masks(linears, skipped).items():
-            linears[name].weight.masked_fill_(mask, 0.0)
+            matrix(linears[name]).masked_fill_(mask, 0.0)
             skipped[name] = "nothing in it was small enough"
         return account.notes(skipped)
 
-    def _masks(self, linears: Mapping[str, nn.Linear], skipped: dict[str, str]) -> dict[str, torch.Tensor]:
+    def _masks(self, linears: Mapping[str, Linear], skipped: dict[str, str]) -> dict[str, torch.Tensor]:
         """What becomes zero, per layer. Layers that a pattern does not fit are named in `skipped`."""
-        scores = {name: linear.weight.abs() for name, linear in fitting(linears, self.pattern, skipped).items()}
+        scores = {name: matrix(linear).abs() for name, linear in fitting(linears, self.pattern, skipped).items()}
         if self.pattern and (numbers := parse_pattern(self.pattern)):
             return {name: lowest_of_groups(score, *numbers) for name, score in scores.items()}
         if self.scope == "layer":

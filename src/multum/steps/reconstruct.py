@@ -4,7 +4,8 @@ r"""Repair a pruned model's output matrices towards the whole model's flow (K-pr
 
 W (hidden, features) is the output matrix of an attention or a feed-forward, b its bias, C are the centred features that still flow
 into it, R is what its output and the residual stream together lack of what the whole model has at that place; ε is `damping`
-times the mean of diag(C Cᵀ). From the bottom up, each with what really flows below it now. No gradient and no label.
+times the mean of diag(C Cᵀ). A matrix without a bias gets none, and nothing is centred. From the bottom up, each with what really
+flows below it now. No gradient and no label.
 
 Use it after any cut: heads, neurons, whole blocks, single weights. Weights that are zero stay zero: where a matrix has some, every
 row is solved on the features that it still has, a system for each row instead of one for all. With nothing cut nothing changes.
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..core.factored import refuse_factored
 from ..core.families import blocks_of, family_of
 from ..core.model import Model
 from ..core.step import Step
@@ -84,6 +86,7 @@ class Reconstruct(Step):
 
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        refuse_factored(model.module, self.name)
         linears, skipped = block_linears(model, self.name)
         teacher = task.load(self.teacher)
         blocks = teacher_blocks(model, teacher)

@@ -31,6 +31,7 @@ from ..core.families import FAMILIES
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
+from ..core.words import text_of
 from ..errors import InputError
 
 Spec = dict[str, Any]
@@ -191,6 +192,15 @@ def _config_ids(config: Any) -> dict[str, int]:
     return {key: value for key, value in config.to_dict().items() if key.endswith("_token_id") and value is not None}
 
 
+def fixed(model: Model, vocab: Mapping[str, int]) -> set[str]:
+    """Tokens the model or the tokenizer's wrapper names by id. RoBERTa counts positions from its padding id."""
+    config = model.module.config
+    ids = set(_config_ids(config).values()) | set(model.tokenizer.all_special_ids)
+    if config.model_type in FAMILIES and FAMILIES[config.model_type].position_offset:
+        ids |= set(range(config.pad_token_id + 1))
+    return {token for token, index in vocab.items() if index in ids}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrimVocabulary(Step):
     """Drop the tokens that the training texts do not use; every text can still be read."""
@@ -213,9 +223,10 @@ class TrimVocabulary(Step):
         vocab = token_ids(spec)
         if max(vocab.values()) >= rows:
             raise InputError(f"the tokenizer has ids up to {max(vocab.values())}, the model only {rows} embeddings")
-        counts = count_tokens(spec, [*task.inputs("train"), *task.unlabelled, *_lines(self.extra_texts), "", ("", "")])
+        inputs = [each if isinstance(each, tuple) else text_of(each) for each in (*task.inputs("train"), *task.unlabelled)]
+        counts = count_tokens(spec, [*inputs, *_lines(self.extra_texts), "", ("", "")])
         kept = needed(spec, counts, self.min_count)
-        kept |= self._fixed(model, vocab)
+        kept |= fixed(model, vocab)
         if len(kept) == rows:
             return {**before, "unchanged": "every token is needed"}
         spec, new = renumber(spec, kept)
@@ -227,14 +238,6 @@ class TrimVocabulary(Step):
             setattr(module.config, name, new.get(index, index))
         model.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
         return {"vocabulary": [rows, len(new)], "bytes_saved": (rows - len(new)) * size}
-
-    def _fixed(self, model: Model, vocab: Mapping[str, int]) -> set[str]:
-        """Tokens the model or the tokenizer's wrapper names by id. RoBERTa counts positions from its padding id."""
-        config = model.module.config
-        ids = set(_config_ids(config).values()) | set(model.tokenizer.all_special_ids)
-        if config.model_type in FAMILIES and FAMILIES[config.model_type].position_offset:
-            ids |= set(range(config.pad_token_id + 1))
-        return {token for token, index in vocab.items() if index in ids}
 
 
 def _spec_of(model: Model) -> Spec:

@@ -23,4 +23,5 @@ def find(name: str) -> Any:
     if name not in names():
         raise InputError(f"no task named {name!r}; there are: {', '.join(names())}")
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
-    return next(value for value in vars(module).values() if isinstance(value, type) and getattr(value, "name", None) == name)
+    own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    return next(value for value in own if getattr(value, "name", None) == name)

@@ -1,0 +1,128 @@
+"""What a comparison looks at beside the task's own data: columns that tell groups apart, and texts from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .errors import InputError
+from .evidence.groups import ENOUGH, length_groups
+from .tables import from_disk, from_hub, from_texts
+
+Text = str | tuple[str, str]
+NONE = "(none)"
+"""The group of examples whose field is empty."""
+MOST_GROUPS = 50
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """Texts of another domain, with labels where the file has them."""
+
+    source: str
+    texts: list[Text]
+    truth: np.ndarray | None
+    notes: list[str]
+
+
+def built_in_groups(texts: Sequence[Text], truth: np.ndarray, labels: Sequence[str]) -> dict[str, np.ndarray]:
+    """The groups that every text has: its class, and its quarter by length."""
+    lengths = np.array([len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts])
+    return {"class": np.array(labels)[truth], "length": length_groups(lengths)}
+
+
+def group_columns(
+    source: str, split: str, texts: Sequence[Text], names: Sequence[str], columns: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """For every column asked for the group of every text.
+
+    Args:
+        source: the data, as `data.read` takes it.
+        split: whose rows the texts are, where the data has it.
+        texts: as the task cleaned them.
+        names: columns of the data.
+        columns: task column -> the data's own name for it.
+
+    Raises:
+        InputError: lists columns that are absent or tell no groups apart.
+    """
+    tables = from_hub(source[3:]) if source.startswith("hf:") else from_disk(Path(source))
+    table = tables.get(split, tables.get("train", tables.get("all")))
+    assert table is not None  # noqa: S101 - both readers make sure of one or the other
+    if missing := [name for name in names if name not in table]:
+        there = ", ".join(map(str, table.columns))
+        raise InputError(*(f"--group-by: {source} has no column {name!r}; it has: {there}" for name in missing))
+    own = [columns.get(name, name) for name in ("text", "text_pair")]
+    keys = [_texts(table[name]) for name in own if name in table]
+    row_of: dict[Text, int] = {}
+    for at, key in enumerate(zip(*keys, strict=True)):
+        row_of.setdefault(key[0] if len(key) == 1 else (key[0], key[1]), at)
+    rows = [row_of[text] for text in texts]
+    found = {name: _clean(table[name]).replace("", NONE).to_numpy(dtype=str)[rows] for name in names}
+    if problems := [problem for name, members in found.items() if (problem := _no_groups(name, members))]:
+        raise InputError(*problems)
+    return found
+
+
+def _texts(column: pd.Series) -> pd.Series:
+    """Texts as `data.read` cleans them."""
+    return column.where(column.notna(), "").astype(str).str.strip()
+
+
+def _clean(column: pd.Series) -> pd.Series:
+    """A column as text, empty where there is nothing; whole numbers without the point that a gap gives them."""
+    whole = pd.api.types.is_float_dtype(column) and bool((column.dropna() % 1 == 0).all())
+    return (column.astype("Int64") if whole else column).astype("string").fillna("").str.strip()
+
+
+def _no_groups(name: str, members: np.ndarray) -> str:
+    """Why a column tells no groups apart; empty if it does."""
+    groups, sizes = np.unique(members, return_counts=True)
+    if len(groups) == 1:
+        return f"--group-by: column {name!r} is {str(groups[0])!r} for every example; a group column has two values or more"
+    if len(groups) == len(members):
+        return f"--group-by: column {name!r} is another one for every example; a group column has few values, each many times"
+    if len(groups) > MOST_GROUPS or sizes.max() < ENOUGH:
+        return (
+            f"--group-by: column {name!r} has {len(groups)} values, the most frequent for {sizes.max()} examples; at most "
+            f"{MOST_GROUPS} groups are told apart, and nothing is claimed of fewer than {ENOUGH} examples; put values together"
+        )
+    return ""
+
+
+def elsewhere(path: Path, task: Any, columns: Mapping[str, str]) -> Elsewhere:
+    """Texts from a file; with labels where it has a column of them.
+
+    Raises:
+        InputError: no such file, no text column, labels that the task does not know, or too few texts.
+    """
+    wanted = ["text", "text_pair"] if task.has_pairs else ["text"]
+    table = from_texts(path, wanted)
+    own = {name: columns[name] if columns.get(name) in table else name for name in (*wanted, "label")}
+    if missing := [name for name in wanted if own[name] not in table]:
+        there = ", ".join(map(str, table.columns))
+        raise InputError(*(f"--shift: {path} has no column {name!r}; it has: {there}; rename the right one" for name in missing))
+    sides = [_texts(table[own[name]]) for name in wanted]
+    usable = np.logical_and.reduce([side != "" for side in sides])
+    label = _clean(table[own["label"]]) if own["label"] in table else None
+    if label is not None and not (label != "").any():
+        label = None
+    if label is not None:
+        usable &= label != ""
+        if unknown := sorted(set(label[usable]) - set(task.labels)):
+            few = ", ".join(map(repr, unknown[:5]))
+            raise InputError(f"--shift: {path} has labels that the task does not know: {few}; it knows {', '.join(task.labels)}")
+    if usable.sum() < ENOUGH:
+        raise InputError(f"--shift: {path} has {usable.sum()} usable texts; at least {ENOUGH} are needed")
+    rows = list(zip(*(side[usable] for side in sides), strict=True))
+    truth = None if label is None else np.array([task.labels.index(name) for name in label[usable]])
+    dropped = int((~usable).sum())
+    notes = [f"{path.name}: {dropped} rows dropped: no text or no label"] if dropped else []
+    if truth is None:
+        notes.append(f"{path.name} has no labels: agreement of the two models only, not accuracy")
+    return Elsewhere(str(path), [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows], truth, notes)

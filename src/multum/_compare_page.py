@@ -1,0 +1,190 @@
+"""A comparison as a page: `comparison.json` -> one HTML file that opens anywhere without a network, and a table.
+
+Everything shown comes from the result, which is treated as untrusted text. The page is the report's, with other sections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from . import _compare_charts as charts
+from ._compare_words import change, named, p_value, percent, said, signed
+from ._report import _template
+from ._report_charts import COLORS, inline
+from ._report_words import RUNTIMES, short
+
+SHOWN, CUT = 50, 600
+"""Flipped texts of each kind on the page; characters of each."""
+FIRST = 6
+"""Of them, those seen before unfolding."""
+NAMES = {
+    "accuracy": "Accuracy",
+    "f1_macro": "Macro F1",
+    "auc": "AUC",
+    "ap": "Average precision",
+    "mcc": "Matthews correlation",
+    "ece": "Calibration error (ECE)",
+    "ece_mass": "ECE, bins of equal mass",
+    "brier": "Brier score",
+    "nll": "Negative log-likelihood",
+    "temperature": "Temperature",
+    "scaled": "ECE after temperature scaling",
+}
+LOWER_IS_BETTER = ("ece", "ece_mass", "brier", "nll", "scaled")
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The page."""
+    text: str = _template("comparison.html.j2").render(page(result))
+    return text.rstrip() + "\n"
+
+
+def page(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    after, floor = result["comparisons"]["after"], result["comparisons"].get("floor")
+    return {
+        "result": result,
+        "said": said(result),
+        "after": after,
+        "floor": floor,
+        "scores": scores(result),
+        "closeness": closeness(result),
+        "groups": _groups(after["groups"], floor["groups"] if floor else None),
+        "examples": {kind: [_cut(one) for one in rows[:SHOWN]] for kind, rows in after["flips"]["examples"].items()},
+        "first": FIRST,
+        "charts": _charts(result),
+        "perturbations": [
+            (name, row, floor["perturbations"][name] if floor else None) for name, row in after["perturbations"].items()
+        ],
+        "models": [(role, model, _form(model)) for role, model in result["models"].items()],
+        "roles": {"before": "Before", "after": "After", "floor": "Before, trained again"},
+        "percent": percent,
+        "signed": signed,
+        "p_value": p_value,
+        "named": named,
+        "colors": COLORS,
+    }
+
+
+def summary(result: Mapping[str, Any]) -> list[list[str]]:
+    """The figures as a table for the terminal, header first."""
+    twice = ["training twice"] if "floor" in result["comparisons"] else []
+    rows = [["", "before", "after", "change (95 %)", *twice]]
+    for row in scores(result):
+        rows.append(
+            [row["name"], row["before"], row["after"], f"{row['change']} {row['interval']}".strip(), *([row["floor"]] * len(twice))]
+        )
+    for row in closeness(result):
+        rows.append([row["name"], "", row["after"], row["interval"], *([row["floor"]] * len(twice))])
+    return rows
+
+
+def scores(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a figure that each model has by itself: before, after, change with its interval, change between two trainings."""
+    models, compared = result["models"], result["comparisons"]
+    rows = []
+    for key, name in NAMES.items():
+        before, after = (_own(models[role], key) for role in ("before", "after"))
+        if before is None or after is None:
+            continue
+        shown: Callable[[float], str] = percent if key == "accuracy" else lambda value: f"{value:.3f}"
+        moved: Callable[[float], str] = signed if key == "accuracy" else change
+        interval = _interval(compared["after"], key)
+        twice = _own(models["floor"], key) if "floor" in models else None
+        by = compared["after"]["difference"]["value"] if key == "accuracy" else after - before
+        rows.append(
+            {
+                "key": key,
+                "name": name,
+                "better": "lower is better" if key in LOWER_IS_BETTER else "",
+                "before": shown(before),
+                "after": shown(after),
+                "change": moved(by),
+                "interval": f"({moved(interval[0])} to {moved(interval[1])})" if interval else "",
+                "floor": "" if twice is None else moved(twice - before),
+            }
+        )
+    return rows
+
+
+def _own(model: Mapping[str, Any], key: str) -> float | None:
+    if key == "accuracy":
+        return float(model["accuracy"]["value"])
+    if key == "scaled":
+        return float(model["calibration"]["scaled"]["ece"])
+    value = model["calibration"].get(key, model["ranking"].get(key))
+    return None if value is None else float(value)
+
+
+def _interval(compared: Mapping[str, Any], key: str) -> Sequence[float] | None:
+    found = compared["difference"] if key == "accuracy" else compared["calibration"].get(key) or compared["ranking"].get(key)
+    return found["ci95"] if found else None
+
+
+def closeness(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row a figure that tells how far two models are apart, for the model in question and for training twice."""
+    after, floor = (result["comparisons"].get(role) for role in ("after", "floor"))
+    rows = []
+    for key, name, shown in (
+        ("flips", "Flips", percent),
+        ("agreement", "Agreement", percent),
+        ("kl_nats", "KL (before‖after), nats", lambda value: short(value, 3)),
+        ("loyalty", "Probability loyalty", lambda value: f"{value:.3f}"),
+    ):
+        low, high = after["flips"][key]["ci95"]
+        rows.append(
+            {
+                "name": name,
+                "after": shown(after["flips"][key]["value"]),
+                "interval": f"({shown(low)} to {shown(high)})",
+                "floor": shown(floor["flips"][key]["value"]) if floor else "",
+            }
+        )
+    return rows
+
+
+def _groups(groups: Mapping[str, Any], floor: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The rows with their marks; the chart has those with enough examples, the worst first where there are too many."""
+    marks = {named(row): kind for kind in ("damaged", "improved") for row in groups[kind]}
+    rows = [{**row, "mark": marks.get(named(row), "")} for row in groups["rows"]]
+    drawn = [row for row in rows if row["enough"]]
+    if len(drawn) > charts.MOST_ROWS:
+        drawn = sorted(drawn, key=lambda row: row["value"])[: charts.MOST_ROWS]
+    return {"rows": rows, "drawn": drawn, "floor": {named(row): row for row in floor["rows"]} if floor else {}}
+
+
+def _cut(example: Mapping[str, Any]) -> dict[str, Any]:
+    text = example["text"] if isinstance(example["text"], str) else " | ".join(example["text"])
+    return {**example, "text": text if len(text) <= CUT else text[:CUT].rstrip() + "…"}
+
+
+def _form(model: Mapping[str, Any]) -> str:
+    return f"{RUNTIMES.get(model['runtime'], model['runtime'])} {model['precision']}"
+
+
+def _charts(result: Mapping[str, Any]) -> dict[str, str]:
+    """Inline SVG by name, wide and narrow."""
+    from markupsafe import Markup
+
+    after, floor = result["comparisons"]["after"], result["comparisons"].get("floor")
+    groups = _groups(after["groups"], floor["groups"] if floor else None)
+    before, now = (result["models"][role]["calibration"] for role in ("before", "after"))
+    drawn: dict[str, str] = {}
+    for variant, width, half in (("wide", 1040, 500), ("narrow", 342, 342)):
+        pictures = {
+            "reliability": (
+                charts.reliability_chart(before["reliability"], now["reliability"], width=half),
+                "Accuracy against confidence, as the models are. The figures are in the table of scores.",
+            ),
+            "scaled": (
+                charts.reliability_chart(before["scaled"]["reliability"], now["scaled"]["reliability"], width=half),
+                "Accuracy against confidence after temperature scaling. The figures are in the table of scores.",
+            ),
+        }
+        if groups["drawn"]:
+            label = "; ".join(f"{named(row)}: {signed(row['value'])} points" for row in groups["drawn"])
+            pictures["groups"] = (charts.group_chart(groups["drawn"], groups["floor"], width=width), label)
+        for name, (drawing, label) in pictures.items():
+            drawn[name] = drawn.get(name, Markup("")) + Markup(inline(drawing, name=variant, label=label))  # noqa: S704
+    return drawn

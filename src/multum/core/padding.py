@@ -1,0 +1,52 @@
+"""Batches out of rows: token columns padded on the right, everything else stacked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .task import IGNORED
+
+FEW_SHAPES = 8
+"""Batches are padded to a multiple of so many tokens. Matrix kernels are prepared for every new shape, which takes longer than
+running them where a model is small: without this a small student trains at less than half the speed."""
+
+
+def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """Right-pad token columns to the longest, or the next multiple of a number, and stack: (batch, tokens), (batch,) or (batch, n).
+
+    `labels` is a token column, padded with -100, where it is an integer for each token. Beside `decoder_input_ids` it is one of the
+    decoder's, and both have a length of their own. Nothing attends to padding, so that any token will do for a tokenizer that has
+    none for it.
+    """
+    if "decoder_input_ids" in features[0]:
+        return _pad_both(features, pad_token_id, multiple)
+    longest = math.ceil(max(len(feature["input_ids"]) for feature in features) / multiple) * multiple
+    fill = {"input_ids": pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    if all(_is_for_tokens(feature.get("labels"), len(feature["input_ids"])) for feature in features):
+        fill["labels"] = IGNORED
+    return {
+        name: torch.tensor(
+            [[*feature[name], *[fill[name]] * (longest - len(feature[name]))] for feature in features]
+            if name in fill
+            else [feature[name] for feature in features]
+        )
+        for name in features[0]
+    }
+
+
+def _pad_both(features: Sequence[Mapping[str, Any]], pad_token_id: int | None, multiple: int) -> dict[str, torch.Tensor]:
+    """Rows of an encoder-decoder: those of the encoder, and those of the decoder after the names that encoders know."""
+    written = [name for name in ("decoder_input_ids", "labels") if name in features[0]]
+    read = pad([{k: v for k, v in one.items() if k not in written} for one in features], pad_token_id, multiple=multiple)
+    theirs = {"decoder_input_ids": "input_ids", "labels": "labels"}
+    as_one = [{theirs[name]: one[name] for name in written} for one in features]
+    made = pad(as_one, pad_token_id, multiple=multiple)
+    return read | {name: made[theirs[name]] for name in written}
+
+
+def _is_for_tokens(labels: Any, tokens: int) -> bool:
+    return isinstance(labels, list) and len(labels) == tokens and isinstance(labels[0], int)

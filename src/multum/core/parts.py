@@ -1,0 +1,184 @@
+"""Where a model's bytes, multiply-accumulates and milliseconds are: embeddings, attention, feed-forward, head.
+
+A norm belongs to the sublayer that it stands before or behind, a pooler to the head, and a matrix that two parts share (tied
+embeddings) to the embeddings, which are read first; the head multiplies with it all the same. What else there is, such as the last
+norm, is `other`. Of an architecture without a row in `families` all that is neither embeddings nor head is its `body`. The parts
+add up to the whole that `profile` counts.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .families import FAMILIES, base_of, blocks_of
+from .linears import is_linear, shape_of
+from .profile import _reads_every_token, profile
+
+EMBEDDINGS, ATTENTION, FEED_FORWARD, HEAD, OTHER, BODY = "embeddings", "attention", "feed_forward", "head", "other", "body"
+PER = ("per_token", "per_token_squared", "per_example")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a model takes."""
+
+    parameters: int
+    """Tied ones once."""
+    nonzero_parameters: int
+    bytes: int
+    """Of its weights as the model holds them, and as a safetensors file does, buffers included."""
+    macs: Mapping[str, int] | None
+    """As in `profile`; None where the architecture is not known."""
+
+
+def is_known(module: Any) -> bool:
+    """Whether the architecture has a row in `families`, so that its blocks can be looked into."""
+    config = module.config
+    return getattr(config, "model_type", None) in FAMILIES and not getattr(config, "is_encoder_decoder", False)
+
+
+def part_of(module: Any) -> Callable[[str], str]:
+    """A function from the path of a module, or of a tensor in it, to the name of its part."""
+    known, base = is_known(module), base_of(module)
+    prefix = f"{module.base_model_prefix}." if base is not module else ""
+    tables = tuple(name for name, part in module.named_modules() if isinstance(part, nn.Embedding))
+    heads = [f"{prefix}pooler"]
+    output = module.get_output_embeddings()
+    heads += [name for name, part in module.named_modules() if part is output and name not in tables]
+    attention: tuple[str, ...] = ()
+    blocks = None
+    if known:
+        family = FAMILIES[module.config.model_type]
+        heads += [family.head_dense] if family.head_dense else []
+        blocks = f"{prefix}{family.blocks}"
+        attention = (family.query.split(".")[0], family.attention_norm)
+
+    def find(path: str) -> str:
+        if blocks and _within(path, blocks) and path != blocks:
+            inside = path[len(blocks) + 1 :].partition(".")[2]
+            return ATTENTION if any(_within(inside, root) for root in attention) else FEED_FORWARD
+        if any(_within(path, table) for table in tables):
+            return EMBEDDINGS
+        if not path.startswith(prefix) or any(_within(path, head) for head in heads):
+            return HEAD
+        if path[len(prefix) :].split(".")[0].startswith("embeddings"):
+            return EMBEDDINGS
+        return OTHER if known else BODY
+
+    return find
+
+
+def parts_of(module: Any) -> dict[str, Part]:
+    """Every part that there is something of, in the order in which a text meets them."""
+    find, macs = part_of(module), _macs(module)
+    numbers: dict[str, list[int]] = {}
+    for name, tensor, is_parameter in tensors(module):
+        one = numbers.setdefault(find(name), [0, 0, 0])
+        if is_parameter:
+            one[0] += tensor.numel()
+            one[1] += int(torch.count_nonzero(tensor))
+        one[2] += tensor.numel() * tensor.element_size()
+    names = (EMBEDDINGS, ATTENTION, FEED_FORWARD, BODY, OTHER, HEAD)
+    there = [name for name in names if name in numbers or (macs and any(macs[name].values()))]
+    found = {}
+    for name in there:
+        parameters, nonzero, size = numbers.get(name, [0, 0, 0])
+        found[name] = Part(parameters, nonzero, size, macs[name] if macs else None)
+    return found
+
+
+def tensors(module: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """What a model folder stores: (name, tensor, whether it is a parameter), each tensor once."""
+    parameters = {id(tensor): (name, tensor) for name, tensor in module.named_parameters()}
+    stored = module.state_dict(keep_vars=True)
+    yield from ((name, tensor, True) for name, tensor in parameters.values())
+    yield from ((name, tensor, False) for name, tensor in stored.items() if not isinstance(tensor, nn.Parameter))
+
+
+def _macs(module: Any) -> dict[str, dict[str, int]] | None:
+    """`profile`'s multiply-accumulates by part. What is no matrix times tokens (scores, tables of positions) is attention's."""
+    whole = profile(module)["macs"] if is_known(module) else None
+    if whole is None or set(whole) != set(PER):
+        return None
+    find, inside = part_of(module), set(blocks_of(module).modules())
+    found = {name: dict.fromkeys(PER, 0) for name in (EMBEDDINGS, ATTENTION, FEED_FORWARD, BODY, OTHER, HEAD)}
+    outside = []
+    for name, linear in module.named_modules():
+        if is_linear(linear):
+            size = shape_of(linear)[0] * shape_of(linear)[1]
+            if linear in inside:
+                found[find(name)]["per_token"] += size
+            else:
+                outside.append((find(name), size))
+    # Either all that is outside the blocks reads every token, or only what comes before them does.
+    reads_all = _reads_every_token(module)
+    for part, size in outside:
+        found[part]["per_token" if reads_all or part == EMBEDDINGS else "per_example"] += size
+    others = [name for name in found if name != ATTENTION]
+    found[ATTENTION] = {key: whole[key] - sum(found[name][key] for name in others) for key in PER}
+    return found
+
+
+def outline(module: Any) -> Any:
+    """A copy to take apart that shares all weights with the model and so takes no memory; nothing may be written into them."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
+
+
+@torch.no_grad()
+def time_parts(module: Any, rows: Sequence[Mapping[str, torch.Tensor]], *, seconds: float = 3.0) -> dict[str, float]:
+    """Milliseconds of one text by part, a mean over texts read one by one; in torch, where the model is now.
+
+    Time passes between the beginnings and ends of layers; each stretch is given to the part of the layer that ends it, so that the
+    product of scores and values, which is no layer, is given to the output matrix of its attention.
+
+    Args:
+        module: the model.
+        rows: inputs, (1, tokens) each.
+        seconds: begin no further text after so long. The first text is read once untimed.
+    """
+    find, spent = part_of(module), dict.fromkeys((EMBEDDINGS, ATTENTION, FEED_FORWARD, BODY, OTHER, HEAD), 0.0)
+    now = time.perf_counter
+    last = now()
+
+    def mark(part: str) -> Callable[..., None]:
+        def end(*_: Any) -> None:
+            nonlocal last
+            moment = now()
+            spent[part] += moment - last
+            last = moment
+
+        return end
+
+    leaves = [(name, part) for name, part in module.named_modules() if not any(True for _ in part.children())]
+    hooks = []
+    try:
+        for name, leaf in leaves:
+            end = mark(find(name))
+            hooks += [leaf.register_forward_pre_hook(end), leaf.register_forward_hook(end)]
+        finish = mark(HEAD)
+        module.eval()(**rows[0])
+        spent = dict.fromkeys(spent, 0.0)
+        begun, texts = now(), 0
+        for row in rows:
+            last = now()
+            module(**row)
+            finish()
+            texts += 1
+            if now() - begun > seconds:
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {part: 1e3 * value / texts for part, value in spent.items() if value}
+
+
+def _within(path: str, root: str) -> bool:
+    return path == root or path.startswith(root + ".")

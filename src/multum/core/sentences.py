@@ -1,0 +1,174 @@
+"""How language models are measured on texts: what a predictor tells of each.
+
+Every window of a text gives one row, so that the windows of long texts are what an interval is taken over.
+
+    causal    -Σ log p, scored tokens, their bytes in UTF-8         (windows, 3), windows of at most 1024 tokens, half as far apart
+    masked    -Σ log p, tokens that came first, tokens asked for    (windows, 3), windows side by side
+
+Which tokens a masked model is asked for depends on the text alone: 15 % of each window, all of them hidden.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from .likelihood import causal_log_probs, context_of, only_at, specials, token_log_probs, windows
+from .masking import Masks, choose
+
+WINDOW = 1024
+"""Tokens of a window, at most."""
+Text = str | Sequence[Mapping[str, str]]
+"""A text, or the messages of a chat."""
+
+
+def written(text: Text, tokenizer: Any) -> str:
+    """A text as it is, a chat as the tokenizer's template writes it.
+
+    Raises:
+        InputError: a chat, and no template.
+    """
+    if isinstance(text, str):
+        return text
+    if not tokenizer.chat_template:
+        raise InputError("the data has chats (messages), but the tokenizer has no chat template; give texts instead")
+    return str(tokenizer.apply_chat_template([dict(message) for message in text], tokenize=False))
+
+
+def causal_sums(module: Any, tokenizer: Any, texts: Sequence[Text], *, batch_size: int = 32) -> list[np.ndarray]:
+    """For each text -Σ log p, scored tokens and bytes of every window, (windows, 3) float64.
+
+    The first token is conditioned on what the tokenizer puts before a text, or else left out. Chats have their special tokens in
+    their template. A text without a token that can be scored has one row of zeros.
+    """
+    size = min(context_of(module, tokenizer), WINDOW)
+    stride, lead = size // 2, specials(tokenizer)[0]
+    plain = [written(text, tokenizer) for text in texts]
+    encoded = tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    before = [lead if isinstance(text, str) else [] for text in texts]
+    rows = [[*some, *ids] or [0] for some, ids in zip(before, encoded["input_ids"], strict=True)]
+    found = []
+    values = causal_log_probs(module, rows, size, stride, batch_size=batch_size)
+    for text, ids, some, offsets, scores in zip(plain, rows, before, encoded["offset_mapping"], values, strict=True):
+        ends = [*([0] * len(some)), *(len(text[:end].encode()) for _, end in offsets)] if offsets else [0] * len(ids)
+        table, start = [], max(len(some), 1)
+        for window in windows(len(ids), size, stride):
+            first = max(window.first, start)
+            if first < window.end:
+                size_in_bytes = ends[window.end - 1] - ends[first - 1]
+                table.append((-scores[first - 1 : window.end - 1].sum(), window.end - first, size_in_bytes))
+        found.append(np.array(table or [(0.0, 0, 0)]))
+    return found
+
+
+@torch.no_grad()
+def masked_sums(module: Any, tokenizer: Any, texts: Sequence[Text]) -> list[np.ndarray]:
+    """For each text -Σ log p, hits and count of the tokens asked for in every window, (windows, 3) float64."""
+    masks, (before, behind) = Masks.of(tokenizer), specials(tokenizer)
+    size = min(context_of(module, tokenizer), WINDOW) - len(before) - len(behind)
+    device, found = next(module.parameters()).device, []
+    for text in texts:
+        plain = written(text, tokenizer)
+        ids = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        rng, table = random.Random(plain), []
+        for start in range(0, len(ids), size):
+            part = ids[start : start + size]
+            chosen = choose([True] * len(part), rng)
+            seen, _ = masks.hide(part, chosen, None)
+            row = torch.tensor([[*before, *seen, *behind]], device=device)
+            places = torch.zeros_like(row, dtype=torch.bool)
+            places[0, [len(before) + place for place in chosen]] = True
+            truth = torch.tensor([part[place] for place in chosen], device=device)
+            with only_at(module, places):
+                logits = module(input_ids=row).logits
+            nll = -float(token_log_probs(logits, truth).double().sum())
+            table.append((nll, int((logits.argmax(-1) == truth).sum()), len(chosen)))
+        found.append(np.array(table or [(0.0, 0, 0)]))
+    return found
+
+
+class NextTokens:
+    """Texts or chats for a causal language model; for each what `causal_sums` tells."""
+
+    task: ClassVar[str] = "text-generation"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    columns: ClassVar[tuple[str, str | None]] = ("text", None)
+    cuts: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> NextTokens:
+        """The same for every model."""
+        return cls()
+
+    def encode(self, tokenizer: Any, inputs: Sequence[Text], max_length: int, tensors: str | None) -> Any:
+        """The tokens of every text, cut where a window ends."""
+        _single(inputs)
+        rows = tokenizer([written(text, tokenizer) for text in inputs], verbose=False)["input_ids"]
+        size = min(max_length, WINDOW)
+        return {"input_ids": [ids[start : start + size] for ids in rows for start in range(0, max(len(ids), 1), size)]}
+
+    def run(self, module: Any, tokenizer: Any, inputs: Sequence[Text], *, batch_size: int = 32) -> list[np.ndarray]:
+        """Windows of all texts, in batches."""
+        _single(inputs)
+        return causal_sums(module, tokenizer, inputs, batch_size=batch_size)
+
+    def predictions(self, encoded: Any, outputs: Mapping[str, np.ndarray], inputs: Sequence[Any]) -> list[np.ndarray]:
+        """Not asked for: `run` takes several looks at a text."""
+        raise InputError("language models are run by torch alone")
+
+    def answers(self, predictions: np.ndarray, inputs: Sequence[Any], labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Perplexity, bits per byte and scored tokens of every text; null where no token could be scored."""
+        found = []
+        for text, rows in zip(inputs, predictions, strict=True):
+            nll, tokens, size = (float(value) for value in np.nansum(np.asarray(rows, dtype=np.float64), axis=0))
+            bits = nll / (math.log(2) * size) if size else None
+            found.append(
+                {
+                    "text": text,
+                    "perplexity": math.exp(nll / tokens) if tokens else None,
+                    "bits_per_byte": bits,
+                    "tokens": int(tokens),
+                }
+            )
+        return found
+
+    def line(self, answer: Mapping[str, Any]) -> str:
+        """Perplexity and bits per byte."""
+        return "\t".join("-" if answer[name] is None else f"{answer[name]:.4g}" for name in ("perplexity", "bits_per_byte"))
+
+
+class HiddenTokens(NextTokens):
+    """Texts for a masked language model; for each what `masked_sums` tells."""
+
+    task: ClassVar[str] = "fill-mask"
+    auto_class: ClassVar[str] = "AutoModelForMaskedLM"
+
+    def run(self, module: Any, tokenizer: Any, inputs: Sequence[Text], *, batch_size: int = 32) -> list[np.ndarray]:
+        """Window by window."""
+        _single(inputs)
+        return masked_sums(module, tokenizer, inputs)
+
+    def answers(self, predictions: np.ndarray, inputs: Sequence[Any], labels: Sequence[str]) -> list[dict[str, Any]]:
+        """Accuracy and cross entropy of the tokens that were hidden, and how many these were."""
+        found = []
+        for text, rows in zip(inputs, predictions, strict=True):
+            nll, hits, asked = (float(value) for value in np.nansum(np.asarray(rows, dtype=np.float64), axis=0))
+            shares = {"accuracy": hits / asked if asked else None, "cross_entropy": nll / asked if asked else None}
+            found.append({"text": text, **shares, "masked_tokens": int(asked)})
+        return found
+
+    def line(self, answer: Mapping[str, Any]) -> str:
+        """Accuracy and cross entropy."""
+        return "\t".join("-" if answer[name] is None else f"{answer[name]:.4g}" for name in ("accuracy", "cross_entropy"))
+
+
+def _single(inputs: Sequence[Any]) -> None:
+    if any(isinstance(one, tuple) and all(isinstance(part, str) for part in one) for one in inputs):
+        raise InputError("language models take single texts, no pairs")

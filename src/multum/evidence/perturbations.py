@@ -1,0 +1,81 @@
+"""The same texts as people also write them: seeded changes that leave the meaning to a reader.
+
+    typos        each word of 4 letters or more, with chance 0.15: two letters swapped, one left out, or one doubled
+    case         the whole text in capitals or in small letters, whichever it is not, by a coin where it is neither
+    punctuation  every mark of punctuation left out
+    word order   each pair of neighbouring words swapped, with chance 0.3, no word twice
+
+Equal seeds give equal texts; a text's changes do not depend on the texts before it.
+"""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+Text = str | tuple[str, str]
+TYPO, SWAP, LETTERS = 0.15, 0.3, 4
+
+
+def typos(text: str, rng: random.Random) -> str:
+    """Slips of the fingers in some of the longer words."""
+    return " ".join(_slip(word, rng) if _slips(word, rng) else word for word in text.split(" "))
+
+
+def _slips(word: str, rng: random.Random) -> bool:
+    return rng.random() < TYPO and sum(letter.isalpha() for letter in word) >= LETTERS
+
+
+def _slip(word: str, rng: random.Random) -> str:
+    places = [at for at, (a, b) in enumerate(pairwise(word)) if a.isalpha() and b.isalpha() and a != b]
+    if not places:
+        return word
+    at, kind = rng.choice(places), rng.randrange(3)
+    changed = (word[at + 1] + word[at], word[at], word[at] + word[at] + word[at + 1])[kind]
+    return word[:at] + changed + word[at + 2 :]
+
+
+def case(text: str, rng: random.Random) -> str:
+    """All capitals, or none."""
+    upper, lower = text.upper(), text.lower()
+    return lower if text == upper else upper if text == lower or rng.random() < 0.5 else lower
+
+
+def punctuation(text: str, rng: random.Random) -> str:
+    """No marks; never an empty text."""
+    kept = "".join(" " if unicodedata.category(letter) == "Pd" else letter for letter in text)
+    bare = "".join(letter for letter in kept if not unicodedata.category(letter).startswith("P"))
+    return " ".join(bare.split()) or text
+
+
+def word_order(text: str, rng: random.Random) -> str:
+    """Some neighbours change places."""
+    words, at = text.split(), 0
+    while at + 1 < len(words):
+        if rng.random() < SWAP:
+            words[at], words[at + 1] = words[at + 1], words[at]
+            at += 1
+        at += 1
+    return " ".join(words)
+
+
+PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
+    "typos": typos,
+    "case": case,
+    "punctuation": punctuation,
+    "word order": word_order,
+}
+DRAWN = ("typos", "word order")
+"""Those of which another seed makes quite another text."""
+
+
+def perturb(texts: Sequence[Text], name: str, seed: int) -> list[Text]:
+    """All texts changed in one way; of a pair both sides."""
+    change = PERTURBATIONS[name]
+    result: list[Text] = []
+    for at, text in enumerate(texts):
+        rng = random.Random(f"{seed}/{name}/{at}")
+        result.append(change(text, rng) if isinstance(text, str) else (change(text[0], rng), change(text[1], rng)))
+    return result

@@ -1,0 +1,143 @@
+r"""Which heads and neurons to keep under a budget, by the Fisher information of their masks (Kwon et al. 2022, arXiv:2204.09656).
+
+max Σ_kept I_i           subject to cost <= budget                                       (mask search, sec. 4.1)
+min (1-m)ᵀ F (1-m)       within a sublayer, same counts, F = Σ_b g_b g_bᵀ                (rearrangement, sec. 4.2)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.latency import Blocks
+from ..errors import InputError
+
+Kept = list[tuple[list[int], list[int]]]
+"""Per block the heads and the neurons that stay, ascending."""
+Pair = tuple[np.ndarray, np.ndarray]
+"""Something of every head and of every neuron of a block."""
+
+
+def importance(gradients: Sequence[Pair]) -> list[Pair]:
+    """I per block: (heads,) and (neurons,), from g: (batches, heads) and (batches, neurons)."""
+    return [((heads**2).sum(0), (neurons**2).sum(0)) for heads, neurons in gradients]
+
+
+def search(scores: Sequence[Pair], cost: Callable[[Blocks], float], budget: float) -> Kept:
+    """The heads and neurons with the most importance whose cost fits the budget.
+
+    Args:
+        scores: I per block.
+        cost: of a model with these (heads, neurons) in its blocks; more units never cost less.
+        budget: in the same unit.
+
+    Raises:
+        InputError: not even one head fits.
+    """
+    heads, neurons = (_ranked([pair[kind] for pair in scores]) for kind in (0, 1))
+    best: tuple[float, int, int] | None = None
+    for n_heads in range(1, len(heads.units) + 1):
+        if best is not None and heads.sums[n_heads] + neurons.sums[-1] <= best[0]:
+            continue
+        n_neurons = _most(heads.counts[n_heads], neurons.counts, cost, budget)
+        if n_neurons is None:
+            break
+        total = float(heads.sums[n_heads] + neurons.sums[n_neurons])
+        if best is None or total > best[0]:
+            best = total, n_heads, n_neurons
+    if best is None:
+        raise InputError(f"fisher_masks: not even one head fits: the cheapest model with one costs more than {budget:.4g}")
+    return _fill(_kept(len(scores), heads.units[: best[1]], neurons.units[: best[2]]), scores, cost, budget)
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Units of one kind, the most important first: after the first k, how many each block has and what they are worth."""
+
+    units: list[tuple[int, int]]
+    counts: np.ndarray
+    sums: np.ndarray
+
+
+def _ranked(scores: Sequence[np.ndarray]) -> _Ranked:
+    units = sorted(
+        ((block, unit) for block in range(len(scores)) for unit in range(len(scores[block]))),
+        key=lambda pair: (-scores[pair[0]][pair[1]], pair),
+    )
+    counts = np.zeros((len(units) + 1, len(scores)), dtype=int)
+    counts[np.arange(1, len(units) + 1), np.array([block for block, _ in units], dtype=int)] = 1
+    values = [0.0, *(float(scores[block][unit]) for block, unit in units)]
+    return _Ranked(units, counts.cumsum(0), np.cumsum(values))
+
+
+def _most(heads: np.ndarray, neurons: np.ndarray, cost: Callable[[Blocks], float], budget: float) -> int | None:
+    """The largest number of neurons that fits beside these heads; None if not even none does."""
+
+    def fits(number: int) -> bool:
+        return cost(list(zip(heads.tolist(), neurons[number].tolist(), strict=True))) <= budget
+
+    low, high = 0, len(neurons) - 1
+    if not fits(0):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _kept(blocks: int, heads: Sequence[tuple[int, int]], neurons: Sequence[tuple[int, int]]) -> Kept:
+    kept: Kept = [([], []) for _ in range(blocks)]
+    for kind, units in enumerate((heads, neurons)):
+        for block, unit in units:
+            kept[block][kind].append(unit)
+    return [(sorted(heads_), sorted(neurons_)) for heads_, neurons_ in kept]
+
+
+def _fill(kept: Kept, scores: Sequence[Pair], cost: Callable[[Blocks], float], budget: float) -> Kept:
+    """Let join what costs nothing more (units below a knee of the latency curve), the most important first."""
+    counts = [[len(heads), len(neurons)] for heads, neurons in kept]
+    outside = sorted(
+        (-float(value), block, kind, unit)
+        for block, pair in enumerate(scores)
+        for kind in (0, 1)
+        for unit, value in enumerate(pair[kind])
+        if unit not in kept[block][kind]
+    )
+    full: set[tuple[int, int]] = set()
+    for _, block, kind, unit in outside:
+        if (block, kind) in full:
+            continue
+        counts[block][kind] += 1
+        if cost([(heads, neurons) for heads, neurons in counts]) <= budget:
+            kept[block][kind].append(unit)
+        else:
+            counts[block][kind] -= 1
+            full.add((block, kind))
+    return [(sorted(heads), sorted(neurons)) for heads, neurons in kept]
+
+
+def rearrange(gradients: np.ndarray, keep: Sequence[int]) -> list[int]:
+    """Other units, as many, whose removal leaves a smaller Σ_b (Σ_i∈pruned g_bi)², or the same ones.
+
+    Args:
+        gradients: g of one sublayer, (batches, units).
+        keep: what the search kept.
+    """
+    norms = (gradients**2).sum(0)
+    order = np.argsort(norms, kind="stable").tolist()
+    staying = set(keep)
+    pruned = [unit for unit in order if unit not in staying]
+    if not pruned or not staying:
+        return sorted(keep)
+    total = gradients[:, pruned].sum(1)
+    for unit in (unit for unit in order if unit in staying):
+        candidates = np.array([*pruned, unit])
+        left = total + gradients[:, unit]
+        # ‖left - g_c‖² without ‖left‖², for all candidates at once
+        costs = (norms - 2 * left @ gradients)[candidates]
+        out = int(candidates[costs.argmin()])
+        total = left - gradients[:, out]
+        pruned = [u for u in candidates.tolist() if u != out]
+    return sorted(set(range(gradients.shape[1])) - set(pruned))

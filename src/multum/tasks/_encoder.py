@@ -1,0 +1,170 @@
+"""What tasks for encoders have in common: a head on a pretrained model, its labels in the task's order, batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoConfig
+
+from ..core.model import Model
+from ..core.reading import token_limit
+from ..core.task import Batch, Quality, SplitName
+from ..core.training import FEW_SHAPES, pad
+from ..errors import InputError
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+BATCH = 32
+"""Examples in a calibration batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderTask:
+    """A task whose model is an encoder with a head; what differs is how inputs are read, the loss and the score."""
+
+    auto_class: ClassVar[str]
+    head: ClassVar[str]
+    """How the classes of models with this task's head are called at the end."""
+    optional_columns: ClassVar[tuple[str, ...]] = ()
+    stratify: ClassVar[str | None] = None
+    default_split: ClassVar[SplitName] = "test"
+    shrinks: ClassVar[bool] = False
+    """Whether `shrink` and `export` take models of this task."""
+
+    labels: tuple[str, ...] = ()
+    """The names of the model's outputs, in their order."""
+    unlabelled: Sequence[Any] = ()
+    """Inputs that nobody labelled and that stand in no split."""
+    max_length: int | None = None
+    """Tokens after which an input is cut, or goes on in another window; None: what the model takes."""
+    seed: int = 0
+    """Of a new head's random weights."""
+    notes: Sequence[str] = ()
+    """What was dropped from the data and why."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """A digest of every split."""
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether an example is a pair of texts."""
+        return False
+
+    def load(self, source: str, *, trust_remote_code: bool = False) -> Model:
+        """A model with this task's head, whose outputs stand in the order of `labels`.
+
+        A model that has such a head keeps it. Any other gets a new, untrained one.
+
+        Raises:
+            InputError: its head knows other labels.
+        """
+        model = Model.load(source, auto_class=self.auto_class, trust_remote_code=trust_remote_code, **self._new_head(source))
+        config = model.module.config
+        columns = self.columns_for([str(config.id2label[i]) for i in range(config.num_labels)])
+        if columns is not None:
+            if columns != list(range(len(columns))):
+                _reorder(model.module, columns)
+            config.id2label = dict(enumerate(self.labels))
+            config.label2id = {label: index for index, label in enumerate(self.labels)}
+        self.configure(config)
+        return model
+
+    def configure(self, config: Any) -> None:
+        """Write into a model's config what its answers are."""
+
+    def is_trained(self, model: Model) -> bool:
+        """False when `load` had to invent weights."""
+        return not model.new_weights
+
+    def columns_for(self, labels: Sequence[str]) -> list[int] | None:
+        """For every label of the task the column of a model whose outputs have these labels.
+
+        Raises:
+            InputError: the labels differ.
+        """
+        unnamed = list(labels) == [f"LABEL_{i}" for i in range(len(labels))]
+        if unnamed and len(labels) == len(self.labels) and all(label.lstrip("-").isdigit() for label in self.labels):
+            return list(range(len(labels)))
+        if set(labels) != set(self.labels):
+            hint = "; give the model's config the names (id2label)" if unnamed else ""
+            raise InputError(f"the model's labels are {', '.join(labels)}, the data's are {', '.join(self.labels)}{hint}")
+        return [list(labels).index(label) for label in self.labels]
+
+    def length_limit(self, model: Model) -> int:
+        """Tokens of an example, or of one of its windows, that the model reads, special ones included."""
+        limit = token_limit(model.module.config, model.tokenizer)
+        return min(limit, self.max_length or limit)
+
+    def encode(self, model: Model, split: SplitName) -> Dataset:
+        """The split as the model reads it, with labels."""
+        raise NotImplementedError
+
+    def encode_texts(self, model: Model, texts: Sequence[Any]) -> Dataset:
+        """Inputs without references as the model reads them."""
+        raise NotImplementedError
+
+    def inputs(self, split: SplitName) -> Sequence[Any]:
+        """The split's inputs."""
+        raise NotImplementedError
+
+    def calibration(self, model: Model, samples: int, *, seed: int = 0) -> list[Batch]:
+        """Inputs drawn from the training split, in order of length so that little is padding."""
+        inputs = self.inputs("train")
+        chosen = random.Random(seed).sample(range(len(inputs)), min(samples, len(inputs)))
+        encoded = self.encode_texts(model, [inputs[i] for i in chosen]).remove_columns("labels")
+        rows = sorted(list(encoded)[:samples], key=lambda row: len(row["input_ids"]))
+        pad_id = model.tokenizer.pad_token_id
+        return [pad(rows[start : start + BATCH], pad_id, multiple=FEW_SHAPES) for start in range(0, len(rows), BATCH)]
+
+    def batches(self, model: Model, split: SplitName, batch_size: int) -> Iterator[Batch]:
+        """Padded batches of a split in its own order, labels included."""
+        rows = self.encode(model, split)
+        for start in range(0, len(rows), batch_size):
+            end = min(start + batch_size, len(rows))
+            yield pad([rows[i] for i in range(start, end)], model.tokenizer.pad_token_id)
+
+    def drop(self, before: Quality, after: Quality) -> float:
+        """Points of the metric lost: hundredths."""
+        return 100 * (before.value - after.value)
+
+    def drop_of(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+        """The same from two `metrics.json`."""
+        return 100 * (float(before["quality"]["value"]) - float(after["quality"]["value"]))
+
+    def _new_head(self, source: str) -> dict[str, Any]:
+        """What to tell transformers about the head of a model that has none yet."""
+        try:
+            architectures = AutoConfig.from_pretrained(source).architectures or []
+        except (OSError, ValueError, KeyError):  # Model.load says what is wrong with it, in our words
+            architectures = []
+        torch.manual_seed(self.seed)  # a new head is drawn while the model is loaded
+        if any(name.endswith(self.head) for name in architectures):
+            return {}
+        return self.new_head()
+
+    def new_head(self) -> dict[str, Any]:
+        """What a config is told of a new head."""
+        names = dict(enumerate(self.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def model_columns(encoded: Mapping[str, Any], model: Model, *, pairs: bool) -> dict[str, list[list[int]]]:
+    """What a tokenizer made that the model takes: token types only of pairs, where the model tells them apart."""
+    wanted = ["input_ids", "attention_mask"]
+    # A single text is all of type 0, which models assume by themselves.
+    if pairs and "token_type_ids" in encoded and getattr(model.module.config, "type_vocab_size", 1) > 1:
+        wanted.append("token_type_ids")
+    return {name: encoded[name] for name in wanted}
+
+
+def _reorder(module: nn.Module, columns: Sequence[int]) -> None:
+    """Put the outputs of the last linear layer into this order."""
+    last = [part for part in module.modules() if isinstance(part, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.copy_(last.weight[list(columns)])
+        if last.bias is not None:
+            last.bias.copy_(last.bias[list(columns)])
