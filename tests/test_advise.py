@@ -11,6 +11,8 @@ import pytest
 import tiny
 import tiny_families
 import torch
+import translators
+from transformers import AlbertConfig, AlbertForSequenceClassification
 from typer.testing import CliRunner
 
 import multum
@@ -19,10 +21,13 @@ from multum._advice import TECHNIQUES
 from multum._advice_sources import GOALS, OWN
 from multum._advise import write_recipe
 from multum.cli import app
-from multum.core.parts import parts_of
+from multum.core.model import Model
+from multum.core.padding import pad
+from multum.core.parts import outline, part_of, parts_of, time_parts
 from multum.core.profile import profile
 from multum.core.step import find, names
 from multum.errors import InputError
+from multum.runtimes import onnxruntime
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ADVISABLE = ("bert", "distilbert", "llama", "gpt2")
@@ -69,9 +74,62 @@ def test_the_parts_add_up_to_the_whole(family: str, tmp_path: Path) -> None:
     assert sum(part.bytes for part in parts.values()) == size - header - 8
 
 
+@pytest.mark.parametrize("family", translators.FAMILIES)
+def test_the_parts_of_an_encoder_decoder_are_those_of_both_stacks(family: str, tmp_path: Path) -> None:
+    module = translators.translator(family).module
+    parts, find = parts_of(module), part_of(module)
+    assert sum(part.parameters for part in parts.values()) == profile(module)["parameters"]
+    module.save_pretrained(tmp_path)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    assert sum(part.bytes for part in parts.values()) == len(raw) - int.from_bytes(raw[:8], "little") - 8
+    # Two blocks in each stack; a matrix of attention is 32 x 32, all four of one attention the same.
+    bias = 0 if family == "t5" else 4 * 32
+    tables = sum(p.numel() for name, p in module.named_parameters() if "relative_attention_bias" in name)
+    norms = 32 if family == "t5" else 64
+    assert parts["attention"].parameters == 4 * (4 * 32 * 32 + bias + norms) + tables
+    assert parts["cross_attention"].parameters == 2 * (4 * 32 * 32 + bias + norms)
+    assert {find(name) for name, _ in module.named_parameters()} == set(parts) - ({"head"} if family != "t5" else set())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_attention_and_feed_forward_have_the_macs_of_their_matrices(family: str) -> None:
+    """Width 32, 2 layers, 4 heads of 8 (Llama: 8 queries, 4 keys), 32 neurons."""
+    parts = parts_of(tiny.model(family).module)
+    widths = (64, 32, 32, 64) if family == "llama" else (32,) * 4
+    assert parts["attention"].macs == {"per_token": 2 * 32 * sum(widths), "per_token_squared": 2 * 2 * widths[0], "per_example": 0}
+    assert (parts["feed_forward"].macs or {})["per_token"] == 2 * (3 if family == "llama" else 2) * 32 * 32
+
+
+def test_the_time_of_the_parts_is_the_time_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock that goes on by one at every look, a part has as many units as its layers begin and end."""
+    model = tiny.model("bert")
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("multum.core.parts.time.perf_counter", lambda: next(ticks))
+    rows = [dict(pad([row], 0)) for row in tiny.task().encode(model, "validation")][:3]
+    found, find = time_parts(model.module, rows, seconds=10**6), part_of(model.module)
+    called: list[str] = []
+    leaves = [(name, part) for name, part in model.module.named_modules() if not list(part.children())]
+    hooks = [part.register_forward_hook(lambda *_, name=name: called.append(find(name))) for name, part in leaves]
+    model.module(**rows[0])
+    for hook in hooks:
+        hook.remove()
+    assert set(found) == set(called)
+    for part, value in found.items():
+        assert value == 1e3 * (2 * called.count(part) + (part == "head"))  # what comes after the last layer is the head's
+    assert not any(part._forward_hooks for _, part in leaves)
+
+
+def test_an_outline_shares_the_weights() -> None:
+    module = tiny.model("bert").module
+    copied = outline(module)
+    assert copied is not module
+    assert copied.config is not module.config
+    assert all(a is b for a, b in zip(module.parameters(), copied.parameters(), strict=True))
+
+
 def test_every_step_has_a_row_or_is_no_technique_for_a_trained_model() -> None:
     others = {"int8"}
-    apart = {"pretrain", "reconstruct", "distill_generation"}  # for a new model, after a cut, for those that write
+    apart = {"pretrain", "reconstruct"}  # for a new model, after a cut
     assert set(TECHNIQUES) - others == set(names()) - apart
     for name in set(TECHNIQUES) - others:
         assert TECHNIQUES[name].does
@@ -89,6 +147,22 @@ def test_what_is_never_used_is_counted_and_the_step_gives_what_was_said(model: s
     assert said["basis"] == _advice_estimates.ARITHMETIC
     shorter = find("drop_layers")(keep=2, which="alternate")(loaded, task)
     assert estimate(found, "drop_layers", "bytes")["after"] == sum(part.bytes for part in parts_of(shorter.module).values())
+    factored = find("low_rank")(samples=8)(loaded, task)
+    assert estimate(found, "low_rank", "bytes")["after"] == sum(part.bytes for part in parts_of(factored.module).values())
+
+
+@pytest.mark.parametrize("family", ["bert", "electra", "roberta"])
+def test_the_bytes_of_an_int8_export_are_those_of_its_constants(family: str, data: str, tmp_path: Path) -> None:
+    import onnx
+
+    made = tiny.uneven(tiny.model(family, layers=3, hidden=64, neurons=96))
+    made = find("low_rank")(keep=0.5, samples=8)(made, tiny.task()) if family == "bert" else made
+    made.save(tmp_path / "model")
+    onnxruntime.export(made, tmp_path / "int8", precision="int8", inputs=["a film"], max_length=tiny.POSITIONS, pairs=False)
+    graph = onnx.load(tmp_path / "int8" / onnxruntime.GRAPH).graph
+    stored = sum(len(constant.raw_data) for constant in graph.initializer)
+    found = advice(str(tmp_path / "model"), data)
+    assert estimate(found, "int8", "bytes")["after"] == pytest.approx(stored, rel=0.02)
 
 
 def test_goals_change_what_is_used(model: str, data: str) -> None:
@@ -104,32 +178,94 @@ def test_goals_change_what_is_used(model: str, data: str) -> None:
 
 
 @pytest.mark.parametrize("family", ADVISABLE)
-def test_the_recipe_runs(family: str, data: str, tmp_path: Path) -> None:
-    tiny.model(family, layers=2).save(tmp_path / "m")
-    found = advice(str(tmp_path / "m"), data, goal="no-training")
+@pytest.mark.parametrize("goal", ["both", "no-training"])
+def test_the_recipe_is_accepted_and_its_steps_run(family: str, goal: str, data: str, tmp_path: Path) -> None:
+    """As `multum run` applies them, which measures what they give; with less training."""
+    tiny.model(family, layers=2).save(tmp_path / "model")
+    found = advice(str(tmp_path / "model"), data, goal=goal)
     write_recipe(tmp_path / "r.yaml", found)
-    read = recipe.read(tmp_path / "r.yaml")
+    read, task = recipe.read(tmp_path / "r.yaml"), tiny.task()
     assert [step.name for step in read.steps] == [next(iter(s)) if isinstance(s, dict) else s for s in found["recipe"]["steps"]]
-    if family == "bert":
-        made = multum.run(read, tmp_path / "run", threads=1)
-        assert made["stages"]
+    made = task.load(str(tmp_path / "model"))
+    for place, step in enumerate(read.steps):
+        fields = step.fields | {key: value for key, value in {"epochs": 1, "augment": 0}.items() if key in step.fields}
+        if "teacher" in fields:
+            fields["teacher"] = str(tmp_path / read.stage(fields["teacher"], place))
+        made = find(step.name)(**fields)(made, task)
+        made.save(tmp_path / read.stages[place])
+    assert [one["step"] for one in made.history] == [step.name for step in read.steps]
+    assert ("distill" in found["recipe"]["steps"][-1]) == (goal == "both")
+    assert made.parameters() < task.load(str(tmp_path / "model")).parameters()
     with pytest.raises(InputError, match="exists already"):
         write_recipe(tmp_path / "r.yaml", found)
 
 
-def test_a_recipe_that_teaches_is_accepted(model: str, data: str, tmp_path: Path) -> None:
-    write_recipe(tmp_path / "r.yaml", advice(model, data, goal="both"))
-    assert [step.name for step in recipe.read(tmp_path / "r.yaml").steps][-1] == "distill"
-
-
-def test_a_model_that_was_shrunk_and_one_that_nobody_knows(model: str, data: str, tmp_path: Path) -> None:
+def test_a_model_that_was_shrunk(model: str, data: str, tmp_path: Path) -> None:
     tiny.uneven(tiny.model(layers=3)).save(tmp_path / "uneven")
     found = advice(str(tmp_path / "uneven"), data)
     whole = profile(tiny.uneven(tiny.model(layers=3)).module)
     assert sum(part["parameters"] for part in found["profile"]["parts"].values()) == whole["parameters"]
+    task = tiny.task()
+    trimmed = find("trim_vocabulary")()(task.load(model), task)
+    trimmed.save(tmp_path / "trimmed")
+    found = advice(str(tmp_path / "trimmed"), data, goal="smaller")
+    assert entry(found, "trim_vocabulary")["why"] == "the texts need nearly all tokens"
+    assert any("trim_vocabulary" in note for note in found["notes"])
+    # Factored matrices cannot be pruned: layers go instead, and what is left is taught.
+    find("low_rank")(samples=8)(trimmed, task).save(tmp_path / "factored")
+    found = advice(str(tmp_path / "factored"), data, goal="faster")
+    assert "factored" in entry(found, "prune_structured")["why"]
+    assert [next(iter(step)) for step in found["recipe"]["steps"]] == ["drop_layers", "distill"]
+    assert found["shrink"] is None
+
+
+def test_a_model_that_nobody_knows_and_one_without_data(model: str, data: str, tmp_path: Path) -> None:
+    known = tiny.model("bert")
+    names = {key: getattr(known.module.config, key) for key in ("id2label", "label2id", "vocab_size", "max_position_embeddings")}
+    sizes = {"embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    module = AlbertForSequenceClassification(AlbertConfig(**sizes, **names)).eval()
+    Model(module=module, tokenizer=known.tokenizer, source="tiny-albert").save(tmp_path / "albert")
+    found = advice(str(tmp_path / "albert"), data, goal="smaller")
+    assert set(found["profile"]["parts"]) == {"embeddings", "body", "head"}
+    assert sum(part["parameters"] for part in found["profile"]["parts"].values()) == profile(module)["parameters"]
+    assert [one["name"] for one in found["use"]] == ["trim_vocabulary"]
+    assert found["recipe"]["steps"] == ["trim_vocabulary"]
+    assert any("albert" in note for note in found["notes"])
     found = multum.advise(model, task="text-classification")
     assert found["recipe"] is None
     assert any("without data" in note for note in found["notes"])
+
+
+def test_models_that_write(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n\n".join(tiny.passages(60)), encoding="utf-8")
+    tiny.language_model("gpt2", positions=128).save(tmp_path / "gpt2")
+    found = multum.advise(str(tmp_path / "gpt2"), task="text-generation", data=str(tmp_path / "texts.txt"))
+    assert [one["name"] for one in found["use"]] == ["prune_structured", "distill"]
+    assert "one label" in entry(found, "int8")["why"]
+    rows = ["source,target", *(",".join(pair) for pair in translators.sentences(60))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
+    translator = translators.translator("t5", layers=3)
+    translator.save(tmp_path / "t5")
+    found = multum.advise(str(tmp_path / "t5"), task="translation", data=str(tmp_path / "pairs.csv"))
+    assert [next(iter(step)) for step in found["recipe"]["steps"]] == ["drop_layers", "distill_generation"]
+    assert "written" in entry(found, "trim_vocabulary")["why"]
+    shorter = find("drop_layers")(keep=1, which="alternate")(translator, translators.translating())
+    assert estimate(found, "drop_layers", "bytes")["after"] == sum(part.bytes for part in parts_of(shorter.module).values())
+    write_recipe(tmp_path / "r.yaml", found)
+    assert len(recipe.read(tmp_path / "r.yaml").steps) == 2
+
+
+def test_a_quick_measurement_takes_the_place_of_published_figures(model: str, data: str) -> None:
+    found = advice(model, data, measured=True, threads=1)
+    assert set(found["profile"]["measured"]) == {"torch", "int8"}
+    ratio = found["profile"]["measured"]["int8"]["ratio"]
+    assert estimate(found, "int8", "speed") | {"source": ""} == {
+        "what": "speed",
+        "basis": _advice_estimates.MEASURED,
+        "source": "",
+        "factor": (ratio, ratio),
+    }
+    assert not (Path(model) / "metrics.json").exists()
 
 
 def test_every_estimate_says_how_it_was_made(model: str, data: str) -> None:
@@ -155,6 +291,17 @@ def test_figures_of_our_own_are_those_of_the_benchmarks() -> None:
     drop, faster = quick["drop"]["median"], quick["over_strongest"]["median"]
     assert f"{drop:.1f} points lost at {faster:.2f} times the speed of the original's int8" in source
     assert OWN.startswith("benchmarks/results/reviews_quick.md")
+
+
+def test_figures_on_the_page_stand_where_it_says() -> None:
+    page = (RESULTS.parent.parent / "docs" / "choosing.md").read_text(encoding="utf-8")
+    cited = re.findall(r"([^|;]*)\[(\w+\.md)\]\(\.\./benchmarks/results/(\w+\.md)\)", page)
+    assert {name for _, name, _ in cited} == {"reviews_quick.md", "one_shot.md"}
+    for text, name, target in cited:
+        result = (RESULTS / target).read_text(encoding="utf-8")
+        assert name == target
+        assert (figures := re.findall(r"\d+\.\d+", text))
+        assert not [figure for figure in figures if not re.search(rf"(?<![\d.]){figure}(?!\d)", result)]
 
 
 def test_the_command(model: str, data: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -15,12 +16,17 @@ from transformers import (
     BartForConditionalGeneration,
     MarianConfig,
     MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MT5Config,
+    MT5ForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from multum.core.families import stacks_of
-from multum.core.linears import matrix
+from multum.core.blocks import walk_blocks
+from multum.core.families import blocks_of, every_block, stacks_of
+from multum.core.linears import is_linear, matrix
 from multum.core.model import Model
 from multum.core.profile import profile
 from multum.core.shapes import record
@@ -28,7 +34,12 @@ from multum.core.surgery import counts_of, cross_heads, head_size, keep_blocks, 
 from multum.errors import InputError
 from multum.steps.drop_layers import DropLayers
 from multum.steps.fisher_masks import FisherMasks
+from multum.steps.low_rank import LowRank
 from multum.steps.prune_structured import PruneStructured
+from multum.steps.prune_weights import PruneWeights
+from multum.steps.reconstruct import Reconstruct
+from multum.steps.sparsegpt import SparseGPT
+from multum.steps.wanda import Wanda
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 SIZES = {
@@ -42,9 +53,11 @@ SIZES = {
 T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 4, "vocab_size": 60}
 MADE: dict[str, Any] = {
     "bart": lambda: BartForConditionalGeneration(BartConfig(**SIZES, **TOKENS, forced_eos_token_id=None)),
+    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**SIZES, **TOKENS, forced_eos_token_id=None)),
     "marian": lambda: MarianMTModel(MarianConfig(**SIZES, **TOKENS, forced_eos_token_id=None)),
     "t5": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES, **TOKENS, feed_forward_proj="relu")),
     "t5-gated": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES, **TOKENS, feed_forward_proj="gated-gelu")),
+    "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**T5_SIZES, **TOKENS)),
 }
 every_model = pytest.mark.parametrize("name", MADE)
 
@@ -134,7 +147,7 @@ def test_an_uneven_model_is_saved_loaded_by_transformers_and_writes(name: str, t
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_blocks_are_dropped_and_stock_transformers_loads_the_rest(name: str, stack: str, tmp_path: Path) -> None:
     module, shorter = model(name), model(name)
-    t5 = name.startswith("t5")
+    t5 = "t5" in name
     if t5 and stack == "encoder":  # transformers sizes the decoder's cache by the encoder
         with pytest.raises(InputError, match="drop the decoder's first"):
             keep_blocks(shorter, [1, 2], "encoder")
@@ -161,6 +174,88 @@ def test_blocks_are_dropped_and_stock_transformers_loads_the_rest(name: str, sta
     assert torch.allclose(logits(shorter), logits(module), atol=1e-5)
 
 
+@every_model
+@pytest.mark.parametrize("stack", ["encoder", "decoder", "both"])
+def test_as_many_neurons_everywhere_are_stock_where_a_config_can_say_so(name: str, stack: str, tmp_path: Path) -> None:
+    module = model(name)
+    for each in stacks_of(module):
+        for number, block in enumerate(each.blocks if stack in (each.name, "both") else ()):
+            keep_neurons(block, each.family, list(range(number, number + 16)))
+    again = reloaded(module, tmp_path / "m")
+    assert hasattr(again.config, "quantization_config") is ("t5" in name and stack != "both")  # T5 has one number for both
+    assert torch.equal(logits(again), logits(module))
+    keep_heads(again.model.encoder.layers[0] if "t5" not in name else again.encoder.block[0], stacks_of(again)[0].family, [1], 8)
+    assert torch.equal(logits(reloaded(again, tmp_path / "again")), logits(again))
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Like `batch`, the decoder's inputs padded as well and as long as the encoder's, so that one mask could pass for the other."""
+    mask = torch.ones(4, 9, dtype=torch.long)
+    mask[0, 4:] = mask[2, 7:] = 0
+    ids = torch.randint(3, 60, (4, 9), generator=torch.Generator().manual_seed(1)).where(mask == 1, 0)
+    return {**batch(), "decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
+@torch.no_grad()
+@every_model
+def test_a_walk_sees_what_the_whole_model_sees(name: str) -> None:
+    module, data = uneven(model(name)), padded()
+    expected: dict[nn.Module, torch.Tensor] = {}
+    cross = {block.get_submodule(path) for block in stacks_of(module)[1].blocks for path in ("", *CROSS[name[:2]]) if path}
+
+    def keep(part: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        decodes = part not in cross and any(part in set(block.modules()) for block in stacks_of(module)[1].blocks)
+        expected[part] = inputs[0][data["decoder_attention_mask" if decodes else "attention_mask"].bool()]
+
+    linears = [part for block in every_block(module) for part in block.modules() if is_linear(part)]
+    handles = [part.register_forward_pre_hook(keep) for part in linears]
+    module(**data)
+    for handle in handles:
+        handle.remove()
+    seen: dict[nn.Module, torch.Tensor] = {}
+    for index, block in enumerate(walk_blocks(module, [data])):
+        assert (block.index, block.module) == (index, every_block(module)[index])
+        parts = {path: part for path, part in block.module.named_modules() if is_linear(part)}
+        sums = block.sums(list(parts), lambda x: x.T @ x)
+        for path, flow in block.flows(0, list(parts)).items():
+            seen[parts[path]] = flow.input
+            torch.testing.assert_close(sums[path], flow.input.T @ flow.input)
+    assert seen.keys() == expected.keys() == set(linears)
+    for part, rows in expected.items():
+        torch.testing.assert_close(seen[part], rows, rtol=1e-5, atol=1e-6)
+
+
+CROSS = {
+    **dict.fromkeys(("ba", "mb", "ma"), ("encoder_attn.k_proj", "encoder_attn.v_proj")),
+    **dict.fromkeys(("t5", "mt"), ("layer.1.EncDecAttention.k", "layer.1.EncDecAttention.v")),
+}
+"""What reads the encoder, by the first letters of the model's name."""
+
+
+@torch.no_grad()
+@every_model
+def test_a_decoder_is_fed_by_the_encoder_as_it_is_by_then(name: str) -> None:
+    module, other, data = model(name), model(name), batch()
+    for stack in stacks_of(other)[:1]:
+        matrix(stack.blocks[1].get_submodule(stack.family.down)).mul_(0.5)
+    expected = [block.run(0) for block in walk_blocks(other, [data])]
+    for block, wanted in zip(walk_blocks(module, [data]), expected, strict=True):
+        if block.index == 1:
+            matrix(block.module.get_submodule(stacks_of(module)[0].family.down)).mul_(0.5)
+        assert torch.equal(block.run(0), wanted)
+
+
+def test_a_walk_needs_what_the_decoder_reads() -> None:
+    alone = {key: value for key, value in batch().items() if not key.startswith("decoder")}
+    with pytest.raises(InputError, match="need decoder_input_ids"):
+        list(walk_blocks(model("t5"), [alone]))
+    labels = torch.tensor([[5, 6, 7, -100], [8, 9, -100, -100], [3, 4, 5, 6], [7, -100, -100, -100]])
+    block = list(walk_blocks(model("t5"), [{**alone, "labels": labels}]))[-1]
+    assert torch.equal(block.masks[0], labels != -100)
+    with pytest.raises(InputError, match="this takes models of one stack"):
+        blocks_of(model("bart"))
+
+
 def step_on(step: Any, module: Any) -> Model:
     task: Any = SimpleNamespace(calibration=lambda *_, **__: [batch()], name="translation")
     return step(Model(module=module, tokenizer=None, source="tiny"), task)
@@ -176,7 +271,28 @@ def test_drop_layers_shortens_the_decoder_unless_told_otherwise(name: str) -> No
     assert torch.isfinite(logits(result.module)).all()
 
 
-@pytest.mark.parametrize("step", [PruneStructured(speedup=1.5), FisherMasks(speedup=1.5)])
+@every_model
+@pytest.mark.parametrize("step", [PruneWeights(sparsity=0.5), Wanda(sparsity=0.5), SparseGPT(sparsity=0.5)])
+def test_weights_of_both_stacks_are_pruned(name: str, step: Any) -> None:
+    whole = model(name)
+    result = step_on(step, whole)
+    for block in every_block(result.module):
+        for part in filter(is_linear, block.modules()):
+            assert float((part.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(result.module.lm_head.weight, whole.lm_head.weight)
+    assert set(result.history[-1]["skipped"]) == {"lm_head"}
+
+
+@every_model
+def test_matrices_of_both_stacks_are_factored_and_reload(name: str, tmp_path: Path) -> None:
+    result = step_on(LowRank(rank=6), model(name)).module
+    assert not any(is_linear(block.get_submodule(stack.family.down)) for stack in stacks_of(result) for block in stack.blocks)
+    again = reloaded(result, tmp_path / "m")
+    assert torch.equal(logits(again), logits(result))
+    assert torch.equal(written(again), written(result))
+
+
+@pytest.mark.parametrize("step", [PruneStructured(speedup=1.5), FisherMasks(speedup=1.5), Reconstruct(teacher="none")])
 def test_steps_for_one_stack_say_so_before_any_work(step: Any) -> None:
     with pytest.raises(InputError, match="have an encoder and a decoder"):
         step_on(step, model("bart"))

@@ -16,13 +16,14 @@ from ._advice_estimates import (
     EPOCHS,
     Estimate,
     augment,
-    blocks_known,
     drop,
     droppable,
+    half,
     int8,
     low_rank,
     narrow,
     not_factored,
+    one_stack,
     prunable,
     prune,
     speedup,
@@ -32,7 +33,7 @@ from ._advice_estimates import (
     zeros,
 )
 from ._advice_profile import Profile
-from ._advice_sources import BOTH, FASTER, GOALS, SMALLER, UNTRAINED
+from ._advice_sources import BOTH, FASTER, GOALS, PRIVATE, SMALLER, UNTRAINED
 from .plan import PRUNING, TRAINING
 
 SAMPLES = 512
@@ -58,8 +59,18 @@ class Technique:
     """Of its step in a recipe."""
     passes: Callable[[Profile, str], float] = lambda p, goal: 0.0
     """Its time, as the number of texts that the model reads in it."""
-    otherwise: str = ""
-    """Why it is left for a goal that it is not used for, or where it brings nothing."""
+    otherwise: str | Callable[[Profile, str], str] = ""
+    """Why it is left for a goal that it is not used for, or where it brings nothing; empty where the figures say it."""
+
+    def left(self, p: Profile, goal: str) -> str:
+        """`otherwise`, for this model and goal."""
+        return self.otherwise if isinstance(self.otherwise, str) else self.otherwise(p, goal)
+
+
+def _taught_again(p: Profile, goal: str) -> str:
+    if goal == UNTRAINED:
+        return "it trains"
+    return f"it goes over the training texts again, and a student leaks its teacher's training texts: {source.LEAK}"
 
 
 SPEED_SAME = "zeros make the file smaller once it is compressed and leave its speed unchanged: dense kernels multiply with them too"
@@ -68,13 +79,16 @@ EVERYWHERE = tuple(GOALS)
 TECHNIQUES: Mapping[str, Technique] = {
     "trim_vocabulary": Technique(
         does="drop the tokens that the training texts never use",
-        used_for=(SMALLER, BOTH, UNTRAINED),
+        used_for=(SMALLER, FASTER, BOTH, UNTRAINED),
         needs="the training texts, no labels",
         risk="words that only later texts have are spelled in smaller pieces",
         place=1,
         obstacle=lambda p: p.vocabulary.obstacle or (None if p.texts else "which tokens are used is told by the data: give --data"),
         estimates=trim,
-        otherwise="looking up a token takes the same time in a small table, and the tokens kept tell which words the texts have",
+        otherwise=lambda p, goal: {
+            PRIVATE: "the tokens that are kept tell which words the training texts have",
+            FASTER: "looking up a token takes the same time in a small table",
+        }.get(goal, "the texts need nearly all tokens"),
     ),
     "finetune": Technique(
         does="train the new head, and the model with it",
@@ -97,37 +111,53 @@ TECHNIQUES: Mapping[str, Technique] = {
         fields=lambda p, goal: {"speedup": speedup(p, goal), "samples": SAMPLES},
         passes=lambda p, goal: PRUNING * min(SAMPLES, p.texts or SAMPLES),
     ),
+    "drop_layers": Technique(
+        does="remove every other layer, of an encoder-decoder from its decoder",
+        used_for=(SMALLER, FASTER, BOTH),
+        needs="nothing",
+        risk="has to be taught afterwards",
+        place=3,
+        obstacle=droppable,
+        estimates=drop,
+        fields=lambda p, goal: {"keep": len(half(p)), "which": "alternate"},
+        otherwise=lambda p, goal: (
+            "what is left would have to be taught"
+            if prunable(p)
+            else "prune_structured keeps far more at the same speed; take drop_layers where the result must load without multum"
+        ),
+    ),
     "distill": Technique(
         does="let the whole model teach what is left of it",
         used_for=(SMALLER, FASTER, BOTH),
         needs="training texts; better with unlabelled ones beside them",
-        risk="takes most of the time; two seeds end up to a point apart",
+        risk="takes most of the time; how far it reaches is partly the luck of the seed",
         place=4,
+        obstacle=lambda p: "a model that writes is taught by what its teacher writes: distill_generation" if p.paired else None,
         estimates=lambda p, goal: [
             told("0.3 points lost at 2.64 times the speed of the original's int8, pruned and taught in turns", source.OWN),
             told("GLUE 77.0 against 79.5 with half of the layers", source.DISTILBERT),
         ],
         fields=lambda p, goal: {"epochs": EPOCHS} | ({"augment": AUGMENT} if augment(p) else {}),
         passes=teach,
-        otherwise="it goes over the training texts again; a student leaks its teacher's training texts: " + source.LEAK,
+        otherwise=_taught_again,
+    ),
+    "distill_generation": Technique(
+        does="let the whole model write, and teach what is left of it to write that",
+        used_for=(SMALLER, FASTER, BOTH),
+        needs="training texts; better with unlabelled ones beside them",
+        risk="takes most of the time: the teacher writes every text once, by beam search",
+        place=4,
+        obstacle=lambda p: None if p.paired else "it is for encoder-decoders",
+        fields=lambda p, goal: {"epochs": EPOCHS},
+        otherwise=_taught_again,
     ),
     "int8": Technique(
         does="export to onnxruntime with 8-bit weights and embeddings",
         used_for=EVERYWHERE,
         needs="nothing; 64 texts to check the answers with",
         risk="narrow models lose most",
-        place=5,
         obstacle=lambda p: p.exportable,
         estimates=int8,
-    ),
-    "drop_layers": Technique(
-        does="remove every other layer",
-        used_for=(),
-        needs="nothing",
-        risk="has to be taught afterwards",
-        obstacle=droppable,
-        estimates=drop,
-        otherwise="prune_structured keeps far more at the same speed; take drop_layers where the result must load without multum",
     ),
     "fisher_masks": Technique(
         does="remove heads and neurons by the loss",
@@ -143,16 +173,20 @@ TECHNIQUES: Mapping[str, Technique] = {
         used_for=(),
         needs="128 training texts, no labels",
         risk="two small matrices need not be faster than one",
-        obstacle=not_factored,
+        obstacle=lambda p: one_stack(p) or not_factored(p),
         estimates=low_rank,
-        otherwise="an export holds the product of the factors, so that what ships becomes neither smaller nor faster",
+        otherwise=lambda p, goal: (
+            "prune_structured removes work for good, where this makes two small matrices of one"
+            if p.exportable
+            else "an export holds the product of the factors, so that what ships becomes neither smaller nor faster"
+        ),
     ),
     "distill_layers": Technique(
         does="teach the layers too, not only the answers",
         used_for=(),
         needs="training texts",
         risk="layer losses have weights that must be chosen",
-        obstacle=blocks_known,
+        obstacle=one_stack,
         otherwise="try distill first: it has nothing to tune; with a student of another width take distill_layers",
     ),
     "wanda": Technique(
@@ -187,7 +221,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         used_for=(),
         needs="labels",
         risk="takes several epochs",
-        obstacle=not_factored,
+        obstacle=lambda p: one_stack(p) or not_factored(p),
         estimates=zeros(source.MOVEMENT, "SQuAD F1 88.1 -> 84.9 with a tenth of BERT-base's weights left"),
         otherwise=SPEED_SAME,
     ),

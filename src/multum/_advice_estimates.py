@@ -9,7 +9,7 @@ from typing import Any
 from . import _advice_sources as source
 from ._advice_profile import Profile, int8_bytes
 from ._advice_sources import BOTH, PRIVATE, UNTRAINED
-from .core.families import blocks_of
+from .core.families import every_block
 from .core.linears import is_linear, shape_of
 from .core.parts import ATTENTION, FEED_FORWARD
 from .core.students import alternate
@@ -58,7 +58,11 @@ def left_of_blocks(p: Profile, goal: str) -> float:
 def blocks_known(p: Profile) -> str | None:
     if not p.known:
         return f"it looks into the blocks, and models of type {p.module.config.model_type} are not known well enough for that"
-    return None if p.block_macs else "the model has no blocks left"
+    return None if p.blocks else "the model has no blocks left"
+
+
+def one_stack(p: Profile) -> str | None:
+    return blocks_known(p) or ("it takes models with one stack of blocks, not an encoder and a decoder" if p.paired else None)
 
 
 def not_factored(p: Profile) -> str | None:
@@ -66,21 +70,23 @@ def not_factored(p: Profile) -> str | None:
 
 
 def prunable(p: Profile) -> str | None:
-    if reason := not_factored(p):
+    if reason := one_stack(p) or not_factored(p):
         return reason
     share = left_of_blocks(p, BOTH)
     return None if share > 0.1 else "the head over the vocabulary alone takes more than half of the multiply-accumulates"
 
 
 def droppable(p: Profile) -> str | None:
-    return blocks_known(p) or ("there are no two blocks of which one could go" if len(p.blocks) < 2 else None)
+    if reason := blocks_known(p):
+        return reason
+    return None if len(p.last_stack.blocks) > 1 else "there are no two blocks of which one could go"
 
 
 def times_of(p: Profile, share: float, what: str) -> list[Estimate]:
     """The time left when the blocks take this share of theirs."""
     if not p.text_ms:
         return []
-    formula = f"time of attention and feed-forward, measured here in torch, times {what}; the rest stays"
+    formula = f"milliseconds of attention and feed-forward in torch, times {what}; the rest stays"
     return [Estimate(what="ms", basis=MEASURED, source=formula, before=p.text_ms, after=p.text_ms - (1 - share) * p.block_ms)]
 
 
@@ -135,16 +141,21 @@ def prune(p: Profile, goal: str) -> list[Estimate]:
 
 
 def half(p: Profile) -> list[int]:
-    return alternate(len(p.blocks), max(1, len(p.blocks) // 2))
+    blocks = len(p.last_stack.blocks)
+    return alternate(blocks, max(1, blocks // 2))
 
 
 def drop(p: Profile, goal: str) -> list[Estimate]:
     kept = half(p)
     parts = p.with_blocks(kept)
-    what = f"the blocks {', '.join(map(str, kept))} of {len(p.blocks)} stay"
+    what = f"the {p.last_stack.name} blocks {', '.join(map(str, kept))} of {len(p.last_stack.blocks)} stay".replace("  ", " ")
+    size = Estimate(what="bytes", basis=ARITHMETIC, source=what, before=p.bytes, after=sum(part.bytes for part in parts.values()))
+    if p.paired:
+        faster = Estimate(what="speed", basis=PUBLISHED, source=source.DISTILBART, factor=(1.24, 1.68))
+        return [size, faster, told("ROUGE-2 22.12 against 21.85 on XSum with 6 of 12 decoder blocks, taught", source.DISTILBART)]
     share = (p.macs_of({n: parts[n] for n in (ATTENTION, FEED_FORWARD) if n in parts}) or 0) / p.block_macs
     return [
-        Estimate(what="bytes", basis=ARITHMETIC, source=what, before=p.bytes, after=sum(part.bytes for part in parts.values())),
+        size,
         Estimate(what="macs", basis=ARITHMETIC, source=what, before=p.macs, after=p.macs_of(parts)),
         *times_of(p, share, "the share of their work that is left"),
         told("accuracy 0.8650 -> 0.7220 with half of 6 layers, before anything is taught", source.ONE_SHOT),
@@ -168,7 +179,7 @@ def low_rank(p: Profile, goal: str) -> list[Estimate]:
 
 
 def in_blocks(p: Profile) -> list[Any]:
-    return [part for part in blocks_of(p.module).modules() if is_linear(part)]
+    return [part for block in every_block(p.module) for part in block.modules() if is_linear(part)]
 
 
 def zeros(published: str, text: str) -> Callable[[Profile, str], list[Estimate]]:

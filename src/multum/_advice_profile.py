@@ -13,12 +13,12 @@ import torch
 
 from ._measure import macs_per_example
 from .core.factored import Factored
-from .core.families import FAMILIES
+from .core.families import FAMILIES, Stack, stacks_of
 from .core.linears import is_linear, shape_of
 from .core.model import Model
 from .core.padding import pad
 from .core.parts import ATTENTION, FEED_FORWARD, Part, is_known, outline, parts_of, tensors, time_parts
-from .core.surgery import heads_and_neurons, keep_blocks
+from .core.surgery import BiasOnly, heads_and_neurons, keep_blocks
 from .core.words import text_of
 from .steps.trim_vocabulary import count_tokens, fixed, needed, obstacle, token_ids
 
@@ -70,7 +70,7 @@ class Profile:
     history: Sequence[str] = ()
     """Steps that multum has applied to the model."""
     ms: Mapping[str, float] | None = None
-    """Milliseconds of one text by part, in torch, read one by one."""
+    """Milliseconds of one text by part, in torch, read one by one; None of a model that writes, whose time is that of writing."""
     measured: Mapping[str, Any] | None = None
     """What `measure` said of the original and, where there is one, of its int8 form."""
 
@@ -110,10 +110,20 @@ class Profile:
     def factored(self) -> bool:
         return any(isinstance(part, Factored) for part in self.module.modules())
 
+    @property
+    def paired(self) -> bool:
+        """It is an encoder-decoder."""
+        return bool(getattr(self.module.config, "is_encoder_decoder", False))
+
+    @property
+    def last_stack(self) -> Stack:
+        """The blocks that `drop_layers` takes from: the only ones, or the decoder's."""
+        return stacks_of(self.module)[-1]
+
     def with_blocks(self, kept: Sequence[int]) -> Mapping[str, Part]:
-        """The parts that are left with these blocks only."""
+        """The parts that are left with these blocks of the last stack only."""
         left = outline(self.module)
-        keep_blocks(left, kept)
+        keep_blocks(left, kept, self.last_stack.name)
         return parts_of(left)
 
     def to_json(self) -> dict[str, Any]:
@@ -155,6 +165,7 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
     linears = [part.weight for part in module.modules() if is_linear(part)]
     zeros = 1 - sum(int(torch.count_nonzero(w)) for w in linears) / max(1, sum(w.numel() for w in linears))
     rows = list(task.encode(model, "validation")) if task else []
+    writes = getattr(module.config, "is_encoder_decoder", False)
     return Profile(
         module=module,
         task=name,
@@ -168,7 +179,7 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
         lengths=[len(row["input_ids"]) for row in rows] or [TOKENS],
         texts=len(task.inputs("train")) if task else None,
         history=[entry["step"] for entry in model.history],
-        ms=time_parts(module, list(_alone(rows, model.tokenizer.pad_token_id))) if rows else None,
+        ms=time_parts(module, list(_alone(rows, model.tokenizer.pad_token_id))) if rows and not writes else None,
     )
 
 
@@ -178,13 +189,18 @@ def int8_bytes(p: Profile, max_length: int) -> int:
     """
     module, family = p.module, FAMILIES[p.module.config.model_type]
     total = 0
+    factors = {id(part) for each in module.modules() if isinstance(each, Factored) for part in each}  # exported as their product
     part: Any
     for name, part in module.named_modules():
+        if id(part) in factors:
+            continue
         if name == family.head_output:
             total += 4 * (part.weight.numel() + part.out_features)
         elif is_linear(part) or isinstance(part, Factored):
             rows = part.shape[0] if isinstance(part, Factored) else shape_of(part)[0]
             total += int(part.weight.numel()) + 9 * rows  # scale, zero point and bias
+        elif isinstance(part, BiasOnly):
+            total += 4 * part.out_features
         elif isinstance(part, torch.nn.LayerNorm):
             total += 4 * part.weight.numel()
         elif family.word_embeddings and name.endswith(family.word_embeddings):
@@ -222,6 +238,8 @@ def _vocabulary(model: Model, task: Any | None) -> Vocabulary:
     reason, vocab = obstacle(spec), token_ids(spec)
     if max(vocab.values()) >= len(table):
         reason = f"the tokenizer has ids up to {max(vocab.values())}, the model only {len(table)} embeddings"
+    if getattr(module.config, "is_encoder_decoder", False):
+        reason = "it counts the tokens that are read, and not those that are to be written"
     if task is None:
         return Vocabulary(**sizes, obstacle=reason)
     texts = [each if isinstance(each, tuple) else text_of(each) for each in (*task.inputs("train"), *task.unlabelled)]

@@ -22,8 +22,8 @@ FEW_ROUNDS, FEW_TEXTS = 6, 25
 """Of a quick measurement."""
 TIME = ("ms", "speed", "macs")
 """What tells the time, the best first."""
-PREPARES, FOLLOWS = "finetune", {"distill": "prune_structured"}
-"""What comes before all else, and what is used only beside something else."""
+PREPARES, CUTS, TEACHES = "finetune", ("prune_structured", "drop_layers"), ("distill", "distill_generation")
+"""What comes before all else; what takes away so much that it has to be taught, the best first; what is used only after that."""
 
 
 def advise(
@@ -92,19 +92,17 @@ def decide(p: Profile, goal: str) -> tuple[list[str], dict[str, str]]:
     for name, row in TECHNIQUES.items():
         if reason := row.obstacle(p):
             leave[name] = reason
-        elif goal not in row.used_for:
-            leave[name] = row.otherwise
-        elif name in FOLLOWS and FOLLOWS[name] not in use:
-            leave[name] = (
-                f"it follows {FOLLOWS[name]}, which is not used here; a smaller model of another kind can be taught: --student"
-            )
-        elif name == PREPARES or name in FOLLOWS:
+        elif goal not in row.used_for or (name in CUTS and set(CUTS) & set(use)):
+            leave[name] = row.left(p, goal)
+        elif name in TEACHES and not set(CUTS) & set(use):
+            leave[name] = "nothing is cut here that it could teach; another, smaller model can be taught (student)"
+        elif name == PREPARES or name in TEACHES:
             use[name] = 1.0
         elif (gain := _gain(row.estimates(p, goal), goal)) < WORTH:
-            leave[name] = f"it would bring less than {100 * (WORTH - 1):.0f} %"
+            leave[name] = row.left(p, goal) or f"it would bring less than {100 * (WORTH - 1):.0f} %"
         else:
             use[name] = gain
-    order = sorted(use, key=lambda name: (name != PREPARES, name in FOLLOWS, -use[name]))
+    order = sorted(use, key=lambda name: (name != PREPARES, name in TEACHES, -use[name]))
     return order, leave
 
 
@@ -117,14 +115,12 @@ def _gain(estimates: Sequence[Estimate], goal: str) -> float:
 
 def steps(p: Profile, goal: str, use: Sequence[str]) -> list[Any]:
     """The steps of a recipe."""
-    chain = sorted(
-        (name for name in use if 0 < TECHNIQUES[name].place < TECHNIQUES["int8"].place), key=lambda name: TECHNIQUES[name].place
-    )
+    chain = sorted((name for name in use if TECHNIQUES[name].place), key=lambda name: TECHNIQUES[name].place)
     found: list[Any] = []
     for name in chain:
         fields = TECHNIQUES[name].fields(p, goal)
-        if name in FOLLOWS:
-            whole = chain[: chain.index(FOLLOWS[name])]
+        if name in TEACHES:
+            whole = [each for each in chain[: chain.index(name)] if each not in CUTS]
             fields = {"teacher": f"stage:{whole[-1] if whole else 'model'}", **fields}
         found.append({name: fields} if fields else name)
     return found
@@ -242,7 +238,7 @@ def _entry(p: Profile, goal: str, name: str) -> dict[str, Any]:
 
 def _shrink(sources: Mapping[str, str], goal: str, p: Profile) -> str | None:
     """The search finds by measuring how far a model can go; it takes one label a text, and an export."""
-    if p.exportable or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
+    if p.exportable or p.factored or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
         return None
     model, data = (shlex.quote(sources[key]) for key in ("model", "data"))
     return f"multum shrink {model} --task {sources['task']} --data {data} --max-drop 1 -o runs/{goal}"
@@ -258,6 +254,8 @@ def _notes(p: Profile) -> list[str]:
             f"models of type {kind} have no row in multum's table of architectures: their vocabulary can be trimmed, they can be "
             "fine-tuned and measured, and they can teach a smaller model (distill --student FOLDER)"
         )
+    if p.paired and p.texts:
+        notes.append("the time of a model that writes is that of its writing, token by token; 'multum measure' tells it")
     if p.history:
         notes.append(f"multum has been here: {', '.join(p.history)}; the profile is of what is left")
     if p.zeros > 0.01:

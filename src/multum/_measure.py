@@ -230,9 +230,9 @@ def ratio(first: Sequence[float], this: Sequence[float]) -> dict[str, Any]:
 def macs_per_example(macs: dict[str, int] | None, lengths: Sequence[Any] | np.ndarray) -> int | None:
     """The mean over texts of these lengths, each a number or those of the rows that a text is read in.
 
-    None where the architecture is not known well enough to count.
+    None where the architecture is not known well enough to count, and for an encoder-decoder, which also writes.
     """
-    if macs is None:
+    if macs is None or "per_target_token" in macs:
         return None
     n = np.concatenate([np.atleast_1d(np.asarray(rows, dtype=float)) for rows in lengths])
     every = macs["per_token"] * n + macs["per_token_squared"] * n**2 + macs["per_example"]

@@ -91,15 +91,19 @@ def _show(advice: Mapping[str, Any], recipe: Path | None) -> None:
     terminal.print_rows(_parts(profile), f"Where {advice['model']} has its bytes and its work")
     terminal.print_lines("", *_facts(profile), "")
     terminal.print_lines(f"For {GOALS[advice['goal']]}, what brings most first:", "")
+    cited: list[str] = []
     for number, one in enumerate(advice["use"], start=1):
         time = f"; about {duration(one['seconds'])}" if one["seconds"] else ""
         terminal.print_lines(f"{number}. {one['name']}: {one['does']} (needs {one['needs']}{time})")
-        terminal.print_lines(*(f"     {_said(estimate)}" for estimate in one["estimates"]), f"     risk: {one['risk']}")
+        terminal.print_lines(*(f"     {_said(estimate, cited)}" for estimate in one["estimates"]), f"     risk: {one['risk']}")
     if not advice["use"]:
         terminal.print_lines("nothing of what multum has")
     terminal.print_lines("", "Not to bother with here:")
-    for one in advice["leave"]:
-        terminal.print_lines(f"  {one['name']}: {one['why']}")
+    for why in dict.fromkeys(one["why"] for one in advice["leave"]):
+        names = [one["name"] for one in advice["leave"] if one["why"] == why]
+        terminal.print_lines(f"  {', '.join(names)}: {why}")
+    if cited:
+        terminal.print_lines("", *(f"[{number}] {source}" for number, source in enumerate(cited, start=1)))
     if advice["notes"]:
         terminal.print_lines("", *(f"Note: {note}" for note in advice["notes"]))
     if recipe:
@@ -139,7 +143,8 @@ def _facts(profile: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _said(estimate: Mapping[str, Any]) -> str:
+def _said(estimate: Mapping[str, Any], cited: list[str]) -> str:
+    """An estimate in words; where it was published stands in `cited`, once."""
     what, basis, source = estimate["what"], estimate["basis"], estimate["source"]
     if "text" in estimate:
         said = estimate["text"]
@@ -149,4 +154,7 @@ def _said(estimate: Mapping[str, Any]) -> str:
     else:
         unit, name = {"ms": (1, "ms"), "macs": (1e6, "million")}.get(what, (1e6, "MB"))
         said = f"{estimate['before'] / unit:.4g} -> {estimate['after'] / unit:.4g} {name}"
+    if basis == "published":
+        cited += [source] if source not in cited else []
+        source = f"[{cited.index(source) + 1}]"
     return f"{what.replace('macs', 'MACs')}: {said} ({basis}: {source})"

@@ -1,5 +1,6 @@
 """Where a model's bytes, multiply-accumulates and milliseconds are: embeddings, attention, feed-forward, head.
 
+An encoder-decoder's attention over what the encoder says is a part of its own, and both stacks' other parts are counted together.
 A norm belongs to the sublayer that it stands before or behind, a pooler to the head, and a matrix that two parts share (tied
 embeddings) to the embeddings, which are read first; the head multiplies with it all the same. What else there is, such as the last
 norm, is `other`. Of an architecture without a row in `families` all that is neither embeddings nor head is its `body`. The parts
@@ -17,11 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .families import FAMILIES, base_of, blocks_of
+from .families import FAMILIES, Family, base_of, blocks_of, stacks_of
 from .linears import is_linear, shape_of
 from .profile import _reads_every_token, profile
 
-EMBEDDINGS, ATTENTION, FEED_FORWARD, HEAD, OTHER, BODY = "embeddings", "attention", "feed_forward", "head", "other", "body"
+EMBEDDINGS, ATTENTION, CROSS, FEED_FORWARD = "embeddings", "attention", "cross_attention", "feed_forward"
+HEAD, OTHER, BODY = "head", "other", "body"
+PARTS = (EMBEDDINGS, ATTENTION, CROSS, FEED_FORWARD, BODY, OTHER, HEAD)
+"""In the order in which a text meets them."""
 PER = ("per_token", "per_token_squared", "per_example")
 
 
@@ -33,15 +37,14 @@ class Part:
     """Tied ones once."""
     nonzero_parameters: int
     bytes: int
-    """Of its weights as the model holds them, and as a safetensors file does, buffers included."""
+    """Of its weights as a safetensors file stores them, buffers included."""
     macs: Mapping[str, int] | None
-    """As in `profile`; None where the architecture is not known."""
+    """As in `profile`; None where the architecture is not known, and of an encoder-decoder."""
 
 
 def is_known(module: Any) -> bool:
     """Whether the architecture has a row in `families`, so that its blocks can be looked into."""
-    config = module.config
-    return getattr(config, "model_type", None) in FAMILIES and not getattr(config, "is_encoder_decoder", False)
+    return getattr(module.config, "model_type", None) in FAMILIES
 
 
 def part_of(module: Any) -> Callable[[str], str]:
@@ -52,18 +55,14 @@ def part_of(module: Any) -> Callable[[str], str]:
     heads = [f"{prefix}pooler"]
     output = module.get_output_embeddings()
     heads += [name for name, part in module.named_modules() if part is output and name not in tables]
-    attention: tuple[str, ...] = ()
-    blocks = None
-    if known:
-        family = FAMILIES[module.config.model_type]
-        heads += [family.head_dense] if family.head_dense else []
-        blocks = f"{prefix}{family.blocks}"
-        attention = (family.query.split(".")[0], family.attention_norm)
+    heads += [dense] if known and (dense := FAMILIES[module.config.model_type].head_dense) else []
+    stacks = [(f"{prefix}{stack.family.blocks}", _sublayers(stack.family)) for stack in stacks_of(module)] if known else []
 
     def find(path: str) -> str:
-        if blocks and _within(path, blocks) and path != blocks:
-            inside = path[len(blocks) + 1 :].partition(".")[2]
-            return ATTENTION if any(_within(inside, root) for root in attention) else FEED_FORWARD
+        for blocks, sublayers in stacks:
+            if path.startswith(f"{blocks}."):
+                inside = path[len(blocks) + 1 :].partition(".")[2]
+                return next((part for part, root in sublayers if _within(inside, root)), FEED_FORWARD)
         if any(_within(path, table) for table in tables):
             return EMBEDDINGS
         if not path.startswith(prefix) or any(_within(path, head) for head in heads):
@@ -75,6 +74,17 @@ def part_of(module: Any) -> Callable[[str], str]:
     return find
 
 
+def _sublayers(family: Family) -> list[tuple[str, str]]:
+    """(part, path in a block) of what is attention in it: all below the first name by which its paths differ from the others'."""
+    rows = [(ATTENTION, family)] + ([(CROSS, family.cross)] if family.cross else [])
+    found = []
+    for part, row in rows:
+        names, others = row.query.split("."), family.up.split(".")
+        apart = next(place for place, (name, other) in enumerate(zip(names, others, strict=False), 1) if name != other)
+        found += [(part, ".".join(names[:apart])), (part, row.attention_norm)]
+    return found
+
+
 def parts_of(module: Any) -> dict[str, Part]:
     """Every part that there is something of, in the order in which a text meets them."""
     find, macs = part_of(module), _macs(module)
@@ -84,9 +94,9 @@ def parts_of(module: Any) -> dict[str, Part]:
         if is_parameter:
             one[0] += tensor.numel()
             one[1] += int(torch.count_nonzero(tensor))
-        one[2] += tensor.numel() * tensor.element_size()
-    names = (EMBEDDINGS, ATTENTION, FEED_FORWARD, BODY, OTHER, HEAD)
-    there = [name for name in names if name in numbers or (macs and any(macs[name].values()))]
+        if name not in (getattr(module, "_keys_to_ignore_on_save", None) or ()):  # computed when it is loaded (Marian's positions)
+            one[2] += tensor.numel() * tensor.element_size()
+    there = [name for name in PARTS if name in numbers or (macs and any(macs[name].values()))]
     found = {}
     for name in there:
         parameters, nonzero, size = numbers.get(name, [0, 0, 0])
@@ -95,7 +105,7 @@ def parts_of(module: Any) -> dict[str, Part]:
 
 
 def tensors(module: Any) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """What a model folder stores: (name, tensor, whether it is a parameter), each tensor once."""
+    """All that a model holds: (name, tensor, whether it is a parameter), each tensor once."""
     parameters = {id(tensor): (name, tensor) for name, tensor in module.named_parameters()}
     stored = module.state_dict(keep_vars=True)
     yield from ((name, tensor, True) for name, tensor in parameters.values())
@@ -108,7 +118,7 @@ def _macs(module: Any) -> dict[str, dict[str, int]] | None:
     if whole is None or set(whole) != set(PER):
         return None
     find, inside = part_of(module), set(blocks_of(module).modules())
-    found = {name: dict.fromkeys(PER, 0) for name in (EMBEDDINGS, ATTENTION, FEED_FORWARD, BODY, OTHER, HEAD)}
+    found = {name: dict.fromkeys(PER, 0) for name in PARTS}
     outside = []
     for name, linear in module.named_modules():
         if is_linear(linear):
@@ -144,7 +154,7 @@ def time_parts(module: Any, rows: Sequence[Mapping[str, torch.Tensor]], *, secon
         rows: inputs, (1, tokens) each.
         seconds: begin no further text after so long. The first text is read once untimed.
     """
-    find, spent = part_of(module), dict.fromkeys((EMBEDDINGS, ATTENTION, FEED_FORWARD, BODY, OTHER, HEAD), 0.0)
+    find, spent = part_of(module), dict.fromkeys(PARTS, 0.0)
     now = time.perf_counter
     last = now()
 

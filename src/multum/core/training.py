@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import MultumError
 from .linears import is_linear
-from .memory import give_back
+from .memory import give_back, trim
 from .model import Model
 from .padding import FEW_SHAPES as FEW_SHAPES
 from .padding import pad as pad
@@ -29,6 +29,8 @@ from .reporting import report
 Rows = Sequence[Mapping[str, Any]]
 Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 Precision = Literal["auto", "fp32", "bf16"]
+TRIM_EVERY = 50
+"""Optimizer steps after which freed memory goes back to the system: batches of many shapes leave holes in it."""
 
 
 def fit(
@@ -206,6 +208,8 @@ class _AfterStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for action in self.actions:
             action(kwargs["model"])
+        if state.global_step % TRIM_EVERY == 0:
+            trim()
         report(state.global_step / state.max_steps)
 
 

@@ -23,7 +23,7 @@ import torch
 
 from ..core.blocks import walk_blocks
 from ..core.factored import Factored, refuse_factored
-from ..core.families import blocks_of
+from ..core.families import every_block
 from ..core.linears import matrix, shape_of
 from ..core.model import Model
 from ..core.reporting import report
@@ -120,7 +120,7 @@ class LowRank(Step):
                         whitened = (total, whitening(total))
                     new, errors[name] = _factored(linear, whitened[1], rank)
                     swap(block.module, path, new)
-                report((block.index + 1) / len(blocks_of(model.module)))
+                report((block.index + 1) / len(every_block(model.module)))
         return {
             "relative_errors": errors,
             "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..core.factored import refuse_factored
-from ..core.families import blocks_of, family_of
+from ..core.families import blocks_of, family_of, one_stack
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Batch, Task
@@ -86,6 +86,7 @@ class Reconstruct(Step):
 
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        one_stack(model.module, self.name)
         refuse_factored(model.module, self.name)
         linears, skipped = block_linears(model, self.name)
         teacher = task.load(self.teacher)
