@@ -251,6 +251,8 @@ def test_models_that_write(tmp_path: Path) -> None:
     assert "written" in entry(found, "trim_vocabulary")["why"]
     shorter = find("drop_layers")(keep=1, which="alternate")(translator, translators.translating())
     assert estimate(found, "drop_layers", "bytes")["after"] == sum(part.bytes for part in parts_of(shorter.module).values())
+    factored = find("low_rank")(samples=8)(translator, translators.translating())
+    assert estimate(found, "low_rank", "bytes")["after"] == sum(part.bytes for part in parts_of(factored.module).values())
     write_recipe(tmp_path / "r.yaml", found)
     assert len(recipe.read(tmp_path / "r.yaml").steps) == 2
 

@@ -8,21 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_encoder_decoders import MADE, SIZES, T5_SIZES, batch, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    MarianConfig,
-    MarianMTModel,
-    MBartConfig,
-    MBartForConditionalGeneration,
-    MT5Config,
-    MT5ForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForCausalLM, T5Config, T5EncoderModel
 
 from multum.core.blocks import walk_blocks
 from multum.core.families import blocks_of, every_block, stacks_of
@@ -38,48 +27,10 @@ from multum.steps.low_rank import LowRank
 from multum.steps.prune_structured import PruneStructured
 from multum.steps.prune_weights import PruneWeights
 from multum.steps.reconstruct import Reconstruct
-from multum.steps.sparsegpt import SparseGPT
+from multum.steps.sparsegpt import Sparsegpt
 from multum.steps.wanda import Wanda
 
-TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-SIZES = {
-    **{f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in (("layers", 3), ("ffn_dim", 24))},
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "d_model": 32,
-    "vocab_size": 60,
-    "max_position_embeddings": 40,
-}
-T5_SIZES = {"d_model": 32, "d_kv": 8, "d_ff": 24, "num_layers": 3, "num_heads": 4, "vocab_size": 60}
-MADE: dict[str, Any] = {
-    "bart": lambda: BartForConditionalGeneration(BartConfig(**SIZES, **TOKENS, forced_eos_token_id=None)),
-    "mbart": lambda: MBartForConditionalGeneration(MBartConfig(**SIZES, **TOKENS, forced_eos_token_id=None)),
-    "marian": lambda: MarianMTModel(MarianConfig(**SIZES, **TOKENS, forced_eos_token_id=None)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES, **TOKENS, feed_forward_proj="relu")),
-    "t5-gated": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES, **TOKENS, feed_forward_proj="gated-gelu")),
-    "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**T5_SIZES, **TOKENS)),
-}
 every_model = pytest.mark.parametrize("name", MADE)
-
-
-def model(name: str) -> Any:
-    torch.manual_seed(0)
-    module = MADE[name]().eval()
-    with torch.no_grad():
-        for key, parameter in module.named_parameters():
-            if parameter.dim() > 1 and not any(part in key for part in ("shared", "lm_head", "embed_positions")):
-                parameter.mul_(4.0 if "t5" not in name else 1.5)
-            elif key.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return module
-
-
-def batch() -> dict[str, torch.Tensor]:
-    made = torch.Generator().manual_seed(0)
-    mask = torch.ones(4, 9, dtype=torch.long)
-    mask[1, 5:] = 0
-    ids = torch.randint(3, 60, (4, 9), generator=made).where(mask == 1, 0)
-    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": torch.randint(3, 60, (4, 6), generator=made)}
 
 
 @torch.no_grad()
@@ -138,6 +89,9 @@ def test_an_uneven_model_is_saved_loaded_by_transformers_and_writes(name: str, t
     assert torch.equal(logits(again), logits(module))
     assert torch.equal(written(again), written(module))
     assert torch.equal(written(module, cached=False), written(module))
+    asked = {"max_new_tokens": 8, "do_sample": False, "attention_mask": batch()["attention_mask"]}
+    greedy = [module.generate(batch()["input_ids"], cache_implementation=kind, **asked) for kind in ("static", None)]
+    assert torch.equal(*greedy)
     assert [counts_of(again, stack) for stack in stacks_of(again)] == [[(2, 15), (0, 0), (3, 24)]] * 2
     assert cross_heads(again) == [1, 3, 0]
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
@@ -256,6 +210,24 @@ def test_a_walk_needs_what_the_decoder_reads() -> None:
         blocks_of(model("bart"))
 
 
+def test_one_stack_alone_is_cut_and_reloads(tmp_path: Path) -> None:
+    for kind, config, name in (
+        (T5EncoderModel, T5Config(**T5_SIZES), "encoder"),
+        (BartForCausalLM, BartConfig(**SIZES), "decoder"),
+    ):
+        module, ids = kind(config).eval(), torch.tensor([[5, 6, 7]])
+        stack = stacks_of(module)[0]
+        assert [each.name for each in stacks_of(module)] == [name]
+        keep_heads(stack.blocks[0], stack.family, [1, 3], 8)
+        keep_blocks(module, [0, 2], name)
+        record(module)
+        module.save_pretrained(tmp_path / name)
+        again = kind.from_pretrained(tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(again(ids)[0], module(ids)[0])
+        assert counts_of(again, stacks_of(again)[0]) == [(2, 24), (4, 24)]
+
+
 def step_on(step: Any, module: Any) -> Model:
     task: Any = SimpleNamespace(calibration=lambda *_, **__: [batch()], name="translation")
     return step(Model(module=module, tokenizer=None, source="tiny"), task)
@@ -272,7 +244,7 @@ def test_drop_layers_shortens_the_decoder_unless_told_otherwise(name: str) -> No
 
 
 @every_model
-@pytest.mark.parametrize("step", [PruneWeights(sparsity=0.5), Wanda(sparsity=0.5), SparseGPT(sparsity=0.5)])
+@pytest.mark.parametrize("step", [PruneWeights(sparsity=0.5), Wanda(sparsity=0.5), Sparsegpt(sparsity=0.5)])
 def test_weights_of_both_stacks_are_pruned(name: str, step: Any) -> None:
     whole = model(name)
     result = step_on(step, whole)

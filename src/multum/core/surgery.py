@@ -260,10 +260,10 @@ def keep_blocks(module: Any, blocks: Sequence[int], stack: str = "") -> None:
     first = len(old) and isinstance(old[0].get_submodule(family.attention_norm), nn.Identity)
     if first and 0 in list(blocks)[1:]:
         raise InputError("the first block of this model has no norm before its attention; it can only stand first")
-    others = _stack(module, "decoder")[1] if stack == "encoder" and family.tuples == 3 else ()
-    if len(blocks) < len(others):
+    others = next((len(each.blocks) for each in stacks_of(module) if each.name == "decoder"), 0)
+    if stack == "encoder" and family.handed_on and len(blocks) < others:
         raise InputError(
-            f"transformers gives the decoder of T5 a cache for as many blocks as the encoder has; {len(others)} in the decoder "
+            f"transformers gives the decoder of T5 a cache for as many blocks as the encoder has; {others} in the decoder "
             f"need as many in the encoder (asked: {len(blocks)}), so drop the decoder's first"
         )
     kept = [old[i] for i in blocks]
