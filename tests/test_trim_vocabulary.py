@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+import translators
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -412,3 +413,8 @@ def test_a_tokenizer_that_is_larger_than_the_embeddings_is_an_input_error(task):
     model.tokenizer.add_tokens(["multumword"])
     with pytest.raises(InputError, match="the model only"):
         TrimVocabulary()(model, task)
+
+
+def test_a_model_that_writes_other_tokens_than_it_reads_is_refused():
+    with pytest.raises(InputError, match="tokens that it writes"):
+        TrimVocabulary()(translators.translator(), translators.translating())

@@ -216,6 +216,8 @@ class TrimVocabulary(Step):
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         spec, module = _spec_of(model), model.module
+        if getattr(module.config, "is_encoder_decoder", False):
+            raise InputError("trim_vocabulary: an encoder-decoder also needs the tokens that it writes, which are not counted yet")
         rows = module.get_input_embeddings().num_embeddings
         before = {"vocabulary": [rows, rows], "bytes_saved": 0}
         if reason := obstacle(spec):
