@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny_encoder_decoders import MADE, SIZES, T5_SIZES, batch, model
+import translators
+from tiny_encoder_decoders import MADE, ODD, SIZES, T5_SIZES, batch, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForCausalLM, T5Config, T5EncoderModel
 
+from multum._sensitivity import sensitivity
 from multum.core.blocks import walk_blocks
 from multum.core.families import blocks_of, every_block, stacks_of
 from multum.core.linears import is_linear, matrix
 from multum.core.model import Model
 from multum.core.profile import profile
 from multum.core.shapes import record
+from multum.core.students import make_student
 from multum.core.surgery import counts_of, cross_heads, head_size, keep_blocks, keep_heads, keep_neurons
 from multum.errors import InputError
+from multum.steps.distill_layers import DistillLayers
 from multum.steps.drop_layers import DropLayers
 from multum.steps.fisher_masks import FisherMasks
 from multum.steps.low_rank import LowRank
+from multum.steps.movement import MovementPruning
 from multum.steps.prune_structured import PruneStructured
 from multum.steps.prune_weights import PruneWeights
 from multum.steps.reconstruct import Reconstruct
@@ -63,23 +69,26 @@ def reloaded(module: Any, folder: Path) -> Any:
 
 
 @torch.no_grad()
-@every_model
-def test_what_is_removed_equals_what_is_zeroed(name: str) -> None:
+@pytest.mark.parametrize("name", [*MADE, *ODD])
+def test_what_is_removed_equals_what_is_zeroed(name: str, tmp_path: Path) -> None:
     zeroed, cut = model(name), model(name)
     whole = logits(cut)
     for left, right in zip(stacks_of(zeroed), stacks_of(cut), strict=True):
-        size = head_size(cut, left.family)
+        size, ((heads, neurons), *_) = head_size(cut, left.family), counts_of(cut, right)
         for number in range(3):
             for family in filter(None, (left.family, left.family.cross)):
-                gone = [number, 3]
+                gone = {number % heads, heads - 1}
                 for head in gone:
                     output = left.blocks[number].get_submodule(family.attention_output)
                     matrix(output)[:, head * size : (head + 1) * size] = 0
-                keep_heads(right.blocks[number], family, [head for head in range(4) if head not in gone], size)
+                keep_heads(right.blocks[number], family, [head for head in range(heads) if head not in gone], size)
             matrix(left.blocks[number].get_submodule(left.family.down))[:, :7] = 0
-            keep_neurons(right.blocks[number], left.family, list(range(7, 24)))
+            keep_neurons(right.blocks[number], left.family, list(range(7, neurons)))
     assert torch.allclose(logits(cut), logits(zeroed), atol=1e-5)
     assert not torch.allclose(logits(cut), whole, atol=1e-2)
+    again = reloaded(cut, tmp_path / "m")
+    assert torch.equal(logits(again), logits(cut))
+    assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
 
 
 @every_model
@@ -89,9 +98,13 @@ def test_an_uneven_model_is_saved_loaded_by_transformers_and_writes(name: str, t
     assert torch.equal(logits(again), logits(module))
     assert torch.equal(written(again), written(module))
     assert torch.equal(written(module, cached=False), written(module))
-    asked = {"max_new_tokens": 8, "do_sample": False, "attention_mask": batch()["attention_mask"]}
-    greedy = [module.generate(batch()["input_ids"], cache_implementation=kind, **asked) for kind in ("static", None)]
-    assert torch.equal(*greedy)
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": batch()["attention_mask"]}
+    asked |= {"output_logits": True, "return_dict_in_generate": True}
+    ways: list[dict[str, Any]] = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
+    first, *others = (module.generate(batch()["input_ids"], **asked, **way) for way in ways)
+    for other in others:
+        assert torch.equal(other.sequences, first.sequences)
+        torch.testing.assert_close(torch.stack(other.logits), torch.stack(first.logits), rtol=1e-4, atol=5e-5)
     assert [counts_of(again, stack) for stack in stacks_of(again)] == [[(2, 15), (0, 0), (3, 24)]] * 2
     assert cross_heads(again) == [1, 3, 0]
     assert again.get_input_embeddings().weight is again.get_output_embeddings().weight
@@ -111,6 +124,8 @@ def test_blocks_are_dropped_and_stock_transformers_loads_the_rest(name: str, sta
     assert [len(each.blocks) for each in stacks_of(shorter)] == ([2, 2 if t5 else 3] if stack == "encoder" else [3, 2])
     again = reloaded(shorter, tmp_path / "m")
     assert not hasattr(again.config, "quantization_config")
+    for each in (shorter, again) if t5 else ():  # whose stacks have configs of their own
+        assert all(getattr(each, part.name).config.num_hidden_layers == len(part.blocks) for part in stacks_of(each))
     assert torch.equal(logits(again), logits(shorter))
     assert torch.equal(written(shorter, cached=False), written(again))
 
@@ -140,6 +155,23 @@ def test_as_many_neurons_everywhere_are_stock_where_a_config_can_say_so(name: st
     assert torch.equal(logits(again), logits(module))
     keep_heads(again.model.encoder.layers[0] if "t5" not in name else again.encoder.block[0], stacks_of(again)[0].family, [1], 8)
     assert torch.equal(logits(reloaded(again, tmp_path / "again")), logits(again))
+
+
+@every_model
+def test_blocks_that_lost_heads_are_dropped_as_others_are(name: str, tmp_path: Path) -> None:
+    """Heads of T5's first block, which keeps the table of all, may be gone; so may that block."""
+    cut_first, dropped_first = model(name), model(name)
+    _, decoder = stacks_of(cut_first)
+    size = head_size(cut_first, decoder.family)
+    for block, heads in ((0, []), (1, [1, 3])):
+        keep_heads(decoder.blocks[block], decoder.family, heads, size)
+    keep_blocks(cut_first, [1, 2], "decoder")
+    keep_blocks(dropped_first, [1, 2], "decoder")
+    keep_heads(stacks_of(dropped_first)[1].blocks[0], decoder.family, [1, 3], size)
+    again = reloaded(cut_first, tmp_path / "m")
+    for each in (dropped_first, again):
+        assert torch.equal(logits(each), logits(cut_first))
+        assert torch.equal(written(each), written(cut_first))
 
 
 def padded() -> dict[str, torch.Tensor]:
@@ -264,14 +296,49 @@ def test_matrices_of_both_stacks_are_factored_and_reload(name: str, tmp_path: Pa
     assert torch.equal(written(again), written(result))
 
 
-@pytest.mark.parametrize("step", [PruneStructured(speedup=1.5), FisherMasks(speedup=1.5), Reconstruct(teacher="none")])
-def test_steps_for_one_stack_say_so_before_any_work(step: Any) -> None:
-    with pytest.raises(InputError, match="have an encoder and a decoder"):
-        step_on(step, model("bart"))
+@pytest.mark.parametrize("family", ["marian", "t5"])
+def test_movement_prunes_both_stacks(family: str) -> None:
+    step = MovementPruning(sparsity=0.5, epochs=1, batch_size=16, precision="fp32")
+    module = step(translators.translator(family), translators.translating()).module
+    for part in (part for block in every_block(module) for part in block.modules() if is_linear(part)):
+        assert float((part.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
-@every_model
-@pytest.mark.parametrize("cut", [False, True])
+class Untouched:
+    """A task that nothing is asked for."""
+
+    name = "translation"
+
+    def is_trained(self, _: Model) -> bool:
+        return True
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"work began: {name}")
+
+
+REFUSED: list[Any] = [
+    PruneStructured(speedup=1.5),
+    FisherMasks(speedup=1.5),
+    Reconstruct(teacher="none"),
+    DistillLayers(student={"num_hidden_layers": 1}, logits=0),
+    DistillLayers(teacher="none", hidden=1.0),
+    sensitivity,
+    *(partial(make_student, spec=spec) for spec in ({"layers": 1}, {"num_hidden_layers": 1}, {"num_attention_heads": 2})),
+]
+
+
+@pytest.mark.parametrize("call", REFUSED)
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_what_is_for_one_stack_says_so_before_any_work(call: Any, name: str) -> None:
+    model_of_two = Model(module=model(name), tokenizer=None, source="tiny")
+    with pytest.raises(InputError, match="have an encoder and a decoder") as caught:
+        call(model_of_two, task=Untouched())
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "cut"), [*((name, cut) for name in MADE for cut in (False, True)), *((name, False) for name in ODD)]
+)
 def test_multiply_accumulates_are_those_that_torch_counts(name: str, cut: bool) -> None:
     module = model(name)
     for stack in stacks_of(module) if cut else ():

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from on_disk import listing, model_folder
+from transformers import ByT5Tokenizer
 
 from multum.core.model import Model
 from multum.errors import InputError
@@ -54,6 +55,10 @@ def test_the_fingerprint_sees_weights_shapes_and_tokenizer() -> None:
     assert len(found) == 3
     model.tokenizer("some text", truncation=True, max_length=4, padding="max_length")
     assert model.fingerprint() in found  # a call's own options do not make another model
+    model.tokenizer = ByT5Tokenizer()  # written in Python
+    found.add(model.fingerprint())
+    model.tokenizer = ByT5Tokenizer(extra_ids=7)
+    assert model.fingerprint() not in found
 
 
 def test_a_copy_is_independent() -> None:

@@ -37,10 +37,21 @@ MADE: dict[str, Any] = {
     "mt5": lambda: MT5ForConditionalGeneration(MT5Config(**T5_SIZES, **TOKENS)),
 }
 
+_WIDE = {**T5_SIZES, "d_kv": 12, "num_heads": 3}
+_FEW = {**SIZES, "encoder_attention_heads": 2, "decoder_ffn_dim": 40}
+ODD: dict[str, Any] = {
+    "bart-two-widths": lambda: BartForConditionalGeneration(BartConfig(**_FEW, **TOKENS, forced_eos_token_id=None)),
+    "marian-two-widths": lambda: MarianMTModel(MarianConfig(**_FEW, **TOKENS, forced_eos_token_id=None)),
+    "t5-wide-heads": lambda: T5ForConditionalGeneration(T5Config(**_WIDE, **TOKENS)),
+    "mt5-wide-heads": lambda: MT5ForConditionalGeneration(MT5Config(**_WIDE, **TOKENS)),
+    "t5-unscaled": lambda: T5ForConditionalGeneration(T5Config(**T5_SIZES, **TOKENS, tie_word_embeddings=False)),
+}
+"""Heads of another width in each stack, or heads that are together wider than the model; logits unscaled, as in T5 1.1."""
+
 
 def model(name: str) -> Any:
     torch.manual_seed(0)
-    module = MADE[name]().eval()
+    module = (MADE | ODD)[name]().eval()
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             if parameter.dim() > 1 and not any(part in key for part in ("shared", "lm_head", "embed_positions")):

@@ -88,7 +88,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         otherwise=lambda p, goal: {
             PRIVATE: "the tokens that are kept tell which words the training texts have",
             FASTER: "looking up a token takes the same time in a small table",
-        }.get(goal, "the texts need nearly all tokens"),
+        }.get(goal, "nearly all tokens stay: those of the texts, and the single characters that any other word is spelled with"),
     ),
     "finetune": Technique(
         does="train the new head, and the model with it",

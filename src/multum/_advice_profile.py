@@ -20,6 +20,7 @@ from .core.padding import pad
 from .core.parts import ATTENTION, FEED_FORWARD, Part, is_known, outline, parts_of, tensors, time_parts
 from .core.surgery import BiasOnly, heads_and_neurons, keep_blocks
 from .core.words import text_of
+from .plan import pace
 from .steps.trim_vocabulary import count_tokens, fixed, needed, obstacle, token_ids
 
 TOKENS = 128
@@ -71,6 +72,8 @@ class Profile:
     """Steps that multum has applied to the model."""
     ms: Mapping[str, float] | None = None
     """Milliseconds of one text by part, in torch, read one by one; None of a model that writes, whose time is that of writing."""
+    pace: float | None = None
+    """Seconds of one text in a batch, which the costs of steps are multiples of; None where `ms` is."""
     measured: Mapping[str, Any] | None = None
     """What `measure` said of the original and, where there is one, of its int8 form."""
 
@@ -165,7 +168,7 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
     linears = [part.weight for part in module.modules() if is_linear(part)]
     zeros = 1 - sum(int(torch.count_nonzero(w)) for w in linears) / max(1, sum(w.numel() for w in linears))
     rows = list(task.encode(model, "validation")) if task else []
-    writes = getattr(module.config, "is_encoder_decoder", False)
+    timed = bool(rows) and not getattr(module.config, "is_encoder_decoder", False)
     return Profile(
         module=module,
         task=name,
@@ -179,7 +182,8 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
         lengths=[len(row["input_ids"]) for row in rows] or [TOKENS],
         texts=len(task.inputs("train")) if task else None,
         history=[entry["step"] for entry in model.history],
-        ms=time_parts(module, list(_alone(rows, model.tokenizer.pad_token_id))) if rows and not writes else None,
+        ms=time_parts(module, list(_alone(rows, model.tokenizer.pad_token_id))) if timed else None,
+        pace=pace(model, task) if timed else None,
     )
 
 

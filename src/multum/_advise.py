@@ -230,7 +230,7 @@ def _entry(p: Profile, goal: str, name: str) -> dict[str, Any]:
         "name": name,
         "does": row.does,
         "estimates": [{key: value for key, value in asdict(one).items() if value not in (None, "")} for one in estimates],
-        "seconds": passes * p.text_ms / 1e3 if p.text_ms else None,
+        "seconds": passes * p.pace if p.pace else None,
         "needs": row.needs,
         "risk": row.risk,
     }

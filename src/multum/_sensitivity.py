@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from .core.blocks import Block, each_output, outputs_from, walk_blocks
 from .core.factored import refuse_factored
-from .core.families import blocks_of, family_of
+from .core.families import blocks_of, family_of, one_stack
 from .core.gates import gate_gradients, input_gated, skipped
 from .core.latency import LatencyTable
 from .core.linears import is_linear, shape_of
@@ -97,6 +97,7 @@ def sensitivity(
         )
     if problems:
         raise InputError(*problems)
+    one_stack(model.module, "sensitivity")
     refuse_factored(model.module, "sensitivity")
     module, started = model.module.eval(), time.perf_counter()
     counts = heads_and_neurons(module)

@@ -93,7 +93,7 @@ def _show(advice: Mapping[str, Any], recipe: Path | None) -> None:
     terminal.print_lines(f"For {GOALS[advice['goal']]}, what brings most first:", "")
     cited: list[str] = []
     for number, one in enumerate(advice["use"], start=1):
-        time = f"; about {duration(one['seconds'])}" if one["seconds"] else ""
+        time = f"; about {duration(one['seconds'])} here" if one["seconds"] else ""
         terminal.print_lines(f"{number}. {one['name']}: {one['does']} (needs {one['needs']}{time})")
         terminal.print_lines(*(f"     {_said(estimate, cited)}" for estimate in one["estimates"]), f"     risk: {one['risk']}")
     if not advice["use"]:

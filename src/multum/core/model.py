@@ -138,8 +138,11 @@ class Model:
             for name, tensor in sorted(self.module.state_dict().items())
             for part in (name, str(tuple(tensor.shape)), tensor.detach().cpu().contiguous().float().numpy().tobytes())
         )
-        # Truncation and padding are those of the latest call, not the tokenizer's own.
-        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        if getattr(self.tokenizer, "is_fast", True):
+            # Truncation and padding are those of the latest call, not the tokenizer's own.
+            tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        else:  # one written in Python (Marian's, ByT5's) is told by its class and its tokens
+            tokenizer = {type(self.tokenizer).__name__: self.tokenizer.get_vocab()}
         return digest(*weights, json.dumps(tokenizer, sort_keys=True))
 
 

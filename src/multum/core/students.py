@@ -82,6 +82,12 @@ def make_student(model: Model, spec: Spec, task: Task, *, seed: int = 0) -> tupl
     if isinstance(spec, str):
         student = task.load(spec)
         return student, {"student": student.source}
+    ambiguous = [key for key in (LAYERS, *SIZES[1:]) if key in spec]
+    if ambiguous and getattr(model.module.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"student: {', '.join(ambiguous)} would not say of which stack, and models of type {model.module.config.model_type!r} "
+            "have an encoder and a decoder; shorten one with drop_layers, or name a folder or Hub id"
+        )
     if LAYERS not in spec:
         return _fresh(model, spec, seed), {"student": dict(spec)}
     kept = _blocks(len(blocks_of(model.module)), spec[LAYERS])

@@ -132,6 +132,10 @@ class DistillLayers(Step):
         return [*problems, *(student_problems(self.student) if self.student is not None else [])]
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        if getattr(model.module.config, "is_encoder_decoder", False):
+            raise InputError(
+                "distill_layers compares the layers of one stack, and these models have an encoder and a decoder; use distill"
+            )
         teacher = task.load(self.teacher) if self.teacher else replace(model)
         if self.logits and not task.is_trained(teacher):
             name = self.teacher or model.source
