@@ -40,8 +40,6 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "+ attention scores": ("distill_layers", {"attention": 0.1, "relations": 0.0}),
     "+ relations": ("distill_layers", {"relations": 1.0}),
     "+ pkd": ("distill_layers", {"pkd": 10.0, "relations": 0.0}),
-    "+ hidden states, dynamic map": ("distill_layers", {"hidden": 1.0, "relations": 0.0, "layer_map": "dynamic"}),
-    "+ hidden states, 4 variants": ("distill_layers", {"hidden": 1.0, "relations": 0.0, "augment": 4}),
 }
 RATES = {LABELS: (1e-4, 3e-4)}
 """Learning rates to choose from on validation, with the first seed; the steps' own default for the others."""
