@@ -8,6 +8,7 @@ from typing import Any
 import tiny
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
     BertConfig,
@@ -17,6 +18,7 @@ from transformers import (
     BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     TrainingArguments,
@@ -69,7 +71,7 @@ def reviews(model: Any, count: int = 32, *, text: bool = False, pairs: bool = Fa
 
 def of_kind(kind: str, *, vocabulary: int = VOCABULARY) -> tuple[nn.Module, nn.Module]:
     """Teacher and student with this kind of outputs, no dropout, random weights spread wide."""
-    models = []
+    made_ones = []
     for seed, (layers, width) in enumerate([(3, 24), (2, 16)]):
         torch.manual_seed(seed)
         size = vocabulary if seed == 0 else VOCABULARY
@@ -94,8 +96,8 @@ def of_kind(kind: str, *, vocabulary: int = VOCABULARY) -> tuple[nn.Module, nn.M
             for parameter in made.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(1.0 if kind == "seq2seq" else 8.0)
-        models.append(without_dropout(made))
-    return models[0], models[1]
+        made_ones.append(without_dropout(made))
+    return made_ones[0], made_ones[1]
 
 
 def examples(kind: str, count: int) -> Dataset:
@@ -122,3 +124,23 @@ def difference(one: nn.Module, other: nn.Module) -> float:
     weights = other.state_dict()
     assert weights.keys() == one.state_dict().keys()
     return max((value.float() - weights[name].float()).abs().max().item() for name, value in one.state_dict().items())
+
+
+def uld_by_loops(ours: list[Any], theirs: list[Any], rows: list[Any], others: list[Any]) -> float:
+    """ULD: the mean over the tokens that both have of what sorted probabilities differ by."""
+    found = []
+    for p, q, mine, other in zip(ours, theirs, rows, others, strict=True):
+        places = [[k - 1 for k, label in enumerate(row["labels"]) if k and label != -100] for row in (mine, other)]
+        for a, b in zip(*places, strict=False):
+            one, two = (sorted(values.tolist(), reverse=True) for values in (p[a], q[b]))
+            one, two = one + [0.0] * max(len(two) - len(one), 0), two + [0.0] * max(len(one) - len(two), 0)
+            found.append(sum(abs(x - y) for x, y in zip(one, two, strict=True)))
+    return sum(found) / len(found)
+
+
+def other_words() -> Any:
+    """A tokenizer of single characters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: number for number, letter in enumerate(["</s>", *alphabet])}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="</s>", model_max_length=64)  # noqa: S106

@@ -39,6 +39,7 @@ COMMANDS = (
     "advise",
     "score",
     "compare",
+    "verify",
     "sensitivity",
     "load-legacy",
 )

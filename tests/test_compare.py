@@ -56,7 +56,7 @@ def call(*arguments):
 def _fewer_draws(monkeypatch):
     """What is looked at stays; intervals are a little rougher."""
     for name, level in LEVELS.items():
-        monkeypatch.setitem(LEVELS, name, replace(level, draws=200))
+        monkeypatch.setitem(LEVELS, name, replace(level, draws=200, attributed=min(level.attributed, 8), points=4))
 
 
 # -- what it finds -----------------------------------------------------------------------------------------------------------
@@ -100,9 +100,17 @@ def test_a_folder_may_be_compared_with_itself_and_with_a_floor(places, tmp_path)
     assert all(one["excess"] == 0 for one in same["perturbations"].values())
     assert same["perturbations"]["case"]["drop_before"] == 0  # the tokenizer knows no capitals
     assert same["perturbations"]["typos"]["drop_before"] > 0.02
+    assert same["attribution"]["rank"]["value"] == pytest.approx(1)
+    assert floor["attribution"]["rank"]["value"] < 0.9
+    assert same["attribution"]["overlap"]["value"] == 1
+    assert same["privacy"]["loss"]["auc"] == {"value": 0.0, "ci95": [0.0, 0.0]}
+    assert all(model["attribution"]["n"] == 8 for model in result["models"].values())
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("training twice") > 10
     assert "word order" in page
+    assert "For the same reasons?" in page
+    assert "tell who was in its training data" in page
+    assert "Not recorded: what was trained on by the model before and after and trained again" in page
 
 
 def test_predictions_and_labels_are_those_of_the_model(places, tmp_path):

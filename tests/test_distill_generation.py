@@ -94,5 +94,5 @@ def test_distributions_of_the_teacher_can_be_learnt_on_top(teacher: Path, tmp_pa
 
 
 def test_a_task_without_texts_and_an_untrained_teacher_are_refused(teacher: Path) -> None:
-    with pytest.raises(InputError, match="translation or summarization"):
+    with pytest.raises(InputError, match="translation, summarization or text-generation"):
         DistillGeneration(teacher=str(teacher))(tiny.model(), tiny.task())

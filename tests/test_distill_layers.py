@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import taggers
 import tiny
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from multum.steps.distill_layers import DistillLayers, tokenized_alike
 from multum.steps.drop_layers import DropLayers
 from multum.steps.finetune import Finetune
 from multum.steps.trim_vocabulary import TrimVocabulary
+from multum.tasks.fill_mask import FillMask
 
 TRAINING: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 16, "precision": "fp32"}
 KINDS = ("embeddings", "hidden", "attention", "relations", "pkd")
@@ -85,6 +87,43 @@ def test_without_weight_on_layers_it_is_distill(teacher: Path, tmp_path: Path) -
     for name, value in ours.module.state_dict().items():
         # The gradient of a key's bias is nothing but rounding, which Adam makes as large as any other.
         assert name.endswith("key.bias") or torch.allclose(value, expected[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["tags", "spans", "masked"])
+def test_nor_where_every_token_or_place_has_an_answer(kind: str, tmp_path: Path) -> None:
+    task, master, student = lesson(kind)
+    master.save(tmp_path / "master")
+    common = {"teacher": str(tmp_path / "master"), "cache": str(tmp_path / "kept"), "alpha": 0.5, **TRAINING, "batch_size": 8}
+    layers, answers = (DistillLayers(**one("hidden", 1e-9), **common), Distill(**common))
+    expected = answers(student, task).module.state_dict()
+    found = layers(student, task)
+    for name, value in found.module.state_dict().items():
+        assert name.endswith("key.bias") or torch.allclose(value, expected[name], atol=1e-4), name
+    assert found.fingerprint() != student.fingerprint()
+    both = DistillLayers(**one("hidden"), **common)(student, task).history[-1]["training"]["loss"]
+    alone = DistillLayers(**one("hidden"), logits=0.0, **common)(student, task).history[-1]["training"]["loss"]
+    assert both > alone > 0
+
+
+def lesson(kind: str) -> tuple[Any, Model, Model]:
+    """A task with an answer for every token, a teacher and a student."""
+    if kind == "masked":
+        return FillMask.from_splits(tiny.text_splits(20, 2, 2)), *(tiny.language_model("bert", seed=seed) for seed in (1, 3))
+    made = (taggers.tagging, taggers.tagger) if kind == "tags" else (taggers.answering, taggers.answerer)
+    return made[0](24, 4, 4), made[1](seed=1), made[1](seed=3)
+
+
+def test_a_teacher_in_training_mode_teaches_without_dropout(tmp_path: Path) -> None:
+    made = []
+    for training in (False, True):
+        model = tiny.model(layers=3)
+        model.module.train(training)
+        for live in (False, True):
+            folder = str(tmp_path / f"{training}{live}")
+            step = DistillLayers(student={"layers": 2}, live=live, cache=folder, **one("hidden"), **{**TRAINING, "batch_size": 8})
+            made.append(step(model, tiny.task(n_train=16)))
+    assert made[0].fingerprint() == made[2].fingerprint()
+    assert made[1].fingerprint() == made[3].fingerprint()
 
 
 def test_widths_may_differ_and_no_matrix_stays_behind(teacher: Path, tmp_path: Path) -> None:

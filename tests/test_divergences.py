@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from scipy.stats import wasserstein_distance
 from torch.nn import functional as F
 
 from multum.errors import InputError
@@ -18,6 +19,7 @@ from multum.steps._divergences import (
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
+    uld,
 )
 from multum.steps._outputs import binary_kl, softened_kl
 
@@ -147,6 +149,7 @@ def test_several_labels_are_coins(given: object) -> None:
 def test_names_are_read() -> None:
     assert divergence_of("forward_kl") is divergence_of({"jsd": 0}) is divergence_of({"skew_kl": 0.0}) is forward_kl
     assert divergence_of("reverse_kl") is divergence_of({"jsd": 1.0}) is divergence_of({"skew_reverse_kl": 0}) is reverse_kl
+    assert divergence_of("uld") is uld
     made = divergence_of({"jsd": 0.25})
     assert isinstance(made, partial)
     assert made.keywords == {"beta": 0.25}
@@ -163,6 +166,33 @@ def test_names_are_read() -> None:
 def test_other_names_are_refused(given: object) -> None:
     with pytest.raises(InputError, match=r"divergence is 'forward_kl', 'reverse_kl', \{'jsd': beta\} with beta from 0 to 1"):
         divergence_of(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [5, 8])
+def test_uld_is_a_wasserstein_distance_of_sorted_probabilities(classes: int) -> None:
+    log_p, log_q = logits(0, 7, classes).log_softmax(-1), log_probabilities(1)
+    found = uld(log_p, log_q)
+    for value, a, b in zip(found.tolist(), log_p.exp().tolist(), log_q.exp().tolist(), strict=True):
+        b = [*b, *[0.0] * (classes - len(b))]
+        slow = 0.0
+        while a:  # the largest of each, one pair after another
+            slow += abs(max(a) - max(b))
+            a.remove(max(a))
+            b.remove(max(b))
+        assert value == pytest.approx(slow, rel=1e-9)
+    rows = [[*b, *[0.0] * (classes - 5)] for b in log_q.exp().tolist()]
+    expected = [classes * wasserstein_distance(a, b) for a, b in zip(log_p.exp().tolist(), rows, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+    assert torch.allclose(uld(log_q, log_p), found)
+
+
+def test_uld_knows_no_order_has_a_bound_and_a_gradient() -> None:
+    log_p = log_probabilities(0)
+    assert uld(log_p, log_p[:, [3, 1, 4, 0, 2]]).abs().max() < 1e-14
+    sure, even = torch.tensor([[0.0, -800.0]]), torch.full((1, 4000), -math.log(4000))
+    assert 1.99 < uld(sure, even).item() < 2
+    z = logits(1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: uld(log_p, x.log_softmax(-1)), (z,))
 
 
 def test_the_default_is_torchs_kl() -> None:

@@ -11,21 +11,47 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import taggers
 import tiny
 import torch
+from marked import marked, task_of
 from onnx import numpy_helper
 
 from multum import runtimes
+from multum._measure import measure
+from multum.core.families import blocks_of, family_of
 from multum.core.model import Model
+from multum.core.surgery import head_size, keep_heads
 from multum.errors import InputError, MissingExtra, ParityError
 from multum.runtimes import _encoder, _encoder_graph
 from multum.runtimes._encoder_graph import quantize
 from multum.runtimes._predictor import cores
+from multum.tasks._multi_label import MultiLabelClassification
+from multum.tasks._regression import Regression
 
 EXPORTED: dict[str, tuple[str, ...]] = {"onnxruntime": tiny.FAMILIES, "openvino": ("bert", "roberta")}
 """Runtimes with an export, and the families to try it on: all where it takes no time."""
 CASES = [
     (runtime, precision, family) for runtime, families in EXPORTED.items() for precision in ("fp32", "int8") for family in families
+]
+TASKS: dict[str, tuple[Any, Any]] = {
+    "token-classification": (taggers.tagger, taggers.tagging),
+    "question-answering": (taggers.answerer, taggers.answering),
+    "multi-label": (
+        lambda family, **options: tiny.model(family, labels=("bad", "good"), **options),
+        lambda: task_of(MultiLabelClassification, marked(128), 64, 32),
+    ),
+    "regression": (
+        lambda family, **options: tiny.model(family, labels=("score",), **options),
+        lambda: task_of(Regression, marked(128), 64, 32),
+    ),
+}
+"""Kind of task -> a model and data, beside classification with one label, which the other tests are of."""
+TASK_CASES = [
+    *(("onnxruntime", precision, family, task) for family in tiny.FAMILIES for task in TASKS for precision in ("fp32", "int8")),
+    ("openvino", "fp32", "bert", "token-classification"),
+    ("openvino", "fp32", "bert", "question-answering"),
+    ("openvino", "int8", "bert", "question-answering"),
 ]
 CLOSE = {"fp32": (1e-4, 1e-4), "int8": (0.5, 0.06)}
 """Largest and mean difference of a logit; tiny models spread their answers over a few units, and round worse than big ones."""
@@ -59,7 +85,8 @@ def expected(model: Model, inputs: Any) -> np.ndarray:
 
 
 def test_every_runtime_is_tried_here() -> None:
-    assert set(runtimes.names()) == {*EXPORTED, "pytorch"}
+    of_encoders = {name for name in runtimes.names() if not hasattr(runtimes.find(name), "TASKS")}
+    assert of_encoders == {*EXPORTED, "pytorch"}
     for name in runtimes.names():
         assert runtimes.find(name).PRECISIONS
     with pytest.raises(InputError, match="onnxruntime"):
@@ -123,12 +150,11 @@ def test_other_activations(activation: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(runtimes.open(tmp_path / "out").predict(inputs), expected(changed, inputs), atol=1e-4)
 
 
-def test_an_unknown_activation_is_refused(tmp_path: Path) -> None:
+def test_no_graph_is_written_for_an_unknown_activation() -> None:
     model = tiny.model()
     model.module.config.hidden_act = "mish"
     with pytest.raises(InputError, match="mish"):
-        export("onnxruntime", model, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+        _encoder.read(model.module, max_length=64, pairs=False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -266,3 +292,115 @@ def test_probes_of_more_blocks_hold_more(monkeypatch: pytest.MonkeyPatch) -> Non
     counts = [len(graph.graph.node) for graph in seen]
     assert counts == sorted(set(counts))
     assert _encoder.draw(32, 8, [(2, 8)]).blocks[0].heads == 2
+
+
+def export_for(runtime: str, model: Model, task: Any, folder: Path, precision: str) -> Any:
+    """An export, opened."""
+    task.configure(model.module.config)
+    runtimes.find(runtime).export(
+        model,
+        folder,
+        precision=precision,
+        inputs=task.inputs("validation"),
+        calibration=task.calibration(model, 32),
+        max_length=task.length_limit(model),
+        pairs=task.has_pairs,
+        task=task.name,
+    )
+    return runtimes.open(folder, threads=1)
+
+
+def without_the_last_attention(model: Model) -> Model:
+    """Its last block works on what the others left, without looking at other tokens."""
+    keep_heads(blocks_of(model.module)[-1], family_of(model.module), [], head_size(model.module))
+    return model
+
+
+@pytest.mark.parametrize(("runtime", "precision", "family", "kind"), TASK_CASES)
+def test_exports_for_other_tasks_answer_as_torch_does(runtime: str, precision: str, family: str, kind: str, tmp_path: Path) -> None:
+    make, task_for = TASKS[kind]
+    model, task = without_the_last_attention(tiny.uneven(make(family, layers=3))), task_for()
+    predictor = export_for(runtime, model, task, tmp_path / "out", precision)
+    model.save(tmp_path / "model")
+    torch_itself = runtimes.find("pytorch").open(tmp_path / "model", threads=1)
+    inputs = task.inputs("test")
+    found, expected = predictor.predict(inputs), torch_itself.predict(inputs)
+    assert predictor.reader.task == task.name
+    assert predictor.labels == torch_itself.labels
+    assert predictor.lengths(inputs) == torch_itself.lengths(inputs)
+    assert predictor.tokenize(inputs) == torch_itself.tokenize(inputs)
+    singly = [predictor.predict([one])[0] for one in inputs]
+    if precision == "fp32":
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        for one, alone in zip(found, singly, strict=True):
+            whole = one[tuple(slice(size) for size in alone.shape)]
+            np.testing.assert_allclose(whole[: len(alone)], alone, atol=1e-4)
+    else:
+        assert runtimes.read_manifest(tmp_path / "out")["parity"].get("agreement", 1) > 0.8
+    ours, theirs = (one.reader.answers(expected, inputs, one.labels) for one in (predictor, torch_itself))
+    assert ours == theirs
+
+
+def test_long_contexts_are_read_in_windows(tmp_path: Path) -> None:
+    model, task = taggers.answerer(), taggers.answering()
+    predictor = export_for("onnxruntime", model, task, tmp_path / "out", "fp32")
+    model.save(tmp_path / "model")
+    torch_itself = runtimes.find("pytorch").open(tmp_path / "model", threads=1)
+    inputs = [("what was good", "the plot of this wonderful film was quite dull " * 12), ("who", "a film"), ("a b c " * 40, "")]
+    assert len(predictor.lengths(inputs)) > len(inputs)
+    assert predictor.lengths(inputs) == torch_itself.lengths(inputs)
+    for batch_size in (1, 2, 32):
+        np.testing.assert_allclose(predictor.predict(inputs, batch_size), torch_itself.predict(inputs), atol=1e-4)
+    with pytest.raises(InputError, match="a question and a context"):
+        predictor.predict(["a question alone"])
+
+
+def test_words_that_were_not_read_have_no_logits(tmp_path: Path) -> None:
+    model, task = taggers.tagger("roberta"), taggers.tagging()
+    predictor = export_for("onnxruntime", model, task, tmp_path / "out", "fp32")
+    found = predictor.predict([["film"] * 100, "a film", ()])
+    assert found.shape == (3, 100, len(taggers.TAGS))
+    assert np.isnan(found[0, -1]).all()
+    assert np.isfinite(found[0, 0]).all()
+    assert np.isfinite(found[1, :2]).all()
+    assert np.isnan(found[1, 2:]).all()
+    assert np.isnan(found[2]).all()
+
+
+@pytest.mark.parametrize("kind", ["token-classification", "question-answering"])
+def test_every_block_works_on_every_token_under_a_head_that_reads_them(kind: str) -> None:
+    model = tiny.uneven(TASKS[kind][0]("bert", layers=3))
+    encoder = _encoder.read(model.module, max_length=64, pairs=False)
+    operators = [node.op_type for node in _encoder_graph.write(encoder, precision="fp32").graph.node]
+    assert operators.count("Attention") == 2
+    assert not {"MultiHeadAttention", "Gemm"} & set(operators)
+
+
+@pytest.mark.parametrize("kind", ["token-classification", "question-answering"])
+def test_exports_for_other_tasks_are_measured_by_the_tasks_own_metric(kind: str, tmp_path: Path) -> None:
+    make, task_for = TASKS[kind]
+    model, task = make("bert"), task_for()
+    export_for("onnxruntime", model, task, tmp_path / "out", "fp32")
+    model.save(tmp_path / "model")
+    plain, exported = measure([tmp_path / "model", tmp_path / "out"], task, threads=1, rounds=2, texts_per_round=3)
+    assert exported["quality"] == plain["quality"]
+    assert exported["quality"]["metric"] == "f1"
+    assert exported["size"]["macs_per_example"] == plain["size"]["macs_per_example"]
+    assert exported["speed"]["lengths"] == plain["speed"]["lengths"]
+
+
+def test_an_export_without_a_config_is_a_text_classifier(tmp_path: Path) -> None:
+    predictor = export_for("onnxruntime", tiny.model(), tiny.task(), tmp_path / "out", "fp32")
+    found = predictor.predict(["a film"])
+    path = tmp_path / "out" / "runtime.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in ("config", "outputs")}))
+    np.testing.assert_array_equal(runtimes.open(tmp_path / "out", threads=1).predict(["a film"]), found)
+
+
+def test_heads_that_no_task_reads_are_refused(tmp_path: Path) -> None:
+    model, task = tiny.language_model("bert"), tiny.task()
+    for runtime in EXPORTED:
+        with pytest.raises(InputError, match=r"BertForMaskedLM has a head that cannot be exported; .*ForQuestionAnswering"):
+            export_for(runtime, model, task, tmp_path / "out", "fp32")
+    assert not list(tmp_path.iterdir())

@@ -18,18 +18,23 @@ import translators
 from multum.core.model import Model
 from multum.core.step import Step, find, from_history, make, names
 from multum.errors import InputError
+from multum.tasks.text_generation import TextGeneration
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
 FURTHER = {
     **dict.fromkeys(("distill", "distill_layers", "finetune"), ("llama", "gpt2")),
     **dict.fromkeys(
         (
+            "awq",
             "drop_layers",
             "fisher_masks",
+            "gptq",
             "low_rank",
             "movement",
             "prune_structured",
             "prune_weights",
+            "quantize",
+            "quantize_embeddings",
             "reconstruct",
             "sparsegpt",
             "wanda",
@@ -40,21 +45,26 @@ FURTHER = {
 }
 """Architectures that a step is tried on beside those: whatever cuts or walks, on all."""
 WRITING = ("distill_generation",)
-"""Steps for encoder-decoders alone."""
+"""Steps for models that write: encoder-decoders, and the causal ones below."""
+CAUSAL = ("causal-llama", "causal-gpt2")
 TEACHER, FOLDER, TEXT = "<teacher>", "<folder>", "<text>"
 
 QUICK: dict[str, dict[str, Any]] = {
+    "awq": {"bits": 4, "group": 24, "alphas": 4, "samples": 16},
     "distill": {"teacher": TEACHER, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "distill_generation": {"teacher": TEACHER, "beams": 2, "max_new_tokens": 8, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "distill_layers": {"teacher": TEACHER, "hidden": 1.0, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "drop_layers": {"keep": 1, "which": "importance", "samples": 8},
     "finetune": {"epochs": 1, "batch_size": 16},
     "fisher_masks": {"speedup": 1.5, "samples": 32, "batch_size": 8},
+    "gptq": {"bits": 3, "group": 24, "samples": 16},
     "low_rank": {"keep": 0.5, "samples": 16},
     "pretrain": {"text": TEXT, "steps": 2, "batch_size": 4, "block": 16},
     "movement": {"sparsity": 0.5, "epochs": 1, "batch_size": 16},
     "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
     "prune_weights": {"sparsity": 0.5},
+    "quantize": {"bits": 4, "group": 24, "symmetric": False},
+    "quantize_embeddings": {},
     "reconstruct": {"teacher": TEACHER, "samples": 16},
     "sparsegpt": {"sparsity": 0.5, "samples": 16},
     "trim_vocabulary": {},
@@ -63,6 +73,7 @@ QUICK: dict[str, dict[str, Any]] = {
 """Fields for a quick run."""
 
 BAD: dict[str, list[dict[str, Any]]] = {
+    "awq": [{"bits": 5}, {"group": 1}, {"alphas": 0}, {"samples": 0}],
     "distill": [
         {"temperature": 0.0},
         {"alpha": 1.5},
@@ -70,8 +81,12 @@ BAD: dict[str, list[dict[str, Any]]] = {
         {"augment": -1},
         {"student": {"layers": -1}},
         {"augment_model": "x"},
+        {"sparse_logits": {"sample": 0}},
     ],
-    "distill_generation": [{"teacher": ""}, {"beams": 0}, {"max_new_tokens": 0}, {"mix": 2.0}, {"alpha": -0.5}, {"epochs": 0}],
+    "distill_generation": [
+        *({"teacher": ""}, {"beams": 0}, {"max_new_tokens": 0}, {"mix": 2.0}, {"alpha": -0.5}, {"epochs": 0}),
+        *({"prompt_tokens": 0}, {"prompts": 0}, {"divergence": "kl"}, {"on_policy": 0.5}, {"sparse_logits": {"top_k": 0}}),
+    ],
     "distill_layers": [
         {"hidden": -1.0},
         {"logits": -1.0},
@@ -83,11 +98,21 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "drop_layers": [{"keep": 0}, {"which": "bottom"}, {"samples": 0}],
     "finetune": [{"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 2.0}],
     "fisher_masks": [{"speedup": 0.5}, {"samples": 0}, {"batch_size": 0}],
+    "gptq": [{"bits": 2}, {"group": -1}, {"damping": 0.0}, {"samples": 0}],
     "low_rank": [{"keep": 1.0}, {"rank": 0}, {"samples": 0}],
     "pretrain": [{"steps": 0}, {"block": 7}, {"start": "anew"}, {"start": {"layers": 2}}, {"tokenizer": "bpe"}, {"shuffle": -1}],
     "movement": [{"sparsity": 1.5}, {"block": 0}, {"begin": 0.9}, {"epochs": 0}, {"learning_rate": -1.0}],
     "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],
     "prune_weights": [{"sparsity": 1.5}, {"scope": "rows"}, {"pattern": "4:2"}],
+    "quantize": [
+        {"bits": 16},
+        {"group": -8},
+        {"keep": "all"},
+        {"keep_share": 1.5},
+        {"samples": 0},
+        {"hqq": True, "symmetric": True},
+    ],
+    "quantize_embeddings": [{"bits": 7}, {"group": 1}],
     "reconstruct": [{"teacher": ""}, {"samples": 0}, {"damping": 0.0}],
     "sparsegpt": [{"sparsity": 1.5}, {"pattern": "4:2"}, {"samples": 0}, {"damping": 0.0}],
     "trim_vocabulary": [{"min_count": 0}],
@@ -124,22 +149,26 @@ def run(task, tmp_path_factory):
         if name == "pretrain" and model.tokenizer.mask_token is None:
             model.tokenizer.mask_token = model.tokenizer.unk_token  # one of its own would change the weights of other tests
         before = model.fingerprint()
-        data = data_for(name, task)
+        data = data_for(name, task, family)
         return Run(step, model, before, step(model, data), step(model, data))
 
     return made
 
 
 def model_for(name: str, family: str, seed: int = 0) -> Model:
+    if family in CAUSAL:
+        return tiny.language_model(family.removeprefix("causal-"), seed=seed)
     return translators.translator(family, seed=seed) if name in WRITING else tiny.model(family, seed=seed)
 
 
-def data_for(name: str, task: Any) -> Any:
+def data_for(name: str, task: Any, family: str = "") -> Any:
+    if family in CAUSAL:
+        return TextGeneration.from_splits(tiny.text_splits(8, 4, 4))
     return translators.translating(32, 16) if name in WRITING else task
 
 
 def families_for(name: str) -> tuple[str, ...]:
-    return translators.FAMILIES if name in WRITING else (*FAMILIES, *FURTHER.get(name, ()))
+    return (*translators.FAMILIES, *CAUSAL) if name in WRITING else (*FAMILIES, *FURTHER.get(name, ()))
 
 
 def quick(name: str, folder: Path, family: str = "") -> dict[str, Any]:
@@ -198,7 +227,7 @@ def test_something_changes(name, family, run):
 
 @on_every_family
 def test_the_saved_folder_loads_and_answers_the_same(name, family, run, task, tmp_path):
-    made, task = run(name, family), data_for(name, task)
+    made, task = run(name, family), data_for(name, task, family)
     made.once.save(tmp_path / "model")
     module = getattr(transformers, task.auto_class).from_pretrained(tmp_path / "model")
     again = Model.load(tmp_path / "model", auto_class=task.auto_class)

@@ -63,12 +63,12 @@ def made_up(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> example.Example:
 def test_it_is_fetched_once_and_kept(made_up: example.Example, shelf: Path, tmp_path: Path) -> None:
     folder = example.fetch("made-up")
     assert (folder / "words.txt").read_text(encoding="utf-8") == "hello"
-    assert made_up.sha256 in (folder / "SOURCE.md").read_text(encoding="utf-8")
+    assert made_up.sha256 in (folder / "README.md").read_text(encoding="utf-8")
     for wheel in shelf.iterdir():
         wheel.unlink()
     assert example.fetch("made-up") == folder  # without pip
     example.write("made-up", tmp_path / "data")
-    assert listing(tmp_path / "data") == ["SOURCE.md", "words.txt"]
+    assert listing(tmp_path / "data") == ["README.md", "words.txt"]
 
 
 def test_another_checksum_is_refused_and_nothing_kept(
@@ -101,7 +101,7 @@ def test_data_in_a_wheel_for_another_machine_can_be_had(
     monkeypatch.setitem(example.EXAMPLES, "made-up", replace(foreign, platform="win_ia64"))
     folder = example.fetch("made-up")
     assert (folder / "words.txt").read_text(encoding="utf-8") == "hello"
-    assert (folder / "SOURCE.md").read_text(encoding="utf-8").endswith("\nOld words.\n")
+    assert (folder / "README.md").read_text(encoding="utf-8").endswith("\nOld words.\n")
 
 
 def test_output_that_holds_something_is_left_alone(made_up: example.Example, tmp_path: Path) -> None:

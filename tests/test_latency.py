@@ -86,6 +86,25 @@ def test_the_last_attending_block_has_its_own_columns() -> None:
     )
 
 
+def test_where_every_token_is_worked_on_the_last_block_is_like_the_others(tmp_path: Path) -> None:
+    timed: list[Blocks] = []
+
+    def whole(blocks: Blocks) -> float:
+        return BASE + sum(attention(heads) + feed_forward(neurons) for heads, neurons in blocks)
+
+    def timer(blocks: Blocks) -> Timer:
+        timed.append(blocks)
+        return lambda: whole(blocks)
+
+    table = LatencyTable.measure(timer, heads=HEADS, neurons=NEURONS, rounds=1, every_token=True)
+    for blocks in product([(4, 384), (2, 96), (3, 0), (0, 192), (1, 4)], repeat=3):
+        assert table.total(blocks) == pytest.approx(whole(blocks)), blocks
+    assert table.block(0, 96, after_last=True) == table.block(0, 96)
+    assert len(timed) == 2 + len(grid(HEADS)) + len(grid(NEURONS))
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table
+
+
 def test_without_heads_anywhere_every_block_works_on_one_token() -> None:
     assert made().total([(0, 96), (0, 192)]) == pytest.approx(BASE + feed_forward_last(96) + feed_forward_last(192))
 

@@ -14,9 +14,9 @@ from lessons import VOCABULARY, arguments, difference, examples, of_kind
 from scipy.stats import chisquare
 from torch import nn
 
-from multum._on_policy import ON_POLICY, sampled, some_sampled
 from multum.distillation_trainer import DistillationTrainer
 from multum.errors import InputError
+from multum.steps._on_policy import ON_POLICY, sampled, some_sampled
 from multum.steps._outputs import output_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

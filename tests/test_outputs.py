@@ -27,7 +27,10 @@ from transformers import (
 
 from multum.errors import InputError
 from multum.steps import _outputs
+from multum.steps._classes import teacher_columns
+from multum.steps._divergences import uld
 from multum.steps._outputs import (
+    aligned,
     binary_kl,
     common_vocabulary,
     distillation_loss,
@@ -37,7 +40,6 @@ from multum.steps._outputs import (
     output_loss,
     softened_kl,
     span_loss,
-    teacher_columns,
     token_loss,
 )
 
@@ -240,3 +242,23 @@ def test_other_classes_are_an_error_that_names_both() -> None:
         teacher_columns(student, other)
     with pytest.raises(InputError, match="the student label_0, label_1; the teacher bad, good, mixed"):
         teacher_columns(BertConfig(num_labels=2), student)
+
+
+def test_across_tokenizers_the_kth_token_of_a_text_meets_the_kth_for_as_many_as_both_have() -> None:
+    ours, theirs = numbers(3, 6, 4), numbers(3, 8, 7, seed=1)
+    labels = torch.tensor([[-100, -100, 1, 2, 3, -100], [-100, 1, 2, 3, 1, 2], [1, -100, -100, -100, -100, -100]])
+    counts = torch.tensor([[0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]).bool()
+    values = []
+    for text in range(3):
+        mine = [place for place in range(5) if labels[text, place + 1] != -100]
+        other = [place for place in range(7) if counts[text, place]]
+        for a, b in zip(mine, other, strict=False):  # the longer one is cut
+            p = sorted(softmax(theirs[text, b].tolist(), 1.0), reverse=True)
+            q = [*sorted(softmax(ours[text, a].tolist(), 1.0), reverse=True), 0.0, 0.0, 0.0]
+            values.append(sum(abs(x - y) for x, y in zip(p, q, strict=True)))
+    assert len(values) == 3 + 2 + 0
+    teacher = SimpleNamespace(logits=theirs, counts=counts)
+    found = output_loss("causal_lm", SimpleNamespace(logits=ours), teacher, {"labels": labels}, 1.0, uld)
+    assert found.item() == pytest.approx(sum(values) / len(values), rel=1e-9)
+    here, there = aligned(items("causal_lm", {"labels": labels}), counts)
+    assert here.sum(1).tolist() == there.sum(1).tolist() == [3, 2, 0]

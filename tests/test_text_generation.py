@@ -227,6 +227,10 @@ def test_measured_as_a_folder(tmp_path: Path) -> None:
     (metrics,) = measure([tmp_path / "m"], made, threads=1, rounds=3, texts_per_round=2)
     predictions = np.stack(causal_sums(model.module, model.tokenizer, list(made.inputs("test"))))
     assert metrics["quality"]["value"] == pytest.approx(made.score(predictions, "test").value, rel=1e-4)
+    speed = metrics["speed"]
+    assert speed["decode_tokens_per_s"] > 0
+    assert speed["decode_ratio_to_first"]["value"] == speed["prefill_ratio_to_first"]["value"] == 1
+    assert (speed["new_tokens"], 0 < speed["prompt_tokens"] <= 96) == (32, True)
     assert made.is_trained(made.load(str(tmp_path / "m")))
 
 

@@ -48,7 +48,7 @@ def config(family: str, *, layers: int, heads: int, neurons: int, hidden: int, p
     elif family == "modernbert":
         sizes |= {"local_attention": 8, "global_attn_every_n_layers": 2, "cls_token_id": more["bos_token_id"]}
         sizes |= {"sep_token_id": more["eos_token_id"]}
-    return AutoConfig.for_model(family, **sizes, **more)
+    return AutoConfig.for_model(family, **{**sizes, **more})
 
 
 def tokenizer(family: str, made: Tokenizer, **special: Any) -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ._run import run
     from ._score import score
     from ._shrink import shrink
+    from ._verify import verify
     from .core.model import Model
     from .core.step import Step
     from .core.task import Task
@@ -41,6 +42,7 @@ _WHERE = {
     "run": "_run",
     "score": "_score",
     "shrink": "_shrink",
+    "verify": "_verify",
 }
 __all__ = [
     "DistillationTrainer",
@@ -55,6 +57,7 @@ __all__ = [
     "run",
     "score",
     "shrink",
+    "verify",
 ]
 
 _hook.install()

@@ -6,45 +6,30 @@ its seed only, `floor`, gets the same figures as the model in question: what tra
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ._compare_data import Elsewhere, built_in_groups, elsewhere, group_columns
-from ._compare_figures import Asked, compared, own_figures
-from ._compare_targets import Predictor, answer, target
-from .core.folders import whole_folder, write_json
+import numpy as np
+
+from ._compare_answers import gather
+from ._compare_attribution import torch_form
+from ._compare_data import elsewhere, group_columns, read_lexicon
+from ._compare_figures import compared, own_figures
+from ._compare_look import LEVELS, TRAIN, Look
+from ._compare_shadows import FEWEST_SHADOWS, Shadows
+from ._compare_targets import Predictor, target
+from ._compare_work import Work, unfinished
+from .core.folders import digest, read_json, whole_folder, write_json
 from .errors import InputError
-from .evidence.difference import examples_needed
-from .evidence.groups import ENOUGH
-from .evidence.perturbations import DRAWN, PERTURBATIONS, perturb
 from .progress import Progress
 from .targets import open_for
 
-TASK, VALIDATION = "text-classification", "validation"
+TASK = "text-classification"
 RESULT, PAGE = "comparison.json", "report.html"
-USUAL_FLIPS = 0.06
-"""Share of answers that change sides between two trainings of one model, for a first guess at how many examples it takes."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """How much is looked at."""
-
-    texts: int | None
-    """At most, of every split; None for all."""
-    draws: int
-    """Of every bootstrap."""
-    perturbed: int
-    """Seeds for every perturbation; none where 0."""
-
-
-LEVELS = {"quick": Level(1000, 2000, 0), "full": Level(None, 5000, 3)}
 
 
 class _Problems(list[str]):
@@ -72,8 +57,10 @@ def compare(
     columns: Mapping[str, str] | None = None,
     group_by: Sequence[str] = (),
     shift: str | Path | None = None,
+    lexicon: str | Path | None = None,
     margin: float = 1.0,
     level: str = "quick",
+    shadows: int = 0,
     split: str = "test",
     runtime: str = "",
     seed: int | None = None,
@@ -81,6 +68,8 @@ def compare(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Compare two text classifiers, and write `comparison.json` and `report.html` into a new folder.
+
+    What is computed is kept in the folder until then, so that the same call goes on where one was stopped.
 
     Args:
         before, after: model folders, export folders or Hub ids.
@@ -90,8 +79,10 @@ def compare(
         columns: task column -> column of the data.
         group_by: columns of the data by whose values examples are grouped, beside class and length.
         shift: file of texts from elsewhere, with or without labels.
+        lexicon: file of synonyms, words that mean the same on one line; texts are then also changed by them.
         margin: points of accuracy that do not matter.
-        level: `quick` (1,000 texts, 2,000 draws of the bootstrap) or `full` (all texts, 5,000 draws, perturbations).
+        level: `quick` (1,000 texts, 2,000 draws of the bootstrap) or `full` (all texts, 5,000 draws, perturbations, attributions).
+        shadows: models that are trained for the stronger attack on privacy (LiRA), for each that is compared; 0 for none.
         split: whose examples are compared.
         runtime: `pytorch`, `onnxruntime-int8`, ...; by default what each folder ships.
         seed: of the splits, where the data has none of its own; of samples, draws and perturbations.
@@ -106,123 +97,107 @@ def compare(
     """
     started, progress, columns = time.monotonic(), progress or Progress.silent(), dict(columns or {})
     sources = {"before": before, "after": after} | ({"floor": floor} if floor else {})
-    problems = _Problems(_wrong_options(Path(output), margin, level, split, data, group_by))
+    problems = _Problems(_wrong_options(Path(output), margin, level, split, data, group_by, shadows))
     folders: dict[str, Path] = {}
     for role, source in sources.items():
         with problems.gather():
             folders[role] = target(source, runtime)
-    opened = None
+    opened, words = None, {}
     if data or "before" in folders:
         with problems.gather():
             opened = _open(folders.get("before"), data, columns, seed)
+    with problems.gather():
+        words = read_lexicon(Path(lexicon)) if lexicon else {}
     problems.refuse()
     assert opened is not None  # noqa: S101 - or there was a problem
     task, where = opened
-    look = _Look(task, LEVELS[level], split, seed or 0, margin / 100, problems)
+    look = Look(task, LEVELS[level], split, seed or 0, margin / 100)
+    problems += [look.problem] if look.problem else []
+    look.lexicon(words)
     with problems.gather():
         look.group(group_columns(where, split, look.texts, group_by, columns) if group_by else {})
     with problems.gather():
         look.shift(elsewhere(Path(shift), task, columns) if shift else None)
-    predictors = {}
+    predictors, trained = {}, None
     for role, folder in folders.items():
         with problems.gather(f"{sources[role]}: "):
             predictors[role] = Predictor(folder, threads, task)
+    with problems.gather():
+        trained = _shadows(task, folders, look, split, shadows, seed or 0)
     problems.refuse()
-    answers, asked = answer(predictors, look.sets(), progress), look.asked()
-    with progress.stage("figures"):
-        figures = {role: compared(answers["before"], answers[role], asked) for role in sources if role != "before"}
-        models = {
-            role: {"source": str(source), **predictors[role].facts, **own_figures(answers[role], asked)}
-            for role, source in sources.items()
-        }
-    result = {
-        "schema": 1,
-        "task": TASK,
-        "split": split,
+    asked_for = {
         "level": level,
-        "n": len(look.texts),
-        "n_of_split": len(task.inputs(split)),
-        "labels": list(task.labels),
-        "margin": asked.margin,
-        "draws": asked.draws,
-        "seed": asked.seed,
-        "models": models,
-        "comparisons": figures,
+        "split": split,
+        "seed": seed or 0,
+        "shadows": shadows,
+        "runtime": runtime,
         "data": {
             "source": where,
             "columns": columns,
             "group_by": list(group_by),
             "fingerprints": dict(task.fingerprints),
-            "notes": [*task.notes, *look.notes],
             "shift": str(shift) if shift else None,
+            "lexicon": str(lexicon) if lexicon else None,
         },
+    }
+    read = {name: digest(Path(path)) for name, path in (("shift", shift), ("lexicon", lexicon)) if path}
+    executed = {role: [str(source), predictors[role].facts["fingerprint"]] for role, source in sources.items()}
+    work = Work(Path(output), {"models": executed, "margin": margin, **asked_for, **read})
+    answers, asked = gather(look, predictors, task, work, progress, trained, seed or 0), look.asked()
+    with progress.stage("figures"):
+        figures = {role: compared(answers["before"], answers[role], asked) for role in sources if role != "before"}
+        models = {
+            role: {
+                "source": str(source),
+                **predictors[role].facts,
+                "torch_form": str(torch_form(folders[role]) or "") or None,
+                "trained_here": _trained_here(folders[role], task),
+                **own_figures(answers[role], asked),
+            }
+            for role, source in sources.items()
+        }
+    result = {
+        "schema": 1,
+        "task": TASK,
+        **asked_for,
+        "n": len(look.texts),
+        "n_of_split": len(task.inputs(split)),
+        "members": len(look.members),
+        "attributed": {"texts": len(look.attributed), "points": look.points},
+        "labels": list(task.labels),
+        "margin": asked.margin,
+        "draws": asked.draws,
+        "models": models,
+        "comparisons": figures,
         **_circumstances(),
     }
+    result["data"] |= {"notes": [*task.notes, *look.notes]}
     return _write(Path(output), result, progress, started)
 
 
-class _Look:
-    """The texts that are looked at, and what is asked of them."""
-
-    def __init__(self, task: Any, level: Level, split: str, seed: int, margin: float, problems: _Problems) -> None:
-        self._task, self._level, self._seed, self._margin = task, level, seed, margin
-        self._rng = random.Random(seed)
-        chosen, fitted = (self._some(len(task.inputs(name))) for name in (split, VALIDATION))
-        self.texts = [task.inputs(split)[at] for at in chosen]
-        self._truth, self._validation_truth = task.targets[split][chosen], task.targets[VALIDATION][fitted]
-        self._validation = [task.inputs(VALIDATION)[at] for at in fitted]
-        self._groupings = built_in_groups(self.texts, self._truth, task.labels)
-        self._shift: Elsewhere | None = None
-        self.notes: list[str] = []
-        if len(self.texts) < ENOUGH:
-            few = f"the {split} split has {len(self.texts)} examples; nothing is claimed of fewer than {ENOUGH}"
-            needed = examples_needed(USUAL_FLIPS, margin)
-            problems.append(f"{few}, and to show two models equal within {100 * margin:g} points takes about {needed:,}")
-
-    def group(self, columns: Mapping[str, Any]) -> None:
-        """Look at these groups too."""
-        taken = self._groupings
-        self._groupings = taken | {f"{name} (column)" if name in taken else name: groups for name, groups in columns.items()}
-
-    def shift(self, other: Elsewhere | None) -> None:
-        """Look at these texts too, at no more of them than of the others."""
-        if other:
-            rows = self._some(len(other.texts))
-            truth = None if other.truth is None else other.truth[rows]
-            self._shift = replace(other, texts=[other.texts[at] for at in rows], truth=truth)
-            self.notes += other.notes
-
-    def sets(self) -> dict[str, list[Any]]:
-        """Every set of texts that the models are asked."""
-        found = {"test": self.texts, "validation": self._validation} | ({"shift": self._shift.texts} if self._shift else {})
-        for name in PERTURBATIONS if self._level.perturbed else ():
-            seeds = self._level.perturbed if name in DRAWN else 1
-            found[name] = [text for number in range(seeds) for text in perturb(self.texts, name, self._seed + number)]
-        return found
-
-    def asked(self) -> Asked:
-        """What the answers are held against."""
-        return Asked(
-            texts=self.texts,
-            truth=self._truth,
-            validation_truth=self._validation_truth,
-            labels=self._task.labels,
-            groupings=self._groupings,
-            shift_truth=self._shift.truth if self._shift else None,
-            margin=self._margin,
-            draws=self._level.draws,
-            seed=self._seed,
-        )
-
-    def _some(self, n: int) -> list[int]:
-        """All indices, or as many drawn from them as the level looks at, in order."""
-        most = self._level.texts
-        return list(range(n)) if most is None or n <= most else sorted(self._rng.sample(range(n), most))
+def _shadows(task: Any, folders: Mapping[str, Path], look: Look, split: str, count: int, seed: int) -> Shadows | None:
+    if not count:
+        return None
+    truth = np.concatenate([look.members_truth, look.truth])
+    return Shadows(task, folders, texts=[*look.members, *look.texts], truth=truth, split=split, count=count, seed=seed)
 
 
-def _wrong_options(output: Path, margin: float, level: str, split: str, data: str, group_by: Sequence[str]) -> list[str]:
+def _trained_here(folder: Path, task: Any) -> bool | None:
+    """Whether a model was trained on this data's training split, by its own record; None where it has none."""
+    from .targets import _run_of
+
+    source = torch_form(folder) or folder
+    recipe = read_json(source / "recipe.json") if (source / "recipe.json").is_file() else {}
+    known = recipe.get("data") or _run_of(folder).get("data", {}).get("fingerprints", {})
+    theirs = known.get(TRAIN) if isinstance(known, Mapping) else None
+    return None if theirs is None else theirs == dict(task.fingerprints).get(TRAIN)
+
+
+def _wrong_options(
+    output: Path, margin: float, level: str, split: str, data: str, group_by: Sequence[str], shadows: int
+) -> list[str]:
     problems = []
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not unfinished(output)):
         problems.append(f"{output} exists already; choose a new folder for -o")
     if not 0 < margin < 100:
         problems.append(f"margin: {margin:g} is not above 0 and below 100 points; write for example 1")
@@ -231,6 +206,12 @@ def _wrong_options(output: Path, margin: float, level: str, split: str, data: st
             problems.append(f"{name}: {value!r} is none of {', '.join(known)}")
     if group_by and not data:
         problems.append("--group-by needs --data, the file or folder that has the columns")
+    if shadows and shadows < FEWEST_SHADOWS:
+        problems.append(
+            f"shadows: {shadows} shadow models tell nothing; give {FEWEST_SHADOWS} or more (16 is usual), or 0 for none"
+        )
+    if shadows and split == TRAIN:
+        problems.append("shadows: they tell training texts from others, so that --split cannot be train")
     return problems
 
 

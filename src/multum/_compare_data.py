@@ -12,6 +12,7 @@ import pandas as pd
 
 from .errors import InputError
 from .evidence.groups import ENOUGH, length_groups
+from .evidence.perturbations import lexicon_of
 from .tables import from_disk, from_hub, from_texts
 
 Text = str | tuple[str, str]
@@ -126,3 +127,20 @@ def elsewhere(path: Path, task: Any, columns: Mapping[str, str]) -> Elsewhere:
     if truth is None:
         notes.append(f"{path.name} has no labels: agreement of the two models only, not accuracy")
     return Elsewhere(str(path), [row[0] if len(row) == 1 else (row[0], row[1]) for row in rows], truth, notes)
+
+
+def read_lexicon(path: Path) -> dict[str, list[str]]:
+    """Synonyms from a file: on every line words that mean the same, parted by tabs or commas.
+
+    Raises:
+        InputError: no such file, no UTF-8, or no line with two words.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"--lexicon: cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--lexicon: {path} is not UTF-8") from error
+    if not (found := lexicon_of(lines)):
+        raise InputError(f"--lexicon: {path} has no line with two words; write words that mean the same on one line: film, movie")
+    return found

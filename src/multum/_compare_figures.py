@@ -1,7 +1,7 @@
 """All figures of one model against the original, section by section.
 
 A section is a function of the original's answers, the other model's and what they were asked; its result stands under its name in
-`comparison.json`. Whatever else can be said of two models (attributions, privacy) is one more entry of `SECTIONS`.
+`comparison.json`. Whatever else can be said of two models is one more entry of `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from ._compare_attribution import Attributed
 from .evidence import robustness
+from .evidence.attribution import agreement, deletion
 from .evidence.calibration import calibration, calibration_change
 from .evidence.difference import difference
 from .evidence.flips import closeness, flips
 from .evidence.groups import groups
+from .evidence.privacy import attack, auc_change, confidence, lira_offline, log_likelihood
 from .evidence.ranking import ranking, ranking_change
 
 EXAMPLES = 200
 """Flipped texts of each kind that `comparison.json` lists at most."""
+APART, MIDDLING, SHORT = 3, 3, 60
+"""Attributed texts that are listed: those whose words the models weigh most differently, and usual ones; their words at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,10 @@ class Asked:
     labels: Sequence[str]
     groupings: Mapping[str, np.ndarray]
     shift_truth: np.ndarray | None
+    members_truth: np.ndarray | None = None
+    """What is right of training texts; None where there are none to attack."""
+    attributed: Sequence[int] = ()
+    """Which of the texts have their answers attributed to words."""
     margin: float
     """The largest difference that does not matter, a share."""
     draws: int
@@ -53,6 +62,13 @@ class Answers:
     shift: np.ndarray | None = None
     perturbed: Mapping[str, np.ndarray] = field(default_factory=dict)
     """By the name of the change; where there are several seeds, one after the other."""
+    members: np.ndarray | None = None
+    """To training texts."""
+    attribution: Attributed | None = None
+    shadows: np.ndarray | None = None
+    """φ of shadow models for the members and then for the texts, (models, members + texts)."""
+    shadows_inside: np.ndarray | None = None
+    """Whether each was trained on each."""
 
 
 def own_figures(answers: Answers, asked: Asked) -> dict[str, Any]:
@@ -63,7 +79,32 @@ def own_figures(answers: Answers, asked: Asked) -> dict[str, Any]:
         "accuracy": {"value": float(right.mean()), "ci95": [float(low), float(high)]},
         "calibration": calibration(answers.test, asked.truth, answers.validation, asked.validation_truth),
         "ranking": ranking(answers.test, asked.truth),
+        "attribution": _deletion(answers.attribution, asked),
+        "privacy": {name: attack(*scores) for name, scores in _attacks(answers, asked).items()},
     }
+
+
+def _deletion(found: Attributed | None, asked: Asked) -> dict[str, Any] | None:
+    """Whether a model's attributions can be trusted, and how exact they are."""
+    if found is None or not len(found.answers):
+        return None
+    tested = deletion(found.whole, found.guided, found.random, **asked.drawing)
+    return tested | {"error": float(np.median(found.errors))}
+
+
+def _attacks(answers: Answers, asked: Asked) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """For every attack the scores of members and of others."""
+    if answers.members is None or asked.members_truth is None or not len(answers.members):
+        return {}
+    logits, truth = (answers.members, answers.test), (asked.members_truth, asked.truth)
+    members, others = (log_likelihood(*pair) for pair in zip(logits, truth, strict=True))
+    found = {"loss": (members, others)}
+    if answers.shadows is not None and answers.shadows_inside is not None:
+        own = np.concatenate([confidence(*pair) for pair in zip(logits, truth, strict=True)])
+        scores = lira_offline(own, answers.shadows, answers.shadows_inside)
+        members, others = scores[: len(truth[0])], scores[len(truth[0]) :]
+        found["lira"] = (members[np.isfinite(members)], others[np.isfinite(others)])
+    return found
 
 
 def compared(before: Answers, other: Answers, asked: Asked) -> dict[str, Any]:
@@ -126,6 +167,43 @@ def _shift(before: Answers, other: Answers, asked: Asked) -> dict[str, Any] | No
     return found
 
 
+def _attribution(before: Answers, other: Answers, asked: Asked) -> dict[str, Any] | None:
+    """How far the words that count agree, and some texts to look at: those where they do least, and usual ones."""
+    first, second = before.attribution, other.attribution
+    if first is None or second is None:
+        return None
+    found = agreement(first.words, second.words, first.answers, second.answers, **asked.drawing)
+    if found is None:
+        return None
+    each = found.pop("each")
+    ranked = sorted((at for at in each if len(first.words[at]) <= SHORT), key=lambda at: each[at])
+    rest = ranked[APART:]
+    middle = max(0, len(rest) // 2 - MIDDLING // 2)
+    listed = [*ranked[:APART], *rest[middle : middle + MIDDLING]]
+    return found | {"examples": [_weighed(at, each[at], first, second, asked) for at in listed]}
+
+
+def _weighed(at: int, rank: float, first: Attributed, second: Attributed, asked: Asked) -> dict[str, Any]:
+    """One text with the weight of its words, -1 to 1, for both models; nothing for words that one did not read."""
+    weights = [[None if np.isnan(v) else round(float(v), 3) for v in each / (np.nanmax(np.abs(each)) or 1.0)] for each in (
+        first.words[at], second.words[at])]  # fmt: skip
+    return {
+        "index": asked.attributed[at],
+        "text": asked.texts[asked.attributed[at]],
+        "answer": asked.labels[int(first.answers[at])],
+        "label": asked.labels[asked.truth[asked.attributed[at]]],
+        "rank": round(rank, 3),
+        "before": weights[0],
+        "after": weights[1],
+    }
+
+
+def _privacy(before: Answers, other: Answers, asked: Asked) -> dict[str, Any]:
+    """Whether the other model tells more of who it was trained on."""
+    first, second = _attacks(before, asked), _attacks(other, asked)
+    return {name: {"auc": auc_change(first[name], second[name])} for name in first if name in second}
+
+
 SECTIONS: dict[str, Callable[[Answers, Answers, Asked], Any]] = {
     "difference": _difference,
     "flips": _flips,
@@ -134,6 +212,8 @@ SECTIONS: dict[str, Callable[[Answers, Answers, Asked], Any]] = {
     "ranking": _ranking,
     "perturbations": _perturbations,
     "shift": _shift,
+    "attribution": _attribution,
+    "privacy": _privacy,
 }
 
 

@@ -9,15 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import _compare_charts as charts
+from . import _compare_more as more
 from ._compare_words import change, named, p_value, percent, said, signed
 from ._report import _template
-from ._report_charts import COLORS, inline
+from ._report_charts import COLORS, Drawing, inlined
 from ._report_words import RUNTIMES, short
 
 SHOWN, CUT = 50, 600
 """Flipped texts of each kind on the page; characters of each."""
 FIRST = 6
 """Of them, those seen before unfolding."""
+SIDES = (("original", "■", "before, dotted"), ("chosen", "●", "after, solid"))
+GROUPS = (
+    ("limit", "▼", "lost more than chance explains"),
+    ("chosen", "▲", "gained more than chance explains"),
+    ("rung", "●", "no change shown"),
+    ("original", "◇", "training twice"),
+)
+"""What the signs in the pictures mean."""
 NAMES = {
     "accuracy": "Accuracy",
     "f1_macro": "Macro F1",
@@ -57,6 +66,8 @@ def page(result: Mapping[str, Any]) -> dict[str, Any]:
         "perturbations": [
             (name, row, floor["perturbations"][name] if floor else None) for name, row in after["perturbations"].items()
         ],
+        "reasons": more.reasons(result),
+        "privacy": more.privacy(result),
         "models": [(role, model, _form(model)) for role, model in result["models"].items()],
         "roles": {"before": "Before", "after": "After", "floor": "Before, trained again"},
         "percent": percent,
@@ -77,7 +88,7 @@ def summary(result: Mapping[str, Any]) -> list[list[str]]:
         )
     for row in closeness(result):
         rows.append([row["name"], "", row["after"], row["interval"], *([row["floor"]] * len(twice))])
-    return rows
+    return rows + more.rows_of(result)
 
 
 def scores(result: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -165,26 +176,29 @@ def _form(model: Mapping[str, Any]) -> str:
 
 def _charts(result: Mapping[str, Any]) -> dict[str, str]:
     """Inline SVG by name, wide and narrow."""
-    from markupsafe import Markup
+    return inlined({variant: drawings(result, variant) for variant in ("wide", "narrow")})
 
+
+def drawings(result: Mapping[str, Any], variant: str = "wide") -> dict[str, Drawing]:
+    """Every picture of the page by name."""
+    width, half = (1040, 500) if variant == "wide" else (342, 342)
     after, floor = result["comparisons"]["after"], result["comparisons"].get("floor")
     groups = _groups(after["groups"], floor["groups"] if floor else None)
     before, now = (result["models"][role]["calibration"] for role in ("before", "after"))
-    drawn: dict[str, str] = {}
-    for variant, width, half in (("wide", 1040, 500), ("narrow", 342, 342)):
-        pictures = {
-            "reliability": (
-                charts.reliability_chart(before["reliability"], now["reliability"], width=half),
-                "Accuracy against confidence, as the models are. The figures are in the table of scores.",
-            ),
-            "scaled": (
-                charts.reliability_chart(before["scaled"]["reliability"], now["scaled"]["reliability"], width=half),
-                "Accuracy against confidence after temperature scaling. The figures are in the table of scores.",
-            ),
-        }
-        if groups["drawn"]:
-            label = "; ".join(f"{named(row)}: {signed(row['value'])} points" for row in groups["drawn"])
-            pictures["groups"] = (charts.group_chart(groups["drawn"], groups["floor"], width=width), label)
-        for name, (drawing, label) in pictures.items():
-            drawn[name] = drawn.get(name, Markup("")) + Markup(inline(drawing, name=variant, label=label))  # noqa: S704
-    return drawn
+    pictures = {
+        "reliability": Drawing(
+            charts.reliability_chart(before["reliability"], now["reliability"], width=half),
+            "Accuracy against confidence, as the models are. The figures are in the table of scores.",
+            SIDES,
+        ),
+        "scaled": Drawing(
+            charts.reliability_chart(before["scaled"]["reliability"], now["scaled"]["reliability"], width=half),
+            "Accuracy against confidence after temperature scaling. The figures are in the table of scores.",
+            SIDES,
+        ),
+    }
+    if groups["drawn"]:
+        label = "; ".join(f"{named(row)}: {signed(row['value'])} points" for row in groups["drawn"])
+        drawn = charts.group_chart(groups["drawn"], groups["floor"], width=width)
+        pictures["groups"] = Drawing(drawn, label, GROUPS if floor else GROUPS[:-1])
+    return pictures

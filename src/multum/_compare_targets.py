@@ -1,25 +1,21 @@
-"""What a comparison executes: where its models are, opened on the task's labels, and all their answers."""
+"""What a comparison executes: where its models are, opened on the task's labels."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from . import runtimes
-from ._compare_figures import Answers
 from .core.folders import digest, read_json
-from .core.reporting import report as report_progress
 from .errors import InputError
-from .evidence.perturbations import PERTURBATIONS
-from .progress import Progress
 from .targets import targets_of
 
-PROBED, CHUNK = 64, 512
-"""Texts from which the time is estimated; texts between two reports of progress."""
+PROBED = 64
+"""Texts from which the time is estimated."""
 
 
 def target(source: str | Path, runtime: str) -> Path:
@@ -91,27 +87,8 @@ class Predictor:
             raise InputError(f"{self.folder} answers with numbers that are not finite; its weights are damaged")
         return np.asarray(logits[:, self._columns])
 
-
-def answer(predictors: Mapping[str, Predictor], sets: Mapping[str, Sequence[Any]], progress: Progress) -> dict[str, Answers]:
-    """Every model's answers to every set of texts; how long that will take is known from a few of them."""
-    count, plan = sum(map(len, sets.values())), []
-    for role, predictor in predictors.items():
-        started, few = time.monotonic(), list(sets["test"][:PROBED])
-        predictor.predict(few)
-        plan.append((role, (time.monotonic() - started) * count / len(few)))
-    progress.plan([*plan, ("figures", 5.0)])
-    found = {}
-    for role, predictor in predictors.items():
-        with progress.stage(role):
-            logits: dict[str, np.ndarray] = {}
-            done = 0
-            for name, texts in sets.items():
-                parts = []
-                for start in range(0, len(texts), CHUNK):
-                    parts.append(predictor.predict(texts[start : start + CHUNK]))
-                    done += len(parts[-1])
-                    report_progress(done / count)
-                logits[name] = np.concatenate(parts)
-        perturbed = {name: logits[name] for name in sets if name in PERTURBATIONS}
-        found[role] = Answers(test=logits["test"], validation=logits["validation"], shift=logits.get("shift"), perturbed=perturbed)
-    return found
+    def seconds(self, texts: Sequence[Any]) -> float:
+        """About how long one text takes, from a few of these."""
+        few, started = list(texts[:PROBED]), time.monotonic()
+        self.predict(few)
+        return (time.monotonic() - started) / len(few)

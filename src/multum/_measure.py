@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ._pace import figures as pace_figures
 from .core.folders import read_json, write_json
 from .errors import MultumError
 
@@ -71,6 +72,8 @@ def measure(
                 worker.ask("time", texts=texts[:WARM_UP])
                 worker.times.append(worker.ask("time", texts=texts))
                 worker.tokenizing += worker.ask("tokenize", texts=texts)
+                if worker.facts.get("continues"):
+                    worker.paces.append(worker.ask("pace", texts=texts[:1]))
             if progress:
                 progress((number + 1) / (rounds + 1))
         for worker in workers:
@@ -101,6 +104,7 @@ class _Worker:
         self.predictions = np.empty(0)
         self.lengths: list[list[int]] = []
         self.writing: dict[str, Any] = {}
+        self.paces: list[list[dict[str, float]]] = []
 
     def __enter__(self) -> _Worker:
         environment = os.environ | {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
@@ -176,6 +180,7 @@ def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, 
             "examples_per_s": round(worker.throughput, 1),
             "throughput_batch_size": batch_size,
             **worker.writing,
+            **pace_figures(worker.paces, first.paces, ratio),
             "rounds": rounds,
             "texts": "the split's own lengths",
             "lengths": {"p50": int(np.percentile(lengths, 50)), "p90": int(np.percentile(lengths, 90))},

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import runtimes
+from ._pace import paces
 from .errors import MultumError
 
 
@@ -39,6 +40,7 @@ def about(predictor: Any) -> dict[str, Any]:
 
         predictor.reader.scored = False  # what nobody who reads a text waits for
         facts["generation"] = settings_of(predictor.module)
+    facts["continues"] = predictor.reader.task == "text-generation"
     if hasattr(predictor, "module"):
         from .core.profile import profile
 
@@ -62,6 +64,8 @@ def answer(predictor: Any, order: dict[str, Any]) -> Any:
             return _milliseconds(predictor.predict, texts)
         case "tokenize":
             return _milliseconds(predictor.tokenize, texts)
+        case "pace":
+            return paces(predictor, texts)
         case "memory":
             return peak_memory()
     raise ValueError(order["do"])

@@ -10,17 +10,25 @@ from typing import Any
 import transformers
 from torch import nn
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from .errors import InputError
+from .steps._classes import teacher_columns
 from .steps._layers import LayerLosses
-from .steps._outputs import LANGUAGE_MODELS, PER_EXAMPLE, Kind, kind_of, teacher_columns
+from .steps._outputs import LANGUAGE_MODELS, PER_EXAMPLE, Kind, kind_of
 
+_MULTIPLE_CHOICE = frozenset(MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
 PADDING = 128
 """Vocabularies are padded to a multiple of at most so many tokens, or by less than a hundredth of their size."""
 PROBES = ["The quick brown fox isn't 3.5 km from Zürich!", "多 lines\n and  spaces, e.g. JAVASCRIPT_code = 12345;"]
 """Tokenizers that agree on their vocabulary and on these are taken to be the same."""
 TEXT_COLUMNS = (("text", "text_pair"), ("sentence1", "sentence2"), ("text",), ("sentence",))
 """Where texts are looked for, in this order."""
+LANGUAGE_COLUMNS: dict[Kind, tuple[tuple[str, ...], ...]] = {
+    "causal_lm": (("prompt", "completion"), ("text",)),
+    "seq2seq": (("source", "target"), ("text", "target"), ("document", "summary")),
+}
+"""Where those of models that write are."""
 AUTO_CLASS: dict[Kind, str] = {
     "single_label": "AutoModelForSequenceClassification",
     "multi_label": "AutoModelForSequenceClassification",
@@ -99,6 +107,7 @@ def agreement(
     columns: Sequence[str] | None,
     layer_losses: bool,
     cache: bool,
+    across: bool = False,
 ) -> Agreement:
     """Whether two models can be distilled into one another, and how.
 
@@ -110,6 +119,7 @@ def agreement(
         columns: where the texts are; None: in the usual places.
         layer_losses: whether layers are compared too.
         cache: whether the teacher's outputs are to be kept.
+        across: whether distributions over different vocabularies can be compared.
 
     Raises:
         InputError: lists what does not fit.
@@ -131,13 +141,19 @@ def agreement(
             "cache: it keeps one row an example (classes, several labels, numbers; of language models sparse logits), "
             f"and these outputs are {kind}"
         )
+    if (cache or layer_losses) and any(type(inner(model)).__name__ in _MULTIPLE_CHOICE for model in (student, teacher)):
+        what = "cache" if cache else "layer_losses"
+        problems.append(
+            f"{what}: in multiple choice an example is several texts, one for each choice, which it does not know; leave it out, "
+            "so that the teacher runs beside the student"
+        )
     if tokenizers[1] is None:
         problems += _same_vocabulary(*configs)
     elif tokenizers[0] is None:
         problems.append("teacher_processing_class needs the student's tokenizer too (processing_class), to be compared with it")
     elif tokenizers_differ(*tokenizers):
-        texts = text_columns(data, columns)
-        problems += _each_for_itself(kind, texts, columns, layer_losses)
+        texts = text_columns(data, columns, LANGUAGE_COLUMNS.get(kind, TEXT_COLUMNS))
+        problems += _each_for_itself(kind, texts, columns, layer_losses, across)
     if problems:
         raise InputError(*problems)
     return Agreement(order, texts)
@@ -173,26 +189,32 @@ def tokenizers_differ(student: Any, teacher: Any) -> bool:
     return bool(student(PROBES)["input_ids"] != teacher(PROBES)["input_ids"])
 
 
-def _each_for_itself(kind: Kind, texts: tuple[str, ...] | None, columns: Sequence[str] | None, layer_losses: bool) -> Iterator[str]:
+def _each_for_itself(
+    kind: Kind, texts: tuple[str, ...] | None, columns: Sequence[str] | None, layer_losses: bool, across: bool
+) -> Iterator[str]:
     """What stands in the way of models that read each text in tokens of their own."""
     differ = "student and teacher have different tokenizers"
-    if kind not in PER_EXAMPLE:
+    if kind not in PER_EXAMPLE and not (across and kind in LANGUAGE_COLUMNS):
         what = "over other vocabularies" if kind in LANGUAGE_MODELS else "for other tokens"
-        yield f"{differ}, so their {kind} outputs are {what}; take a teacher with the student's tokenizer"
+        or_else = ", or divergence='uld'" if kind in LANGUAGE_COLUMNS else ""
+        yield f"{differ}, so their {kind} outputs are {what}; take a teacher with the student's tokenizer{or_else}"
     if layer_losses:
         yield f"layer_losses: layers are compared token by token, but {differ}"
     if texts is None:
-        named = " and ".join(columns) if columns else "text, sentence, or sentence1 and sentence2"
+        usual = LANGUAGE_COLUMNS.get(kind, TEXT_COLUMNS)
+        named = " and ".join(columns) if columns else ", or ".join(" and ".join(each) for each in usual)
         yield (
             f"{differ}, so each must read the texts itself, but the data has no column {named}; keep the texts, or name their "
             "columns (text_columns)"
         )
 
 
-def text_columns(data: Sequence[Any], named: Sequence[str] | None) -> tuple[str, ...] | None:
+def text_columns(
+    data: Sequence[Any], named: Sequence[str] | None, usual: Sequence[tuple[str, ...]] = TEXT_COLUMNS
+) -> tuple[str, ...] | None:
     """The columns with the texts, one or two, that all the data sets have."""
     found = [set(_column_names(each)) for each in data]
-    candidates = [tuple(named)] if named else TEXT_COLUMNS
+    candidates = [tuple(named)] if named else usual
     return next((columns for columns in candidates if found and all(set(columns) <= names for names in found)), None)
 
 

@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ._report_page import interval, page, ratio, test_drop
+from ._pictures import write as write_pictures
+from ._report_page import drawings, interval, page, ratio, test_drop
 from ._report_run import Candidate, Metrics, Run, parse, read_run
 from ._report_words import duration, lost, megabytes, milliseconds, points, runtime, short, times
 from .errors import InputError, MultumError
@@ -48,6 +49,15 @@ def report(folder: Path, output: Path | None = None) -> Path:
     if (folder / run.ships).is_dir() and run.chosen:
         _write(folder / run.ships / "README.md", card.render(context, at_chosen=True))
     return output
+
+
+def pictures(folder: Path, output: Path) -> list[Path]:
+    """Write the charts of a run's page as SVG and PNG into a folder. Returns the files.
+
+    Raises:
+        InputError: `run.json` is missing or damaged, or `output` is a file.
+    """
+    return write_pictures(drawings(parse(read_run(Path(folder) / "run.json"))), Path(output))
 
 
 def summary(run: Mapping[str, Any]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,17 @@ COLORS = {
 }
 SHAPES = {"original": "square", "export": "diamond", "rung": "circle", "chosen": "circle"}
 FONT_SIZE = 13
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture."""
+
+    svg: str
+    label: str
+    """What it shows, in words."""
+    key: tuple[tuple[str, str, str], ...]
+    """What its signs mean: name of the colour, sign, meaning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +185,17 @@ def inline(drawing: str, *, name: str, label: str) -> str:
     start = drawing.index(">", drawing.index("<svg")) + 1
     box = viewbox.group(1) if viewbox else "0 0 100 100"
     return f'<svg class="{name}" viewBox="{box}" role="img" aria-label="{html.escape(label)}">{drawing[start:]}'
+
+
+def inlined(drawn: Mapping[str, Mapping[str, Drawing]]) -> dict[str, Any]:
+    """Pictures for a page by name, each in all its variants. `drawn`: variant -> name -> picture."""
+    from markupsafe import Markup
+
+    found: dict[str, Any] = {}
+    for variant, pictures in drawn.items():
+        for name, one in pictures.items():
+            found[name] = found.get(name, Markup("")) + Markup(inline(one.svg, name=variant, label=one.label))  # noqa: S704
+    return found
 
 
 def text_width(text: str, size: int) -> float:

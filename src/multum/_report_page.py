@@ -12,10 +12,16 @@ from typing import Any
 from . import _report_charts as charts
 from ._report_curve import curve
 from ._report_run import Candidate, Metrics, Run
-from ._report_words import megabytes, milliseconds, points, runtime, short, times
+from ._report_words import megabytes, milliseconds, points, runtime, sample_input, short, times
 
-AUTO_CLASSES = {"text-classification": "AutoModelForSequenceClassification"}
+AUTO_CLASSES = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
 """What Transformers calls the class that loads a model for the task."""
+KEY = (("original", "■", "original"), ("export", "◆", "original, exported"), ("rung", "●", "shrunk"), ("chosen", "●", "chosen"))
+"""What the signs in the curve mean."""
 
 
 def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -34,6 +40,7 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "recipe": recipe,
         "tests": [c for c in run.candidates if c.test],
         "auto_class": AUTO_CLASSES.get(task, "AutoModel"),
+        "asked": sample_input(task),
         "base_model": _hub_id(str(recipe.get("base") or raw["model"])),
         "served": run.chosen and runtime(run.chosen),
         "python_path": json.dumps(f"{name}/{run.ships}", ensure_ascii=False),
@@ -123,26 +130,21 @@ def _limits(run: Run) -> list[dict[str, Any]]:
 
 def _charts(run: Run) -> dict[str, str]:
     """Inline SVG by name, wide and narrow."""
-    from markupsafe import Markup
+    return charts.inlined({variant: drawings(run, variant) for variant in ("wide", "narrow")})
 
+
+def drawings(run: Run, variant: str = "wide") -> dict[str, charts.Drawing]:
+    """Every picture of the page by name."""
     if not run.candidates:
         return {}
     metric = run.original.validation.metric
-    words = {
-        "curve": f"{metric} against latency for {len(run.candidates)} candidates. The figures are in the table of all candidates.",
-        "p50": _spoken(run, "p50", milliseconds),
-        "size": _spoken(run, "size", megabytes),
+    (width, height), fall = ((1040, 420), 500) if variant == "wide" else ((346, 400), 342)
+    about = f"{metric} against latency for {len(run.candidates)} candidates. The figures are in the table of all candidates."
+    return {
+        "curve": charts.Drawing(curve(run, width=width, height=height), about, KEY if run.chosen else KEY[:-1]),
+        "p50": charts.Drawing(charts.waterfall(run, "p50", width=fall), _spoken(run, "p50", milliseconds), ()),
+        "size": charts.Drawing(charts.waterfall(run, "size", width=fall), _spoken(run, "size", megabytes), ()),
     }
-    drawn: dict[str, str] = {}
-    for variant, size, fall in (("wide", (1040, 420), 500), ("narrow", (346, 400), 342)):
-        pictures = {
-            "curve": curve(run, width=size[0], height=size[1]),
-            "p50": charts.waterfall(run, "p50", width=fall),
-            "size": charts.waterfall(run, "size", width=fall),
-        }
-        for name, drawing in pictures.items():
-            drawn[name] = drawn.get(name, Markup("")) + Markup(charts.inline(drawing, name=variant, label=words[name]))  # noqa: S704
-    return drawn
 
 
 def _spoken(run: Run, measure: str, written: Any) -> str:

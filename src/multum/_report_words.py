@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 
 RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """How the runtimes write their own names."""
+ASKED: dict[str, tuple[str, ...]] = {
+    "question-answering": ("who made it", "Ann made it in Paris"),
+    "token-classification": ("Ann works in Paris",),
+}
+"""What a model for the task may be asked, to show how; of other tasks a text."""
 
 
 def short(value: float, digits: int = 3) -> str:
@@ -51,6 +56,13 @@ def points(value: float) -> str:
     """`0.6 points`, `1 point`."""
     text = f"{value:.2f}".rstrip("0").rstrip(".")
     return f"{text} point" + ("" if text == "1" else "s")
+
+
+def sample_input(task: str) -> dict[str, str]:
+    """An input of the task as the shell (`multum predict FOLDER ...`) and as Python take it."""
+    first, *second = ASKED.get(task, ("what a film",))
+    shell, python = f'"{first}"', f'("{first}", "{second[0]}")' if second else f'"{first}"'
+    return {"shell": " ".join([shell, *(f'--pair "{text}"' for text in second)]), "python": python}
 
 
 def runtime(candidate: Candidate) -> str:

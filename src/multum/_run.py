@@ -26,6 +26,7 @@ from .data import open_task, sizes
 from .errors import InputError
 from .progress import Progress
 from .recipe import MODEL, STAGE, Entry, Recipe, check, locate, read
+from .targets import fingerprint
 
 RUN = "run.json"
 ORIGINAL = "00-original"
@@ -74,7 +75,14 @@ class _Chain:
         self.recipe, self.folder, self.progress = recipe, folder, progress
         _check_folder(folder, recipe)
         unlabelled = locate(recipe.unlabelled) if recipe.unlabelled else None
-        self.task = open_task(recipe.task, locate(recipe.data), columns=recipe.columns, unlabelled=unlabelled, seed=recipe.seed)
+        self.task = open_task(
+            recipe.task,
+            locate(recipe.data),
+            columns=recipe.columns,
+            unlabelled=unlabelled,
+            seed=recipe.seed,
+            options=recipe.options,
+        )
         self.summary = self._open(trust_remote_code)
         progress.recall(self.summary["stages"])
 
@@ -99,6 +107,7 @@ class _Chain:
             "data": {
                 "source": self.recipe.data,
                 "columns": self.recipe.columns,
+                "options": self.recipe.options,
                 "sizes": sizes(self.task),
                 "notes": list(self.task.notes),
                 "fingerprints": dict(self.task.fingerprints),
@@ -173,6 +182,7 @@ class _Chain:
             "name": folder.name,
             "folder": folder.name,
             "target": folder.name,
+            "fingerprint": fingerprint(folder),
             "technique": folder.name[3:].replace("_", " "),
             "made_from": None,
             "runtime": metrics["speed"]["runtime"],
@@ -208,7 +218,8 @@ class _Chain:
 
 def _written(recipe: Recipe) -> dict[str, Any]:
     """The recipe as it is written down, for `run.json`."""
-    return recipe.model_dump(mode="json") | {"steps": [{step.name: step.fields} for step in recipe.steps]}
+    written = recipe.model_dump(mode="json") | {"steps": [{step.name: step.fields} for step in recipe.steps]}
+    return {name: value for name, value in written.items() if value or name != "options"}
 
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:

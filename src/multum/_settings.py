@@ -12,11 +12,13 @@ from transformers import TrainingArguments
 from ._pair import layer_losses_of
 from .core.sparse_logits import Thinning, thinning_of
 from .errors import InputError
-from .steps._divergences import Divergence, divergence_of, forward_kl
+from .steps._divergences import Divergence, divergence_of, forward_kl, uld
 from .steps._layers import LayerLosses
 from .steps._outputs import LANGUAGE_MODELS, Kind
 
 T = TypeVar("T")
+WRITERS = ("causal_lm", "seq2seq")
+"""Kinds of models that write texts."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +39,13 @@ class Settings:
         sparse = self.cache is not None and kind in LANGUAGE_MODELS
         if kind == "regression" and self.divergence is not forward_kl:
             yield "divergence: numbers have no distributions to compare; their loss is the squared error, so leave it out"
+        if self.divergence is uld and kind not in WRITERS:
+            yield (
+                "divergence: 'uld' does not know which class is which; it is for causal and encoder-decoder language models alone, "
+                f"and these outputs are {kind}"
+            )
+        elif self.divergence is uld and self.temperature != 1:
+            yield f"divergence: 'uld' compares probabilities as they are; set temperature=1.0 (got {self.temperature})"
         if sparse and (self.temperature != 1 or self.divergence is not forward_kl):
             yield (
                 "cache: of a language model's answers it keeps a sample, from which only forward KL at temperature 1 can be "
@@ -46,7 +55,7 @@ class Settings:
             yield "cache: the layers of language models are not kept; leave out layer_losses, or run the teacher beside the student"
         if self.thinning and not sparse:
             yield "sparse_logits says how a cache keeps the answers of a language model; it needs cache, and such a model"
-        if self.on_policy > 0 and kind not in ("causal_lm", "seq2seq"):
+        if self.on_policy > 0 and kind not in WRITERS:
             yield f"on_policy: only causal and encoder-decoder language models can write texts, and these outputs are {kind}"
 
 

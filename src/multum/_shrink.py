@@ -22,7 +22,7 @@ from .errors import BudgetNotMet
 from .ladder import Ladder
 from .progress import Progress
 from .run_folder import RunFolder, check_folder
-from .targets import only_one_label
+from .targets import only_exportable
 
 
 def shrink(
@@ -83,7 +83,7 @@ def shrink(
     budget = Budget(max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes, min_speedup=min_speedup)
     check_folder(output, arguments)
     opened = open_task(task, data, columns=columns, unlabelled=unlabelled, seed=seed)
-    only_one_label(opened, "shrink")
+    only_exportable(opened, "shrink")
     run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s)
     ladder = Ladder(run, opened, QUICK if quick else FULL, progress, trust_remote_code=trust_remote_code)
     ladder.original()

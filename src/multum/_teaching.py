@@ -20,15 +20,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._language_reader import LanguageReader
 from ._pair import columns_of, inner
+from ._settings import WRITERS
 from ._sparse_answers import SparseAnswers, SparsePlan
 from .core.capture import Captured, capture, shape_of
 from .core.model import Model
-from .core.teacher import cached_logits
+from .core.teacher import answering, cached_logits
 from .core.teacher_states import CachedStates, cached_states
 from .core.training import Precision
 from .errors import InputError
 from .steps._layers import LayerLosses, LayerMatcher
+from .steps._outputs import items, kind_of
 
 TEACHER_INPUTS, TEACHER_ROW = "teacher_inputs", "teacher_row"
 
@@ -42,7 +45,7 @@ class Teacher:
     """Which of its classes is each of the student's; None: the same."""
     matcher: LayerMatcher | None = None
     """What is looked at inside of it."""
-    reader: Reader | None = None
+    reader: AnyReader | None = None
     """Its own tokenizer, where it is not the student's."""
     data: Any = None
     """The training set, if its answers to it are kept."""
@@ -74,12 +77,13 @@ class Teacher:
             answers = SimpleNamespace(logits=torch.from_numpy(logits[rows.cpu().numpy()]).to(rows.device))
             captured = states.batch(rows, batch["input_ids"].shape[1]) if states else Captured()
         else:
-            answers, captured = self._live(batch if theirs is None else theirs)
+            answers, captured = self._live(batch, theirs)
         if self.order is not None:
             answers = SimpleNamespace(logits=answers.logits[..., self.order])
         return answers, captured
 
-    def _live(self, batch: Mapping[str, Any]) -> tuple[Any, Captured]:
+    def _live(self, batch: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tuple[Any, Captured]:
+        batch = batch if theirs is None else theirs
         labels = {"labels", "start_positions", "end_positions", "return_loss"}
         inputs = {name: value for name, value in batch.items() if name in self.columns and name not in labels}
         if getattr(inner(self.module).config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
@@ -88,6 +92,8 @@ class Teacher:
             inputs["use_cache"] = False
         with answering(self.module), capturing(self.module, self.matcher) as captured:
             outputs = self.module(**inputs)
+        if theirs is not None and isinstance(self.reader, LanguageReader):
+            outputs = SimpleNamespace(logits=outputs.logits, counts=items(kind_of(inner(self.module)), theirs))
         return outputs, captured
 
     @cached_property
@@ -116,20 +122,6 @@ class Teacher:
     @property
     def _precision(self) -> Precision:
         return "bf16" if self.args.bf16 else "fp32"
-
-
-@contextmanager
-def answering(teacher: nn.Module) -> Iterator[None]:
-    """Without gradients and dropout; afterwards the parts that were in training mode are again. `requires_grad` is not touched."""
-    training = [part for part in teacher.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 @contextmanager
@@ -162,12 +154,6 @@ def as_asked(outputs: Any, config: Any) -> Any:
     return type(outputs)(**{name: value for name, value in outputs.items() if name != "hidden_states"})
 
 
-def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
-    """Which tokens are no padding, (batch, tokens)."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"]) if mask is None else mask
-
-
 @dataclass(frozen=True)
 class Reader:
     """A model's own tokenizer."""
@@ -191,14 +177,27 @@ class Reader:
         return self.tokenizer(*texts, truncation=True, max_length=self.length_limit, **options)
 
 
+AnyReader = Reader | LanguageReader
+
+
+def readers(kind: str, tokenizers: Sequence[Any], models: Sequence[Any], texts: tuple[str, ...] | None) -> list[AnyReader | None]:
+    """What reads the texts for student and teacher, if each does so for itself."""
+    both = zip(tokenizers, map(inner, models), strict=True)
+    if texts is None:
+        return [None for _ in both]
+    if kind in WRITERS:
+        return [LanguageReader(tokenizer, model, texts) for tokenizer, model in both]
+    return [Reader(tokenizer, model.config, texts) for tokenizer, model in both]
+
+
 @dataclass(frozen=True)
 class Collator:
     """Batches for a student and, beside them, what is for its teacher alone."""
 
     base: Callable[[list[dict[str, Any]]], Any]
     """The collator of the student's columns."""
-    student: Reader | None = None
-    teacher: Reader | None = None
+    student: AnyReader | None = None
+    teacher: AnyReader | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -254,7 +253,7 @@ class _Ids:
         return json.dumps({"columns": self.columns})
 
 
-def _rows(data: Any, columns: Sequence[str], reader: Reader | None, *, labels: bool = False) -> list[dict[str, Any]]:
+def _rows(data: Any, columns: Sequence[str], reader: AnyReader | None, *, labels: bool = False) -> list[dict[str, Any]]:
     """A data set's examples as the teacher reads them: lists of ids; on demand with their labels, where there are any.
 
     Raises:
@@ -274,4 +273,11 @@ def _rows(data: Any, columns: Sequence[str], reader: Reader | None, *, labels: b
         raise InputError(
             f"cache: the teacher would read {', '.join(more)} too, which it is not kept for; leave them out of the data"
         )
-    return [{name: np.asarray(row[name]).tolist() for name in wanted if name in row} for row in rows]
+    found = [{name: np.asarray(row[name]).tolist() for name in wanted if name in row} for row in rows]
+    return found if labels else [_without_padding(row) for row in found]
+
+
+def _without_padding(row: dict[str, Any]) -> dict[str, Any]:
+    """An example that was padded in the data set, up to its last real token: nothing would be learnt of the rest."""
+    real = np.flatnonzero(row.get("attention_mask", ()))
+    return {name: values[: real[-1] + 1] for name, values in row.items()} if len(real) else row

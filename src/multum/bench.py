@@ -11,10 +11,11 @@ from ._measure import measure
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
-from .core.surgery import head_size, heads_and_neurons
+from .core.surgery import heads_and_neurons
 from .errors import InputError, ParityError
 from .progress import Progress
 from .run_folder import RunFolder
+from .targets import fingerprint
 
 BUSY = 0.6
 """Spread of the rounds' medians, against their median, that texts of different lengths do not explain."""
@@ -93,6 +94,7 @@ class Bench:
                 "name": name,
                 "folder": folder.name,
                 "target": str(target.relative_to(self.folder)),
+                "fingerprint": fingerprint(target),
                 "technique": technique,
                 "made_from": made_from,
                 "runtime": metrics["speed"]["runtime"],
@@ -125,20 +127,22 @@ class Bench:
 
 
 def measured_table(model: Model, task: Any, *, precision: str, threads: int, rounds: int) -> LatencyTable:
-    """What heads, neurons and blocks cost on this machine, at the lengths of the task's own texts.
+    """What heads, neurons and blocks cost on this machine, at the lengths of the rows that the task's own inputs are read in.
 
     In onnxruntime, whatever runtime ships: relative costs are what the search needs.
     """
     lengths = sorted(len(row["input_ids"]) for row in task.encode(model, "validation"))
     lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
     heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
-    hidden, size, probe = model.module.config.hidden_size, head_size(model.module), runtimes.find("onnxruntime").probe
+    onnxruntime = runtimes.find("onnxruntime")
+    timer, every_token = onnxruntime.stacks(model, precision=precision, lengths=lengths, threads=threads)
     return LatencyTable.measure(
-        lambda blocks: probe(hidden, size, blocks, precision=precision, lengths=lengths, threads=threads),
+        timer,
         heads=heads,
         neurons=neurons,
         rounds=rounds,
         about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
+        every_token=every_token,
     )
 
 
@@ -147,6 +151,6 @@ def offers() -> list[tuple[str, str]]:
     return [
         (name, precision)
         for name in runtimes.names()
-        if name != "pytorch" and runtimes.find(name).unavailable() is None
+        if name != "pytorch" and not hasattr(runtimes.find(name), "TASKS") and runtimes.find(name).unavailable() is None
         for precision in runtimes.find(name).PRECISIONS
     ]

@@ -62,6 +62,8 @@ def _fields(step: ast.ClassDef) -> list[dict[str, Any]]:
     for node, after in zip(step.body, [*step.body[1:], None], strict=True):
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
+        if ast.unparse(node.annotation).startswith("ClassVar"):
+            continue
         documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
         fields.append(
             {

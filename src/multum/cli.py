@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_advice, cli_evidence, cli_language, cli_legacy, cli_sensitivity
+from . import __version__, cli_advice, cli_evidence, cli_language, cli_legacy, cli_predict, cli_sensitivity
 from . import options as opt
 from .failures import INTERRUPTED, STOPPED, Commands
 
@@ -120,25 +120,28 @@ def apply(
     step: opt.StepName,
     model: opt.ModelArgument,
     task: opt.TaskName,
-    data: opt.Data,
     output: opt.Output,
+    data: opt.StepData = "",
     columns: opt.Columns = "",
+    options: opt.TaskOptions = "",
     unlabelled: opt.Unlabelled = "",
     seed: opt.OptionalSeed = None,
     trust_remote_code: opt.Trust = False,
 ) -> None:
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
     from . import recipe, units
-    from .commands import apply_and_show, fields_of, new_folder, together
+    from .commands import apply_and_show, fields_of, new_folder, together, without_data
     from .core.step import make
 
     parsed = together(
-        recipe.check_sources(model, task, data, unlabelled),
+        recipe.check_sources(model, task, data, unlabelled) + without_data(step, data),
         step=lambda: make(step, fields_of(ctx.args, step, seed)),
         columns=lambda: units.pairs(columns, "--columns"),
+        options=lambda: units.pairs(options, "--options"),
         output=lambda: new_folder(output),
     )
-    sources = {"data": recipe.locate(data), "unlabelled": recipe.locate(unlabelled), "columns": parsed["columns"]}
+    sources = {"data": recipe.locate(data), "unlabelled": recipe.locate(unlabelled)}
+    sources |= {name: parsed[name] for name in ("columns", "options")}
     apply_and_show(parsed["step"], recipe.locate(model), task, output, sources, seed or 0, trust_remote_code)
 
 
@@ -198,32 +201,19 @@ def export(
     terminal.print_facts(f"{output}: {to} {precision}", parity)
 
 
-@app.command(epilog='Example: multum predict runs/reviews/chosen "what a film"')
-def predict(
-    folder: opt.Folder,
-    texts: opt.Texts = None,
-    source: opt.InputFile = None,
-    pair: opt.Pair = None,
-    columns: opt.Columns = "",
-    threads: opt.Threads = None,
-    as_json: opt.Json = False,
-) -> None:
-    """What the model says of every text: labels with probabilities, entities, answers to questions."""
-    from .commands import predict_and_show
-
-    predict_and_show(folder, texts or [], pair or [], source, columns, threads, as_json)
-
-
 @app.command(epilog="Example: multum report runs/reviews -o report.html")
 def report(
     folder: opt.RunFolder,
     output: opt.Page = None,
+    pictures: opt.Pictures = None,
 ) -> None:
     """Write the report of a run again: one HTML page that opens offline."""
     from . import terminal
+    from ._report import pictures as draw
     from ._report import report as write
 
-    terminal.print_lines(str(write(folder, output) if output else write(folder)))
+    drawn = draw(folder, pictures) if pictures else []
+    terminal.print_lines(str(write(folder, output) if output else write(folder)), *map(str, drawn))
 
 
 @app.command(epilog="Example: multum steps distill")
@@ -274,6 +264,7 @@ def doctor(as_json: opt.Json = False) -> None:
         terminal.print_checkup(facts)
 
 
+cli_predict.add_to(app)
 cli_language.add_to(app)
 cli_evidence.add_to(app)
 cli_sensitivity.add_to(app)

@@ -20,7 +20,29 @@ Shift = Annotated[
     typer.Option("--shift", metavar="FILE", help="Texts from elsewhere, with or without labels: .txt, csv, tsv, jsonl, parquet."),
 ]
 Margin = Annotated[str, typer.Option("--margin", metavar="POINTS", help="The largest difference in accuracy that does not matter.")]
-HowMuch = Annotated[str, typer.Option("--level", metavar="L", help="quick: 1,000 texts; full: all texts, and changed ones.")]
+HowMuch = Annotated[
+    str, typer.Option("--level", metavar="L", help="quick: 1,000 texts; full: all texts, changed ones, attributions.")
+]
+Lexicon = Annotated[
+    Path | None,
+    typer.Option(
+        "--lexicon", metavar="FILE", help="Synonyms, words that mean the same on one line: texts are also changed by them."
+    ),
+]
+ShadowModels = Annotated[
+    int,
+    typer.Option(
+        "--shadows", metavar="N", min=0, help="Models trained to attack privacy with (LiRA), for each compared; 16 is usual."
+    ),
+]
+Verified = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of shrink, run or compare.")]
+Moved = Annotated[
+    str, typer.Option("--data", metavar="D", help="The data, where it is no longer in the place that was written down.")
+]
+Tolerance = Annotated[
+    float, typer.Option("--tolerance", metavar="SHARE", help="By which a ratio of speeds may be off its interval.")
+]
+Timed = Annotated[int, typer.Option("--rounds", min=3, help="Rounds of timing.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,6 +50,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: multum compare runs/reviews/original runs/reviews/chosen --data reviews.csv -o comparison")(
         compare
     )
+    app.command(epilog="Example: multum verify runs/reviews")(verify)
 
 
 def compare(
@@ -38,8 +61,11 @@ def compare(
     floor: Floor = "",
     group_by: GroupBy = "",
     shift: Shift = None,
+    lexicon: Lexicon = None,
     margin: Margin = "1",
     level: HowMuch = "quick",
+    shadows: ShadowModels = 0,
+    pictures: opt.Pictures = None,
     split: opt.Split = "test",
     runtime: opt.Runtime = "",
     columns: opt.Columns = "",
@@ -47,11 +73,15 @@ def compare(
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Say what changed between two models, for whom, and how sure that is."""
-    from . import terminal, units
+    """Say what changed between two models, for whom, and how sure that is. The same command again goes on."""
+    from . import _pictures, terminal, units
     from .commands import progress, together
 
-    parsed = together([], margin=lambda: units.points(margin, "--margin"), columns=lambda: units.pairs(columns, "--columns"))
+    checked = {"pictures": lambda: _pictures.check(pictures)} if pictures else {}
+    parsed = together(
+        [], **checked, margin=lambda: units.points(margin, "--margin"), columns=lambda: units.pairs(columns, "--columns")
+    )
+    parsed.pop("pictures", None)
     from ._compare import compare as compare_models
 
     result = compare_models(
@@ -62,7 +92,9 @@ def compare(
         floor=floor or None,
         group_by=[name.strip() for name in group_by.split(",") if name.strip()],
         shift=shift,
+        lexicon=lexicon,
         level=level,
+        shadows=shadows,
         split=split,
         runtime=runtime,
         seed=seed,
@@ -70,13 +102,46 @@ def compare(
         progress=progress(),
         **parsed,
     )
+    from ._compare_page import drawings, summary
+
+    drawn = _pictures.write(drawings(result), pictures) if pictures else []
     if as_json:
         terminal.print_json(result)
         return
-    from ._compare_page import summary
     from ._compare_words import said
 
     words = said(result)
     terminal.print_lines(words["headline"], words["evidence"], words["whom"], "")
     terminal.print_rows(summary(result), f"On the {split} split, n = {result['n']:,}")
     terminal.print_lines("", f"Report: {(output / 'report.html').resolve()}")
+    if drawn:
+        terminal.print_lines(f"Pictures: {', '.join(map(str, drawn))}")
+
+
+def verify(
+    folder: Verified,
+    data: Moved = "",
+    tolerance: Tolerance = 0.2,
+    rounds: Timed = 20,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Measure a finished run again and say line by line what agrees; exit code 1 where something does not."""
+    from . import recipe, terminal
+    from ._verify import verify as verify_run
+    from .commands import progress
+
+    place = recipe.locate(data) if data else ""
+    found = verify_run(folder, data=place, tolerance=tolerance, rounds=rounds, threads=threads, progress=progress())
+    if as_json:
+        terminal.print_json(found)
+    else:
+        marks = {True: "✓", False: "✕", None: "–"}
+        rows = [[line["what"], line["then"], line["now"], marks[line["agrees"]], line["note"]] for line in found["lines"]]
+        terminal.print_rows([["", "then", "now", "", ""], *rows])
+        wrong = sum(line["agrees"] is False for line in found["lines"])
+        untold = sum(line["agrees"] is None for line in found["lines"])
+        said = f"{wrong} of {len(rows)} do not agree" if wrong else f"All {len(rows) - untold} that can be compared agree"
+        terminal.print_lines("", said + (f"; {untold} cannot be compared." if untold else "."))
+    if not found["agrees"]:
+        raise typer.Exit(1)

@@ -69,10 +69,15 @@ def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
 def apply_and_show(
     step: Any, model: str, task: str, output: Path, sources: Mapping[str, Any], seed: int, trust_remote_code: bool
 ) -> None:
-    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is."""
-    from .data import open_task
+    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is, if it takes any."""
+    from .data import open_task, open_without_data
 
-    opened = open_task(task, sources["data"], columns=sources["columns"], unlabelled=sources["unlabelled"], seed=seed)
+    if sources["data"]:
+        opened = open_task(
+            task, sources["data"], **{name: sources[name] for name in ("columns", "unlabelled", "options")}, seed=seed
+        )
+    else:
+        opened = open_without_data(task, seed=seed, options=sources["options"])
     before = opened.load(model, trust_remote_code=trust_remote_code)
     with progress().stage(step.name):
         after = step(before, opened)
@@ -85,9 +90,19 @@ def apply_and_show(
     terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
 
 
+def without_data(step: str, data: str) -> list[str]:
+    """What is wrong with a step that is given no data."""
+    from .core.step import find, names
+
+    if data or step not in names() or not find(step).needs_data:
+        return []
+    return [f"--data is missing: {step} works on the task's data"]
+
+
 def show_run(folder: Path) -> None:
     """The table of a run folder, what was chosen and what to do with it."""
     from ._report import summary, test_summary
+    from ._report_words import sample_input
 
     run = read_json(folder / RUN)
     terminal.print_rows(summary(run), "On the validation split", marked=run["chosen"])
@@ -99,7 +114,7 @@ def show_run(folder: Path) -> None:
         f"Chosen: {run['chosen']} ({run['why']})",
         f"Model:  {chosen}",
         f"Report: {(folder / 'report.html').resolve()}",
-        f'Try it: multum predict {chosen} "what a film"',
+        f"Try it: multum predict {chosen} {sample_input(run['task'])['shell']}",
     )
 
 
@@ -209,6 +224,12 @@ def answers(folder: Path, inputs: Sequence[Any], threads: int | None) -> Iterato
     from . import runtimes
 
     predictor = runtimes.open(folder, threads=threads)
+    settings: dict[str, Any] = {}
+    if hasattr(predictor.reader, "scored"):  # it writes texts
+        from .core.generation import settings_of
+
+        settings = {"generation": settings_of(predictor.module)}
     for start in range(0, len(inputs), AT_ONCE):
         some = inputs[start : start + AT_ONCE]
-        yield from predictor.reader.answers(predictor.predict(some), some, predictor.labels)
+        for answer in predictor.reader.answers(predictor.predict(some), some, predictor.labels):
+            yield answer | settings

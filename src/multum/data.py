@@ -56,11 +56,11 @@ def open_task(
         options: further fields of the task, for example `{"beams": 4}` for translation.
 
     Raises:
-        InputError: lists everything that is wrong with the data and with the texts.
+        InputError: lists everything that is wrong with the options, or with the data and with the texts.
     """
-    from . import tasks
+    from . import task_options, tasks
 
-    task = tasks.find(name)
+    task, more = tasks.find(name), task_options.checked(name, options or {})
     if hasattr(task, "asked_for"):
         task = task.asked_for(columns or {})
     special = {name: getattr(task, name) for name in ("values", "prepare") if hasattr(task, name)}
@@ -77,7 +77,21 @@ def open_task(
     )
     if unlabelled:
         splits = with_unlabelled(splits, unlabelled, task.keys, mapping=columns, **special)
-    return task.from_splits(splits, seed=seed, **(options or {}))
+    return task.from_splits(splits, seed=seed, **more)
+
+
+def open_without_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = None) -> Any:
+    """The task of this name for a step that brings its own text.
+
+    Raises:
+        InputError: a task whose models take data to be loaded; wrong options.
+    """
+    from . import task_options, tasks
+
+    task = tasks.find(name)
+    if not hasattr(task, "without_data"):
+        raise InputError(f"--data is missing: a model for {name} takes the data's labels; fill-mask and text-generation take none")
+    return task.without_data(seed=seed, **task_options.checked(name, options or {}))
 
 
 def sizes(task: Any) -> dict[str, int]:

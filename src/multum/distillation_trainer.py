@@ -19,14 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from ._on_policy import ON_POLICY, some_sampled
+from ._language_reader import padding_labels
 from ._pair import agreement, both_loaded, columns_of, data_sets, inner
-from ._settings import settings_of
+from ._settings import WRITERS, settings_of
 from ._sparse_answers import SparsePlan
-from ._teaching import TEACHER_INPUTS, TEACHER_ROW, Collator, Reader, Teacher, as_asked, capturing, matching, numbered, real_tokens
+from ._teaching import TEACHER_INPUTS, TEACHER_ROW, AnyReader, Collator, Teacher, as_asked, capturing, matching, numbered, readers
+from .core.padding import real_tokens
 from .errors import InputError
+from .steps._divergences import uld
 from .steps._layers import LayerLosses
-from .steps._outputs import LANGUAGE_MODELS, items, kind_of, labelled, output_loss
+from .steps._on_policy import ON_POLICY, some_sampled
+from .steps._outputs import LANGUAGE_MODELS, aligned, items, kind_of, labelled, output_loss
 
 PROJECTIONS = "layer_projections.safetensors"
 """In a checkpoint: what layer losses learn beside the student, which going on needs and the student does not."""
@@ -48,11 +51,11 @@ class DistillationTrainer(Trainer):
         args: as for Trainer.
         temperature: T, above 0.
         alpha: α, the teacher's share, from 0 (labels alone) to 1 (no labels needed).
-        divergence: between the distributions of student and teacher: "forward_kl", "reverse_kl", {"jsd": β}, {"skew_kl": α} or
-            {"skew_reverse_kl": α}, see `multum.steps._divergences`; T² goes with each.
+        divergence: between student and teacher: "forward_kl", "reverse_kl", {"jsd": β}, {"skew_kl": α} or {"skew_reverse_kl": α},
+            see `multum.steps._divergences`, each with T²; or "uld", at temperature 1, for writing models of other tokenizers.
         layer_losses: `multum.steps._layers.LayerLosses` or a dict of its fields, for example `{"hidden": 1.0}`.
         cache: a folder that keeps what the teacher makes of the training set, so that later epochs and runs do without it. For
-            outputs of one width for all examples: classes, several labels, numbers; and, thinned out, for language models.
+            outputs of one width for all examples (classes, labels, numbers) and, thinned out, for language models.
         sparse_logits: what a cache keeps of a language model's answers: {"sample": K} of K draws, unbiased (50 if left out), or
             {"top_k": K}, biased. Only forward KL at temperature 1 can be had of either.
         on_policy: λ, the share of batches whose continuations the student writes itself, for the teacher alone to judge (GKD);
@@ -60,7 +63,7 @@ class DistillationTrainer(Trainer):
         teacher_processing_class: the teacher's tokenizer, where it is not the student's (`processing_class`). Each model then
             tokenizes the texts for itself, which the data set must have kept.
         text_columns: the one or two columns with the texts; by default `text` and `text_pair`, `sentence1` and `sentence2`,
-            `text`, or `sentence`.
+            `text`, or `sentence`; of language models `prompt` and `completion`, `text`, or `source` and `target`.
         trainer: whatever else Trainer takes.
 
     Raises:
@@ -104,7 +107,7 @@ class DistillationTrainer(Trainer):
         student, self.teacher_model = both_loaded(teacher_model, student_model)
         self._tokenizers, self._text_columns = (trainer.get("processing_class"), teacher_processing_class), text_columns
         self._data = data_sets(trainer)
-        self._reader: Reader | None = None
+        self._reader: AnyReader | None = None
         if self.cache and trainer.get("train_dataset") is not None:
             trainer["train_dataset"] = numbered(trainer["train_dataset"])
         self._numbered = trainer.get("train_dataset")
@@ -113,7 +116,8 @@ class DistillationTrainer(Trainer):
         super().__init__(model=student, args=args, **trainer)
         self.model_accepts_loss_kwargs = True  # the same as loss_is_scaled_for_ga, for releases before it
         if self.cache or self._teacher.reader:
-            self.data_collator = Collator(self.data_collator, self._reader, self._teacher.reader)
+            base = trainer.get("data_collator") or padding_labels(self._reader) or self.data_collator
+            self.data_collator = Collator(base, self._reader, self._teacher.reader)
 
     def call_model_init(self, trial: Any = None) -> Any:
         """A new student, checked against the teacher like the first one."""
@@ -133,23 +137,21 @@ class DistillationTrainer(Trainer):
                 columns=self._text_columns,
                 layer_losses=self.layer_losses is not None,
                 cache=self.cache is not None and kind not in LANGUAGE_MODELS,
+                across=self.settings.divergence is uld,
             )
+            if agreed.texts and kind in WRITERS and self.settings.on_policy > 0:
+                problems.append("on_policy: the teacher reads other tokens than the student writes; distill_generation can do that")
         except InputError as error:
             problems += error.problems
         if problems:
             raise InputError(*problems)
         if not hasattr(self.teacher_model, "hf_device_map"):
             self.teacher_model.to(self.args.device)
-        readers = [
-            Reader(tokenizer, inner(model).config, agreed.texts) if agreed.texts else None
-            for tokenizer, model in zip(self._tokenizers, both, strict=True)
-        ]
+        self._reader, theirs = readers(kind, self._tokenizers, both, agreed.texts)
         matcher = matching(self.layer_losses, *both, self.args) if self.layer_losses else None
-        self._reader, self._columns = readers[0], columns_of(student)
+        self._columns = columns_of(student)
         plan = SparsePlan.of(kind, student, self.teacher_model, self.settings.thinning) if self.cache else None
-        self._teacher = Teacher(self.teacher_model, agreed.order, matcher, readers[1], self._numbered, self.cache, self.args, plan)
-
-    # The loss
+        self._teacher = Teacher(self.teacher_model, agreed.order, matcher, theirs, self._numbered, self.cache, self.args, plan)
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -163,8 +165,8 @@ class DistillationTrainer(Trainer):
             num_items_in_batch: what `get_batch_samples` counted; None: the batch stands alone.
         """
         batch = dict(inputs)
-        theirs, rows = batch.pop(TEACHER_INPUTS, None), batch.pop(TEACHER_ROW, None)
         counts, matcher = self._counts(batch), self._teacher.matcher
+        theirs, rows = batch.pop(TEACHER_INPUTS, None), batch.pop(TEACHER_ROW, None)
         shares = torch.ones(len(counts), device=counts.device)
         if num_items_in_batch is not None:
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -173,8 +175,10 @@ class DistillationTrainer(Trainer):
         with capturing(model, matcher) as ours:
             own, outputs = self._own_loss(model, batch, teacher_alone)
         terms = []
-        if own is not None and (counts[1] > 0 or self.alpha == 0):  # the mean over no label is no number
+        if own is not None and counts[1] > 0:
             terms.append((1 - self.alpha) * own.mean() * shares[1])
+        elif self.alpha == 0:  # the mean over no label is no number
+            terms.append(0.0 * next(value for name, value in outputs.items() if name != "loss").sum())
         if self.alpha > 0 or matcher:
             with self.accelerator.autocast():
                 answers, captured = self._teacher.says(batch, theirs, rows)
@@ -213,8 +217,6 @@ class DistillationTrainer(Trainer):
         alone = {*self._teacher.columns, TEACHER_INPUTS, TEACHER_ROW} - {*self._columns, *self.label_names}
         return {name: value for name, value in batch.items() if name not in alone}
 
-    # What is counted
-
     def _has_labels(self, batch: Mapping[str, Any]) -> bool:
         return any(name in batch for name in self.label_names)
 
@@ -228,6 +230,8 @@ class DistillationTrainer(Trainer):
         """Items that the teacher is heard on, items that have a label, texts: (3,)."""
         kind = self._kind(batch)
         heard = items(kind, batch)
+        if TEACHER_INPUTS in batch and kind in WRITERS:
+            heard = aligned(heard, items(kind, batch[TEACHER_INPUTS]))[0]
         own = self._has_labels(batch) and ON_POLICY not in batch
         labels = labelled(kind, batch).sum() if own else heard.new_tensor(0, dtype=torch.long)
         return torch.stack([heard.sum(), labels, labels.new_tensor(len(heard))])

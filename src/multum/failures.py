@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from .errors import MultumError, of_the_system
 
-RESUMABLE = ("quickstart", "shrink", "run")
+RESUMABLE = ("quickstart", "shrink", "run", "compare")
 INTERRUPTED = 130
 STOPPED = "Stopped. Nothing half-written was kept, and nothing finished was lost"
 

@@ -18,6 +18,10 @@ Unlabelled = Annotated[
         "--unlabelled", metavar="FILE", help="Texts for a teacher to label: .txt, one a line, or csv, tsv, jsonl, parquet."
     ),
 ]
+StepData = Annotated[str, typer.Option("--data", metavar="D", help="As for shrink; not for steps that bring their own text.")]
+TaskOptions = Annotated[
+    str, typer.Option("--options", metavar="A=B,...", help="Of the task: packed=false (language models), beams=4 (translation).")
+]
 OptionalData = Annotated[
     str, typer.Option("--data", metavar="D", help="As for shrink; by default the data of the run it came from.")
 ]
@@ -48,16 +52,20 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Model or export fol
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Model or export folders, compared with the first of them.")]
 Split = Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=3, help="Rounds of timing.")]
-Runtime = Annotated[str, typer.Option("--runtime", metavar="R", help="pytorch, onnxruntime, openvino; or onnxruntime-int8.")]
-To = Annotated[str, typer.Option("--to", metavar="R", help="onnxruntime or openvino.")]
-Precision = Annotated[str, typer.Option("--precision", metavar="P", help="int8 or fp32.")]
-Texts = Annotated[list[str] | None, typer.Argument(metavar="TEXT...", help="What to classify.")]
+Runtime = Annotated[
+    str, typer.Option("--runtime", metavar="R", help="pytorch, onnxruntime, openvino, llamacpp; or onnxruntime-int8.")
+]
+To = Annotated[str, typer.Option("--to", metavar="R", help="onnxruntime, openvino or llamacpp.")]
+Precision = Annotated[str, typer.Option("--precision", metavar="P", help="int8 or fp32; of llamacpp f16, q8_0, q4_0, q4_k or f32.")]
 InputFile = Annotated[
     Path | None, typer.Option("--input", metavar="FILE", help="One text a line, or csv, tsv or jsonl with a column 'text'.")
 ]
 Pair = Annotated[list[str] | None, typer.Option("--pair", metavar="TEXT", help="Second text of each, for models of pairs.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 Page = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="By default report.html in the run folder.")]
+Pictures = Annotated[
+    Path | None, typer.Option("--pictures", metavar="DIR", help="Also write the page's charts as SVG and PNG into this folder.")
+]
 Name = Annotated[str, typer.Argument(metavar="[NAME]", help="Which one; without it they are listed.")]
 OptionalOutput = Annotated[
     Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to copy it to; by default it stays in the cache.")

@@ -60,6 +60,10 @@ class Progress:
         planned = [stage for stage in self._done if stage.get("planned")]
         return float((TRUST + sum(s["seconds"] for s in planned)) / (TRUST + sum(s["planned"] for s in planned)))
 
+    def say(self, text: str) -> None:
+        """One line beside the stages."""
+        (self._console or Console(stderr=True)).print(text, highlight=False, markup=False, soft_wrap=True)
+
     def update(self, fraction: float) -> None:
         """The running stage is done to this share, 0 to 1."""
         self._fraction = fraction
@@ -85,7 +89,10 @@ class Progress:
             disable=not console.is_terminal,
         )
         try:
-            with self._bars, listening(self.update):
+            with (
+                self._bars,
+                listening(self.update, None if console.quiet else lambda text: console.print(f"  {text}", style="dim")),
+            ):
                 self._bars.add_task(name, total=100, left=_clock(self.seconds_left()))
                 yield
         finally:

@@ -5,6 +5,7 @@
     data: reviews.csv                   # as every command takes data, or example:NAME
     columns: {text: review, label: stars}
     unlabelled: more.txt                # further texts for a teacher to label; may be left out
+    options: {max_length: 256}          # further fields of the task; may be left out
     seed: 0
     steps:
       - drop_layers: {keep: 3}
@@ -50,6 +51,7 @@ class Recipe(BaseModel):
     data: str = Field(min_length=1)
     columns: dict[str, str] = Field(default_factory=dict)
     unlabelled: str | None = Field(default=None, min_length=1)
+    options: dict[str, Any] = Field(default_factory=dict)
     seed: int = 0
     steps: tuple[Entry, ...] = Field(min_length=1)
 
@@ -126,6 +128,7 @@ def parse(content: Mapping[str, Any]) -> Recipe:
 
 def check(recipe: Recipe) -> list[str]:
     """What is wrong with the steps, the task, the model and the data of a recipe. Reads no data and loads no model."""
+    from . import task_options, tasks
     from .core.step import make
 
     problems: list[str] = []
@@ -139,6 +142,7 @@ def check(recipe: Recipe) -> list[str]:
         for value in step.fields.values():
             if isinstance(value, str) and value.startswith(STAGE):
                 problems += _problems(recipe.stage, value, place)
+    problems += _problems(task_options.checked, recipe.task, recipe.options) if recipe.task in tasks.names() else []
     return problems + check_sources(recipe.model, recipe.task, recipe.data, recipe.unlabelled or "")
 
 
@@ -250,7 +254,8 @@ def _what_is_right(content: Mapping[str, Any]) -> Recipe:
             steps.append(Entry(name=""))
     names = ("model", "task", "data", "unlabelled")
     sources: dict[str, Any] = {name: content[name] if isinstance(content.get(name), str) else "" for name in names}
-    return Recipe.model_construct(None, **sources, columns={}, seed=0, steps=tuple(steps))
+    options = content["options"] if isinstance(content.get("options"), dict) else {}
+    return Recipe.model_construct(None, **sources, columns={}, options=options, seed=0, steps=tuple(steps))
 
 
 def _problems(check: Any, *values: Any) -> list[str]:

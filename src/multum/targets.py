@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import runtimes, units
-from .core.folders import read_json
+from .core.folders import digest, read_json
 from .errors import InputError
 
 RUN = "run.json"
@@ -41,7 +41,8 @@ def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | No
         raise InputError(*problems)
     if not data and not mapping:
         mapping = arguments.get("columns") or known.get("columns") or {}
-    return open_task(name, locate(source), columns=mapping, seed=run.get("seed", 0) if seed is None else seed)
+    options = {} if data else known.get("options") or {}
+    return open_task(name, locate(source), columns=mapping, seed=run.get("seed", 0) if seed is None else seed, options=options)
 
 
 def _run_of(folder: Path) -> Mapping[str, Any]:
@@ -85,6 +86,21 @@ def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
     return found
 
 
+NOT_EXECUTED = ("recipe.json", "ship.json", "evidence.json", "README.md")
+"""Files of a target that say something about it."""
+
+
+def measured_files(target: Path) -> list[Path]:
+    """The files of a target without those that were written about it."""
+    inside = sorted(path for path in target.iterdir() if path.is_file() and not path.name.startswith("."))
+    return [path for path in inside if path.name not in NOT_EXECUTED and not path.match("metrics*.json")]
+
+
+def fingerprint(target: Path) -> str:
+    """A digest of the files of a target: the same where the same is executed."""
+    return digest(*(part for path in measured_files(target) for part in (path.name, path)))
+
+
 def _targets_in(folder: Path, runtime: str, precision: str) -> list[Path]:
     if (folder / "runtime.json").is_file():
         own = read_json(folder / "runtime.json")
@@ -97,16 +113,18 @@ def _targets_in(folder: Path, runtime: str, precision: str) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{runtime}-{precision or '*'}/runtime.json"))
 
 
-def only_one_label(task: Any, what: str) -> None:
-    """Refuse a task whose models `what` cannot take.
+def only_exportable(task: Any, what: str) -> None:
+    """Refuse a task whose models no runtime takes.
 
     Raises:
         InputError: says what can be done with it.
     """
     if not getattr(task, "shrinks", False):
-        kind = f"{task.name} ({task.problem.replace('_', ' ')})" if hasattr(task, "problem") else task.name
+        from . import tasks
+
+        taken = ", ".join(name for name in tasks.names() if getattr(tasks.find(name), "shrinks", False))
         raise InputError(
-            f"{what} takes text-classification with one label a text, not {kind}; such models can be trained, distilled and "
+            f"{what} takes models for {taken}, not for {task.name}; such models can be trained, distilled and "
             "pruned with 'multum apply' and 'multum run', and are measured and used in torch: 'multum measure', 'multum predict'"
         )
 
@@ -132,7 +150,12 @@ def exporter(runtime: str, precision: str) -> Any:
 
 def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
     """Export a model folder; calibrated on training texts, checked on validation texts."""
-    only_one_label(task, "export")
+    taken = getattr(module, "TASKS", None)
+    if taken is None:
+        only_exportable(task, "export")
+    elif task.name not in taken:
+        name = module.__name__.rpartition(".")[2]
+        raise InputError(f"{name} takes models for {', '.join(taken)}, not for {task.name}")
     model = task.load(str(folder))
     parity: dict[str, Any] = module.export(
         model,

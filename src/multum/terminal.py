@@ -107,6 +107,8 @@ def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> l
     """`metrics.json` dicts as a table, header first; speed-ups are against the first."""
     metric = metrics[0]["quality"]["metric"]
     rows = [["", metric, "95 %", "runtime", "p50 ms", "speed-up", "texts/s", "MB", "parameters"]]
+    writes = all("decode_tokens_per_s" in one["speed"] for one in metrics)
+    rows[0] += ["first token ms", "decode tokens/s", "speed-up"] if writes else []
     for name, one in zip(names, metrics, strict=True):
         quality, speed, size = one["quality"], one["speed"], one["size"]
         low, high = quality["ci95"]
@@ -121,9 +123,15 @@ def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> l
                 f"{speed['examples_per_s']:.0f}",
                 f"{size['bytes_on_disk'] / 1e6:.2f}",
                 f"{size['parameters'] / 1e6:.2f} M",
+                *(_pace(speed) if writes else []),
             ]
         )
     return rows
+
+
+def _pace(speed: Mapping[str, Any]) -> list[str]:
+    decode, faster = speed["decode_tokens_per_s"], speed["decode_ratio_to_first"]["value"]
+    return [f"{speed['first_token_p50_ms']:.3g}", f"{decode:.4g}", f"{faster:.2f}x"]
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:

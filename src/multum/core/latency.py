@@ -43,6 +43,8 @@ class LatencyTable:
     unit: str = "ms"
     about: Mapping[str, Any] = field(default_factory=dict)
     """Runtime, precision, threads and text lengths it holds for."""
+    every_token: bool = False
+    """Whether all blocks work on every token, because the head reads them: the last one that attends is one like the others."""
 
     def block(self, heads: int, neurons: int, *, last: bool = False, after_last: bool = False) -> float:
         """Cost of one block. One with nothing left costs nothing, because it is dropped.
@@ -55,6 +57,8 @@ class LatencyTable:
         """
         if heads == 0 and neurons == 0:
             return 0.0
+        if self.every_token:
+            last = after_last = False
         attention = 0.0 if after_last else _between(self.attention_last if last else self.attention, heads)
         return attention + _between(self.feed_forward_last if last or after_last else self.feed_forward, neurons)
 
@@ -131,6 +135,7 @@ class LatencyTable:
         neurons: int,
         rounds: int = 30,
         about: Mapping[str, Any] | None = None,
+        every_token: bool = False,
     ) -> Self:
         """Time stacks of blocks and read off the parts.
 
@@ -140,28 +145,38 @@ class LatencyTable:
             neurons: of the unpruned block.
             rounds: passes over all stacks, interleaved; medians count.
             about: what to note beside the figures.
+            every_token: the timed models work on every token in all their blocks, so that the last one costs what others do.
         """
         head_grid, neuron_grid = grid(heads), grid(neurons)
         reference = (head_grid[1], neuron_grid[1])
         stacks: dict[str, Blocks] = {"base": [], "reference": [reference]}
         for h in head_grid:
             stacks[f"attention {h}"] = [(h, 0)] * STACK + [reference]
-            stacks[f"attention_last {h}"] = [(h, 0)]
+            if not every_token:
+                stacks[f"attention_last {h}"] = [(h, 0)]
         for n in neuron_grid:
             stacks[f"feed_forward {n}"] = [(0, n)] * STACK + [reference]
-            stacks[f"feed_forward_last {n}"] = [(head_grid[1], n)]
+            if not every_token:
+                stacks[f"feed_forward_last {n}"] = [(head_grid[1], n)]
         time = interleave({name: timer(blocks) for name, blocks in stacks.items()}, rounds)
         base = time["base"]
         # A block with only one of its two parts still has the other's residual and norm: half of an empty block each.
         empty = max(0.0, (time["attention 0"] - time["reference"]) / STACK / 2)
-        one_head = max(0.0, time[f"attention_last {head_grid[1]}"] - base)
+        attention = _rising({h: (time[f"attention {h}"] - time["reference"]) / STACK - empty for h in head_grid})
+        feed_forward = _rising({n: (time[f"feed_forward {n}"] - time["reference"]) / STACK - empty for n in neuron_grid})
+        attention_last, feed_forward_last = attention, feed_forward
+        if not every_token:
+            one_head = max(0.0, time[f"attention_last {head_grid[1]}"] - base)
+            attention_last = _rising({h: time[f"attention_last {h}"] - base for h in head_grid})
+            feed_forward_last = _rising({n: time[f"feed_forward_last {n}"] - base - one_head for n in neuron_grid})
         return cls(
             base=base,
-            attention=_rising({h: (time[f"attention {h}"] - time["reference"]) / STACK - empty for h in head_grid}),
-            attention_last=_rising({h: time[f"attention_last {h}"] - base for h in head_grid}),
-            feed_forward=_rising({n: (time[f"feed_forward {n}"] - time["reference"]) / STACK - empty for n in neuron_grid}),
-            feed_forward_last=_rising({n: time[f"feed_forward_last {n}"] - base - one_head for n in neuron_grid}),
+            attention=attention,
+            attention_last=attention_last,
+            feed_forward=feed_forward,
+            feed_forward_last=feed_forward_last,
             about=dict(about or {}),
+            every_token=every_token,
         )
 
 

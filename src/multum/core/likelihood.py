@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,9 @@ from ..errors import InputError
 from .families import FAMILIES
 from .task import IGNORED
 from .teacher import batches_by_length
+from .windows import Window as Window
+from .windows import specials as specials
+from .windows import windows as windows
 
 NUMBERS = 2**26
 """Logits at a time, at most, unless one window alone has more: 0.25 GB as float32."""
@@ -34,31 +36,6 @@ MOST = 2048
 """Tokens of a window, unless more are asked for: a model that reads 100 000 would need that many rows of logits at once."""
 
 Ids = Sequence[int]
-
-
-@dataclass(frozen=True)
-class Window:
-    """Tokens `start` to `end` are read, of which those from `first` on are new."""
-
-    start: int
-    end: int
-    first: int
-
-
-def windows(tokens: int, size: int, stride: int) -> list[Window]:
-    """Windows over so many tokens, `stride` apart, until one reaches the end.
-
-    Args:
-        tokens: at least 1.
-        size: tokens in a window.
-        stride: 1 to `size`; below it, every token but the first has one before it in its window.
-    """
-    found: list[Window] = []
-    for start in range(0, tokens, stride):
-        found.append(Window(start, min(start + size, tokens), found[-1].end if found else 0))
-        if found[-1].end == tokens:
-            break
-    return found
 
 
 def window_of(module: nn.Module, tokenizer: Any, size: int | None = None, stride: int | None = None) -> tuple[int, int]:
@@ -86,15 +63,6 @@ def context_of(module: Any, tokenizer: Any) -> int:
     offset = FAMILIES[config.model_type].position_offset if config.model_type in FAMILIES else 0
     positions = getattr(config, "max_position_embeddings", None)
     return int(min(positions - offset if positions else MOST, tokenizer.model_max_length))
-
-
-def specials(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts before and behind every text by itself."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start], whole[start + len(bare) :]
-    return [], []
 
 
 def token_log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ..errors import InputError
 from . import shapes
 from .folders import digest, read_json, whole_folder
 from .linears import Linear, is_linear
+from .packed import parameters_of
 
 RECIPE = "recipe.json"
 
@@ -124,12 +125,12 @@ class Model:
         )
 
     def linears(self) -> dict[str, Linear]:
-        """Every linear layer by name."""
+        """Every linear layer by name, packed ones left out."""
         return {name: part for name, part in self.module.named_modules() if is_linear(part)}
 
     def parameters(self) -> int:
-        """Number of parameters, tied ones once."""
-        return sum(p.numel() for p in self.module.parameters())
+        """Number of parameters, tied ones once and packed ones like others."""
+        return parameters_of(self.module)
 
     def fingerprint(self) -> str:
         """A digest of the weights and the tokenizer, the same in every process."""

@@ -48,5 +48,11 @@ def _pad_both(features: Sequence[Mapping[str, Any]], pad_token_id: int | None, m
     return read | {name: made[theirs[name]] for name in written}
 
 
+def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens are no padding, as `attention_mask` says it, (batch, tokens); without one all are."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
 def _is_for_tokens(labels: Any, tokens: int) -> bool:
     return isinstance(labels, list) and len(labels) == tokens and isinstance(labels[0], int)

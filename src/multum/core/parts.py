@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from .families import FAMILIES, Family, base_of, blocks_of, stacks_of
-from .linears import is_linear, shape_of
-from .profile import _reads_every_token, profile
+from .linears import shape_of
+from .packed import PackedEmbedding, TiedEmbedding, is_matrix, packed_parts
+from .profile import profile, reads_every_token
 
 EMBEDDINGS, ATTENTION, CROSS, FEED_FORWARD = "embeddings", "attention", "cross_attention", "feed_forward"
 HEAD, OTHER, BODY = "head", "other", "body"
@@ -51,7 +52,9 @@ def part_of(module: Any) -> Callable[[str], str]:
     """A function from the path of a module, or of a tensor in it, to the name of its part."""
     known, base = is_known(module), base_of(module)
     prefix = f"{module.base_model_prefix}." if base is not module else ""
-    tables = tuple(name for name, part in module.named_modules() if isinstance(part, nn.Embedding))
+    tables = tuple(
+        name for name, part in module.named_modules() if isinstance(part, nn.Embedding | PackedEmbedding | TiedEmbedding)
+    )
     heads = [f"{prefix}pooler"]
     output = module.get_output_embeddings()
     heads += [name for name, part in module.named_modules() if part is output and name not in tables]
@@ -96,6 +99,10 @@ def parts_of(module: Any) -> dict[str, Part]:
             one[1] += int(torch.count_nonzero(tensor))
         if name not in (getattr(module, "_keys_to_ignore_on_save", None) or ()):  # computed when it is loaded (Marian's positions)
             one[2] += tensor.numel() * tensor.element_size()
+    for name, part in packed_parts(module).items():  # their bytes are counted above
+        one = numbers.setdefault(find(name), [0, 0, 0])
+        one[0] += part.rows * part.inputs
+        one[1] += int(torch.count_nonzero(part.weight))
     there = [name for name in PARTS if name in numbers or (macs and any(macs[name].values()))]
     found = {}
     for name in there:
@@ -121,14 +128,14 @@ def _macs(module: Any) -> dict[str, dict[str, int]] | None:
     found = {name: dict.fromkeys(PER, 0) for name in PARTS}
     outside = []
     for name, linear in module.named_modules():
-        if is_linear(linear):
+        if is_matrix(linear):
             size = shape_of(linear)[0] * shape_of(linear)[1]
             if linear in inside:
                 found[find(name)]["per_token"] += size
             else:
                 outside.append((find(name), size))
     # Either all that is outside the blocks reads every token, or only what comes before them does.
-    reads_all = _reads_every_token(module)
+    reads_all = reads_every_token(module)
     for part, size in outside:
         found[part]["per_token" if reads_all or part == EMBEDDINGS else "per_example"] += size
     others = [name for name in found if name != ATTENTION]

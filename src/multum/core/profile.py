@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .families import FAMILIES, base_of, blocks_of, every_block, family_of, stacks_of
-from .linears import is_linear, shape_of
+from .linears import shape_of
+from .packed import is_matrix, packed_parts, parameters_of
 from .surgery import counts_of, cross_heads, head_width, heads_and_neurons
 
 EVERY_TOKEN = ("ForTokenClassification", "ForQuestionAnswering")
@@ -19,7 +20,7 @@ def profile(module: Any) -> dict[str, Any]:
     """Parameters and multiply-accumulates (MACs).
 
     Returns:
-        `parameters` and `nonzero_parameters`, tied ones once, and `macs`: an example of n tokens takes
+        `parameters` and `nonzero_parameters`, tied ones once and packed ones like others, and `macs`: an example of n tokens takes
         `per_token` n + `per_token_squared` n² + `per_example`. Look-ups, norms and activations are not counted, and causal
         attention as if every token saw all others, which is what dense kernels compute.
         Of an encoder-decoder n are the tokens that the encoder reads. With m that the decoder reads come `per_target_token` m +
@@ -27,10 +28,10 @@ def profile(module: Any) -> dict[str, Any]:
         of those with m²).
         `macs` is None for an architecture that has no row in `families`.
     """
-    parameters = list(module.parameters())
+    weights = [*module.parameters(), *(part.weight for part in packed_parts(module).values())]
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters),
+        "parameters": parameters_of(module),
+        "nonzero_parameters": sum(int(torch.count_nonzero(weight)) for weight in weights),
         "macs": _macs(module) if getattr(module.config, "model_type", None) in FAMILIES else None,
     }
 
@@ -41,7 +42,7 @@ def _macs(module: Any) -> dict[str, int]:
     family, base = family_of(module), base_of(module)
     inside, everywhere = _linears(blocks_of(module)), _linears(module)
     outside = everywhere - inside
-    if _reads_every_token(module):
+    if reads_every_token(module):
         every_token = outside
     else:
         path = family.embeddings_projection
@@ -62,7 +63,7 @@ def _macs_of_two(module: Any) -> dict[str, int]:
     """Of an encoder-decoder; or of one of the two alone, as if the other had no blocks."""
     blocks, stacks = every_block(module), stacks_of(module)
     outside = sum(map(_size, _linears(module) - set().union(*map(_linears, blocks))))
-    every = _reads_every_token(module)
+    every = reads_every_token(module)
     counts = dict.fromkeys(("per_token", "per_token_squared", "per_target_token", "per_target_token_squared", "per_token_pair"), 0)
     for stack in stacks:
         kind, cross = "per_target_token" if stack.name == "decoder" else "per_token", stack.family.cross
@@ -84,7 +85,7 @@ def _with_relative_positions(module: Any, counts: dict[str, int], heads: int) ->
     span = 2 * int(block.attention.self.pos_ebd_size)
     kinds = [kind for kind in ("c2p", "p2c") if kind in config.pos_att_type]
     paths = (family.query, family.key) if getattr(config, "share_att_key", False) else family.head_matrices
-    tables = {part for name, part in blocks_of(module).named_modules() if name.endswith(paths) and is_linear(part)}
+    tables = {part for name, part in blocks_of(module).named_modules() if name.endswith(paths) and is_matrix(part)}
     own = 0 if getattr(config, "share_att_key", False) else sum(map(_size, tables))
     return {
         "per_token": counts["per_token"] - own + len(kinds) * span * head_width(module) * heads,
@@ -93,13 +94,14 @@ def _with_relative_positions(module: Any, counts: dict[str, int], heads: int) ->
     }
 
 
-def _reads_every_token(module: Any) -> bool:
+def reads_every_token(module: Any) -> bool:
+    """Whether the head works on every token; else it reads one token of a text."""
     has_vocabulary = module.get_output_embeddings() is not None
     return has_vocabulary or hasattr(module, "score") or type(module).__name__.endswith(EVERY_TOKEN)
 
 
 def _linears(root: nn.Module) -> set[Any]:
-    return {part for part in root.modules() if is_linear(part)}
+    return {part for part in root.modules() if is_matrix(part)}
 
 
 def _size(linear: Any) -> int:

@@ -132,14 +132,27 @@ def reader_of(folder: Path) -> Any:
     Raises:
         InputError: the model has a head that no task knows.
     """
-    if not (folder / "config.json").is_file() or (folder / "runtime.json").is_file():
-        return Texts()  # an export, and those are of one kind so far
-    config = read_json(folder / "config.json")
+    if (folder / "runtime.json").is_file():  # an export keeps of the config what its reader asks for
+        manifest = read_json(folder / "runtime.json")
+        return reader_for((manifest.get("config") or {}) if isinstance(manifest, dict) else {}, str(folder))
+    return reader_for(read_json(folder / "config.json") if (folder / "config.json").is_file() else {}, str(folder))
+
+
+def reader_for(config: Mapping[str, Any], source: str) -> Any:
+    """The reader for models with this config; one that names no architecture is a text classifier's.
+
+    Args:
+        config: as `config.json` has it.
+        source: where it stands, for the error.
+
+    Raises:
+        InputError: the model has a head that no task knows.
+    """
     names = config.get("architectures") or ["ForSequenceClassification"]
     for end, (module, name) in HEADS.items():
         if str(names[0]).endswith(end):
             return getattr(import_module(f".{module}", __package__), name).of(config)
-    raise InputError(f"{folder} holds a {names[0]}, whose answers no task can tell; known are models {', '.join(HEADS)}")
+    raise InputError(f"{source} holds a {names[0]}, whose answers no task can tell; known are models {', '.join(HEADS)}")
 
 
 def token_limit(config: Any, tokenizer: Any) -> int:

@@ -1,4 +1,4 @@
-"""Lets long work say how far it is to whoever listens, without knowing who that is."""
+"""Lets long work say how far it is, and a word about it, to whoever listens, without knowing who that is."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 _listener: ContextVar[Callable[[float], None] | None] = ContextVar("multum_listener", default=None)
+_reader: ContextVar[Callable[[str], None] | None] = ContextVar("multum_reader", default=None)
 
 
 def report(fraction: float) -> None:
@@ -15,11 +16,23 @@ def report(fraction: float) -> None:
         listener(fraction)
 
 
+def remark(text: str) -> None:
+    """Say a line about the work."""
+    if reader := _reader.get():
+        reader(text)
+
+
+def anyone_reads() -> bool:
+    """Whether a `remark` reaches anybody; one that takes work to make is not worth it otherwise."""
+    return _reader.get() is not None
+
+
 @contextmanager
-def listening(listener: Callable[[float], None]) -> Iterator[None]:
-    """Have every `report` inside the block passed to `listener`."""
-    token = _listener.set(listener)
+def listening(listener: Callable[[float], None], reader: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Have every `report` inside the block passed to `listener`, every `remark` to `reader`."""
+    tokens = _listener.set(listener), _reader.set(reader)
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listener.reset(tokens[0])
+        _reader.reset(tokens[1])

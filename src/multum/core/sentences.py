@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from ..errors import InputError
-from .likelihood import causal_log_probs, context_of, only_at, specials, token_log_probs, windows
-from .masking import Masks, choose
+from .windows import specials, windows
 
 WINDOW = 1024
 """Tokens of a window, at most."""
 Text = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat."""
+LogProbs = Callable[[Sequence[Sequence[int]], int, int], list[np.ndarray]]
 
 
 def written(text: Text, tokenizer: Any) -> str:
@@ -42,19 +41,35 @@ def written(text: Text, tokenizer: Any) -> str:
 
 
 def causal_sums(module: Any, tokenizer: Any, texts: Sequence[Text], *, batch_size: int = 32) -> list[np.ndarray]:
+    """`sums` of a causal model of transformers, in eval mode."""
+    from .likelihood import causal_log_probs, context_of
+
+    def log_probs(rows: Sequence[Sequence[int]], size: int, stride: int) -> list[np.ndarray]:
+        return causal_log_probs(module, rows, size, stride, batch_size=batch_size)
+
+    return sums(tokenizer, texts, context_of(module, tokenizer), log_probs)
+
+
+def sums(tokenizer: Any, texts: Sequence[Text], context: int, log_probs: LogProbs) -> list[np.ndarray]:
     """For each text -Σ log p, scored tokens and bytes of every window, (windows, 3) float64.
 
     The first token is conditioned on what the tokenizer puts before a text, or else left out. Chats have their special tokens in
     their template. A text without a token that can be scored has one row of zeros.
+
+    Args:
+        tokenizer: the model's own, a fast one.
+        texts: or chats.
+        context: tokens that the model reads.
+        log_probs: (rows of tokens, tokens of a window, stride) -> log p of every token of a row but its first, float64.
     """
-    size = min(context_of(module, tokenizer), WINDOW)
+    size = min(context, WINDOW)
     stride, lead = size // 2, specials(tokenizer)[0]
     plain = [written(text, tokenizer) for text in texts]
     encoded = tokenizer(plain, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     before = [lead if isinstance(text, str) else [] for text in texts]
     rows = [[*some, *ids] or [0] for some, ids in zip(before, encoded["input_ids"], strict=True)]
     found = []
-    values = causal_log_probs(module, rows, size, stride, batch_size=batch_size)
+    values = log_probs(rows, size, stride)
     for text, ids, some, offsets, scores in zip(plain, rows, before, encoded["offset_mapping"], values, strict=True):
         ends = [*([0] * len(some)), *(len(text[:end].encode()) for _, end in offsets)] if offsets else [0] * len(ids)
         table, start = [], max(len(some), 1)
@@ -67,30 +82,38 @@ def causal_sums(module: Any, tokenizer: Any, texts: Sequence[Text], *, batch_siz
     return found
 
 
-@torch.no_grad()
 def masked_sums(module: Any, tokenizer: Any, texts: Sequence[Text]) -> list[np.ndarray]:
     """For each text -Σ log p, hits and count of the tokens asked for in every window, (windows, 3) float64."""
+    import torch
+
+    with torch.no_grad():
+        return [_masked_windows(module, tokenizer, text) for text in texts]
+
+
+def _masked_windows(module: Any, tokenizer: Any, text: Text) -> np.ndarray:
+    import torch
+
+    from .likelihood import context_of, only_at, token_log_probs
+    from .masking import Masks, choose
+
     masks, (before, behind) = Masks.of(tokenizer), specials(tokenizer)
     size = min(context_of(module, tokenizer), WINDOW) - len(before) - len(behind)
-    device, found = next(module.parameters()).device, []
-    for text in texts:
-        plain = written(text, tokenizer)
-        ids = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
-        rng, table = random.Random(plain), []
-        for start in range(0, len(ids), size):
-            part = ids[start : start + size]
-            chosen = choose([True] * len(part), rng)
-            seen, _ = masks.hide(part, chosen, None)
-            row = torch.tensor([[*before, *seen, *behind]], device=device)
-            places = torch.zeros_like(row, dtype=torch.bool)
-            places[0, [len(before) + place for place in chosen]] = True
-            truth = torch.tensor([part[place] for place in chosen], device=device)
-            with only_at(module, places):
-                logits = module(input_ids=row).logits
-            nll = -float(token_log_probs(logits, truth).double().sum())
-            table.append((nll, int((logits.argmax(-1) == truth).sum()), len(chosen)))
-        found.append(np.array(table or [(0.0, 0, 0)]))
-    return found
+    device, plain = next(module.parameters()).device, written(text, tokenizer)
+    ids = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
+    rng, table = random.Random(plain), []
+    for start in range(0, len(ids), size):
+        part = ids[start : start + size]
+        chosen = choose([True] * len(part), rng)
+        seen, _ = masks.hide(part, chosen, None)
+        row = torch.tensor([[*before, *seen, *behind]], device=device)
+        places = torch.zeros_like(row, dtype=torch.bool)
+        places[0, [len(before) + place for place in chosen]] = True
+        truth = torch.tensor([part[place] for place in chosen], device=device)
+        with only_at(module, places):
+            logits = module(input_ids=row).logits
+        nll = -float(token_log_probs(logits, truth).double().sum())
+        table.append((nll, int((logits.argmax(-1) == truth).sum()), len(chosen)))
+    return np.array(table or [(0.0, 0, 0)])
 
 
 class NextTokens:

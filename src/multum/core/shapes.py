@@ -6,9 +6,11 @@ transformers asks a *quantizer* to prepare the empty model before the weights ar
     "quantization_config": {"quant_method": "multum", "shapes": {module name: [out_features, in_features]}}
 
 A shape with 0 rows is a `Removed`, one with 0 columns a `BiasOnly` (see `surgery`), one of three numbers, [out, rank, in], a
-`Factored`. Nothing here is quantized: once the weights are in, the model is an ordinary one again, free to train, move and save.
+`Factored`. Once the weights are in, the model is an ordinary one again, free to move, to save and, unless it is packed, to train.
 Shapes that stock transformers can express by itself (fewer layers, the same number of neurons everywhere, of heads where a config
 can say so) are written into its own fields instead, so that such a model loads without multum.
+
+`packed` names the linear layers and tables that are integers, with their grids, or `{"of": NAME}` for one tied to another.
 
 Two more entries, where an architecture takes them: `heads`, attention name -> the heads of the unpruned block that it still has,
 where all blocks share a table with one column for each (MPNet, T5); `norms`, names of norms that the stock model lacks because the
@@ -33,6 +35,7 @@ from .families import FAMILIES, blocks_of, every_block, family_of, stacks_of
 from .family import Family
 from .head_state import keep_own_heads, own_heads, settle
 from .linears import is_linear, shape_of
+from .packed import PackedLinear, TiedLinear, apply_packings, packings
 from .surgery import (
     BiasOnly,
     counts_of,
@@ -59,15 +62,17 @@ class ShapesConfig(QuantizationConfigMixin):
         shapes: Mapping[str, Any] | None = None,
         heads: Mapping[str, Sequence[int]] | None = None,
         norms: Sequence[str] = (),
+        packed: Mapping[str, Mapping[str, Any]] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.shapes: Shapes = {name: tuple(int(n) for n in shape) for name, shape in (shapes or {}).items()}
         self.heads = {name: [int(head) for head in kept] for name, kept in (heads or {}).items()}
         self.norms = list(norms)
+        self.packed = {name: dict(entry) for name, entry in (packed or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:
-        more = {name: value for name, value in (("heads", self.heads), ("norms", self.norms)) if value}
+        more = {name: value for name in ("heads", "norms", "packed") if (value := getattr(self, name))}
         return {"quant_method": METHOD, "shapes": {name: list(shape) for name, shape in self.shapes.items()}, **more}
 
 
@@ -89,6 +94,7 @@ class ShapesLoader(HfQuantizer):
             keep_own_heads(model.get_submodule(name), kept)
         for name in entry.norms:
             swap(model, name, copy.deepcopy(blocks_of(model)[0].get_submodule(family_of(model).feed_forward_norm)))
+        apply_packings(model, entry.packed)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -148,7 +154,8 @@ def _rows_of_ones(module: nn.Module) -> dict[nn.Module, int]:
 def current_shapes(module: nn.Module) -> Shapes:
     """(out, in) of every linear layer, (out, rank, in) of factored ones; removed ones are told by comparing with `stock_shapes`."""
     parts = list(module.named_modules())
-    shapes: Shapes = {name: shape_of(part) for name, part in parts if is_linear(part) or isinstance(part, BiasOnly)}
+    matrices = (BiasOnly, PackedLinear, TiedLinear)
+    shapes: Shapes = {name: shape_of(part) for name, part in parts if is_linear(part) or isinstance(part, matrices)}
     return shapes | {name: part.shape for name, part in parts if isinstance(part, Factored)}
 
 
@@ -186,11 +193,12 @@ def record(module: Any) -> bool:
     heads = {name: kept for name, part in module.named_modules() if (kept := own_heads(part)) is not None}
     there = dict(stock.named_modules())
     norms = [name for name, part in module.named_modules() if _is_norm_for_nothing(part, there.get(name))]
-    if changed or heads or norms:
-        module.config.quantization_config = ShapesConfig(changed, heads, norms)
+    packed = packings(module)
+    if changed or heads or norms or packed:
+        module.config.quantization_config = ShapesConfig(changed, heads, norms, packed)
     elif hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
-    return not (changed or heads or norms)
+    return not (changed or heads or norms or packed)
 
 
 def _is_norm_for_nothing(part: nn.Module, stock: nn.Module | None) -> bool:

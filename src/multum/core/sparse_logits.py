@@ -78,6 +78,15 @@ def thinning_of(given: Mapping[str, int] | None) -> Thinning:
     return Thinning(tokens, top_k=name == "top_k")
 
 
+def thinning_problems(given: Mapping[str, int] | None) -> list[str]:
+    """What is wrong with that, if anything is."""
+    try:
+        thinning_of(given)
+    except InputError as error:
+        return list(error.problems)
+    return []
+
+
 def drawn(logits: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens drawn from softmax(logits), and how often each came.
 

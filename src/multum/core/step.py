@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import InputError
 from .linears import shape_of
 from .model import Model
+from .packed import packed_parts, refuse_packed
 from .shapes import current_shapes
 from .task import Task
 
@@ -27,6 +28,11 @@ from .task import Task
 @dataclass(frozen=True, kw_only=True)
 class Step(ABC):
     """Base of all techniques. A subclass is a frozen, keyword-only dataclass whose fields carry a docstring each."""
+
+    takes_packed: ClassVar[bool] = False
+    """Whether the model may have packed weights already; other steps refuse it."""
+    needs_data: ClassVar[bool] = True
+    """Whether it works on the task's data; a step that brings its own text does not."""
 
     @abstractmethod
     def apply(self, model: Model, task: Task) -> Mapping[str, Any] | None:
@@ -51,6 +57,8 @@ class Step(ABC):
 
     def __call__(self, model: Model, task: Task) -> Model:
         """A changed copy of `model`, its history one entry longer. `model` itself is left as it was."""
+        if not self.takes_packed:
+            refuse_packed(model.module, self.name)
         started = time.perf_counter()
         result = model.copy()
         notes = dict(self.apply(result, task) or {})
@@ -71,13 +79,16 @@ class Step(ABC):
 
 
 def _account(before: Model, after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every linear layer of `before` as changed (new shape, or `weights`) or skipped (and why)."""
+    """Every linear layer of `before` as changed (new shape, `weights`, or how it is packed) or skipped (and why)."""
     old, new, shapes = before.linears(), after.linears(), current_shapes(after.module)
+    packed = packed_parts(after.module)
     changed: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name, linear in old.items():
         other = new.get(name)
-        if other is None:
+        if name in packed:
+            changed[name] = str(packed[name].packing)
+        elif other is None:
             now = shapes.get(name, ())
             changed[name] = [list(shape_of(linear)), list(now)] if len(now) == 3 else "removed"
         elif shape_of(other) != shape_of(linear):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,20 @@ CHUNK_BYTES = 2**26
 """Bytes between two writes, at most, unless one example alone has more."""
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def answering(teacher: nn.Module) -> Iterator[None]:
+    """Without gradients and dropout; afterwards the parts that were in training mode are again. `requires_grad` is not touched."""
+    training = [part for part in teacher.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 @torch.no_grad()
@@ -208,7 +223,7 @@ def kept(
 
     Args:
         path: named by `key_of`; its folder is made if missing.
-        teacher: is on the accelerator while it computes.
+        teacher: is on the accelerator and in eval mode while it computes.
         rows: encoded examples.
         counts: rows of numbers for each example: 1, or its tokens.
         width: numbers in a row.
@@ -239,7 +254,7 @@ def kept(
             continue
         if str(start) in done:
             logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
-        with on_accelerator(teacher.module):
+        with on_accelerator(teacher.module), answering(teacher.module):
             fresh = compute(rows[start:end]).astype(dtype, copy=False)
         part[:] = fresh
         values.flush()

@@ -19,12 +19,14 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import MultumError
-from .linears import is_linear
+from .estimate import estimate, is_long
+from .lora import Spec, adapted, lora_problems
 from .memory import give_back, trim
 from .model import Model
 from .padding import FEW_SHAPES as FEW_SHAPES
 from .padding import pad as pad
-from .reporting import report
+from .reporting import anyone_reads, remark, report
+from .while_training import attention_for_training, dropout_as, joined, recomputed, zeros_kept
 
 Rows = Sequence[Mapping[str, Any]]
 Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
@@ -46,6 +48,9 @@ def fit(
     warmup: float = 0.1,
     dropout: bool = True,
     precision: Precision = "auto",
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    lora: Spec | None = None,
     seed: int = 0,
     after_step: Callable[[nn.Module], None] | None = None,
     checkpoints: Path | None = None,
@@ -65,6 +70,9 @@ def fit(
         learning_rate: the highest, reached after the share `warmup` of all steps.
         dropout: False switches the model's dropout off while training.
         precision: `bf16` is autocast; `auto` takes it where the processor has instructions for it.
+        accumulate: parts that a batch is computed in, one after the other, which takes less memory; it divides `batch_size`.
+        checkpointing: compute every block again on the way back, which takes less memory and a third more time.
+        lora: train low-rank adapters in the place of the blocks' matrices (`core/lora`); they are merged in the end.
         after_step: called with the module after every optimizer step.
         checkpoints: keep one here after each epoch, and go on from the last one found. A stream is then read again up to there.
         save_every: keep one after so many optimizer steps instead.
@@ -74,6 +82,8 @@ def fit(
         `loss` (mean over the run) and `seconds`.
 
     Raises:
+        InputError: the model cannot take `checkpointing` or `lora`.
+        MissingExtra: `lora` takes a package that is not installed.
         MultumError: the loss became infinite or not a number.
     """
     give_back()  # what an earlier fit has left
@@ -81,11 +91,15 @@ def fit(
     with (
         tempfile.TemporaryDirectory() as scratch,
         on_accelerator(module),
-        _attention_for_training(module),
-        _dropout(module, on=dropout),
-        _zeros_kept(module) as zero_again,
-        _joined(module, extra),
+        attention_for_training(module, on_cpu=accelerator() == "cpu"),
+        dropout_as(module, on=dropout),
+        recomputed(module, on=checkpointing),
+        zeros_kept(module) as zero_again,
+        adapted(model, lora, seed),
+        joined(module, extra),
     ):
+        if anyone_reads():
+            _tell_what_it_takes(model, data, epochs, steps, batch_size, batch_size // accumulate, precision)
         trainer = _LossTrainer(
             loss=loss,
             model=module,
@@ -97,7 +111,8 @@ def fit(
                 max_steps=steps or -1,
                 train_sampling_strategy="group_by_length" if isinstance(data, _ListDataset) else "random",
                 learning_rate=learning_rate,
-                per_device_train_batch_size=batch_size,
+                per_device_train_batch_size=batch_size // accumulate,
+                gradient_accumulation_steps=accumulate,
                 weight_decay=weight_decay,
                 warmup_steps=warmup,
                 bf16=resolve_precision(precision) == "bf16",
@@ -133,6 +148,26 @@ def _arguments(**hyper: Any) -> TrainingArguments:
         remove_unused_columns=False,
         **hyper,
     )
+
+
+def _tell_what_it_takes(
+    model: Model, data: Any, epochs: float, steps: int | None, batch_size: int, at_once: int, precision: Precision
+) -> None:
+    """One line with the time and the memory, if it will take a while."""
+    rows = data.rows if isinstance(data, _ListDataset) else [next(iter(data))]
+    if not rows or "input_ids" not in rows[0]:
+        return
+    mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
+    examples = steps * batch_size if steps else epochs * len(rows)
+    if is_long(model.module, examples * mean):
+        device = next(model.module.parameters()).device
+
+        def batch(some: Rows) -> dict[str, torch.Tensor]:
+            return {name: value.to(device) for name, value in pad(some, model.tokenizer.pad_token_id, multiple=FEW_SHAPES).items()}
+
+        with autocast(precision):
+            found = estimate(model.module, rows, batch, examples=examples, at_once=at_once)
+        remark(f"{examples:,.0f} examples: {found.line()}")
 
 
 def _without_autocast(module: nn.Module) -> None:
@@ -182,6 +217,7 @@ class _LossTrainer(Trainer):
     def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.loss = loss
+        self.model_accepts_loss_kwargs = False  # a loss is a mean, so that the parts of a batch are averaged
         self.remove_callback(PrinterCallback)
 
     def compute_loss(
@@ -213,70 +249,12 @@ class _AfterStep(TrainerCallback):
         report(state.global_step / state.max_steps)
 
 
-@contextlib.contextmanager
-def _attention_for_training(module: Any) -> Iterator[None]:
-    """Eager attention on a CPU: the backward pass of its fused kernel takes longer than the rest of a small model."""
-    before = getattr(module.config, "_attn_implementation", None)
-    change = before == "sdpa" and accelerator() == "cpu"
-    if change:
-        module.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if change:
-            module.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def _dropout(module: nn.Module, *, on: bool) -> Iterator[None]:
-    # Attention keeps its rate as a plain number beside the nn.Dropout modules (`dropout_prob` in some families).
-    before = [
-        (part, name, value)
-        for part in module.modules()
-        for name in ("p", "dropout", "dropout_prob", "attention_dropout")
-        if isinstance(value := getattr(part, name, None), float)
-    ]
-    try:
-        if not on:
-            for part, name, _ in before:
-                setattr(part, name, 0.0)
-        yield
-    finally:
-        for part, name, value in before:
-            setattr(part, name, value)
-
-
-@contextlib.contextmanager
-def _joined(module: nn.Module, extra: nn.Module | None) -> Iterator[None]:
-    """Have another module inside this one for a while, so that the Trainer trains, clips, synchronises and saves both as one.
-
-    Enter it after `_zeros_kept`: the zeros of a new projection are not there to stay.
-    """
-    if extra is None:
-        yield
-        return
-    module.add_module("beside_the_model", extra.to(next(module.parameters()).device))
-    try:
-        yield
-    finally:
-        del module.beside_the_model
-
-
-@contextlib.contextmanager
-def _zeros_kept(module: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
-    """Yields a function that sets to zero again what was exactly zero at the start."""
-    zeros = [
-        (part.weight, part.weight == 0)
-        for part in module.modules()
-        if is_linear(part) and part.weight.numel() and bool((part.weight == 0).any())
-    ]
-
-    @torch.no_grad()
-    def zero_again(_: nn.Module) -> None:
-        for weight, mask in zeros:
-            weight.masked_fill_(mask, 0.0)
-
-    yield zero_again
+def memory_problems(batch_size: int, accumulate: int, lora: Spec | None) -> list[str]:
+    """What is wrong with how memory is to be saved."""
+    problems = lora_problems(lora)
+    if accumulate < 1 or batch_size % accumulate:
+        problems.append(f"accumulate must divide batch_size, {batch_size} (got {accumulate})")
+    return problems
 
 
 def training_problems(epochs: float, learning_rate: float, batch_size: int, warmup: float) -> list[str]:

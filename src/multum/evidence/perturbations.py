@@ -4,6 +4,7 @@
     case         the whole text in capitals or in small letters, whichever it is not, by a coin where it is neither
     punctuation  every mark of punctuation left out
     word order   each pair of neighbouring words swapped, with chance 0.3, no word twice
+    synonyms     each word that a lexicon has synonyms of, with chance 0.3, is replaced by one of them
 
 Equal seeds give equal texts; a text's changes do not depend on the texts before it.
 """
@@ -11,8 +12,9 @@ Equal seeds give equal texts; a text's changes do not depend on the texts before
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 Text = str | tuple[str, str]
@@ -67,15 +69,47 @@ PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
     "punctuation": punctuation,
     "word order": word_order,
 }
-DRAWN = ("typos", "word order")
+SYNONYMS = "synonyms"
+DRAWN = ("typos", "word order", SYNONYMS)
 """Those of which another seed makes quite another text."""
 
 
-def perturb(texts: Sequence[Text], name: str, seed: int) -> list[Text]:
-    """All texts changed in one way; of a pair both sides."""
-    change = PERTURBATIONS[name]
+Lexicon = Mapping[str, Sequence[str]]
+"""A word in small letters -> its synonyms."""
+
+
+def synonyms(text: str, rng: random.Random, lexicon: Lexicon) -> str:
+    """Some words put another way; a capital at the start of a word stays one."""
+
+    def other(match: re.Match[str]) -> str:
+        word = match.group()
+        known = lexicon.get(word.lower())
+        if not known or rng.random() >= SWAP:
+            return word
+        found = rng.choice(list(known))
+        return found[:1].upper() + found[1:] if word[:1].isupper() else found
+
+    return re.sub(r"[^\W\d_]+(?:['’\-][^\W\d_]+)*", other, text)
+
+
+def lexicon_of(lines: Sequence[str]) -> dict[str, list[str]]:
+    """A lexicon from lines of words that mean the same, parted by tabs or commas; a word may stand on several lines."""
+    found: dict[str, dict[str, None]] = {}
+    for line in lines:
+        words = [word.strip().lower() for word in re.split(r"[\t,]", line) if word.strip()]
+        for word in words:
+            found.setdefault(word, {}).update({other: None for other in words if other != word})
+    return {word: list(others) for word, others in found.items() if others}
+
+
+def perturb(texts: Sequence[Text], name: str, seed: int, lexicon: Lexicon | None = None) -> list[Text]:
+    """All texts changed in one way; of a pair both sides. `synonyms` takes a lexicon."""
     result: list[Text] = []
     for at, text in enumerate(texts):
         rng = random.Random(f"{seed}/{name}/{at}")
-        result.append(change(text, rng) if isinstance(text, str) else (change(text[0], rng), change(text[1], rng)))
+
+        def change(side: str, rng: random.Random = rng) -> str:
+            return synonyms(side, rng, lexicon or {}) if name == SYNONYMS else PERTURBATIONS[name](side, rng)
+
+        result.append(change(text) if isinstance(text, str) else (change(text[0]), change(text[1])))
     return result

@@ -1,4 +1,4 @@
-"""An encoder classifier as plain arrays, what a graph is written from: read off a model by the families table or drawn."""
+"""An encoder and its head as plain arrays, what a graph is written from: read off a model by the families table or drawn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from ..errors import InputError
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "tanh": "tanh"}
 """Names in configs -> names in graphs."""
+EVERY_TOKEN: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("ForTokenClassification", "classifier", ("logits",)),
+    ("ForQuestionAnswering", "qa_outputs", ("start_logits", "end_logits")),
+)
+"""Heads that are one linear layer over every token: how the model's class ends, where the layer is, what comes out."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class EncoderBlock:
 
 @dataclass(frozen=True)
 class Encoder:
-    """A whole classifier that reads the first token."""
+    """A whole model: a classifier that reads the first token, or a head that reads every token."""
 
     words: np.ndarray
     """(vocabulary, width)."""
@@ -63,28 +68,45 @@ class Encoder:
     head_dense: Linear | None
     head_activation: str
     head_output: Linear
+    outputs: tuple[str, ...] = ("logits",)
+    """The names of what comes out: one, (batch, [tokens,] columns of the head), or one of (batch, tokens) for every column."""
+    every_token: bool = False
+    """Whether the head reads every token; else it reads the first."""
 
 
-def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
-    """The arrays of a transformers sequence classifier.
+def obstacle(module: Any) -> str | None:
+    """Why a graph cannot be written from this model's arrays; None if it can."""
+    from ..core.factored import Factored
+    from ..core.families import FAMILIES, family_of
 
-    Raises:
-        InputError: the architecture has no such graph, or its activation is unknown.
-    """
-    from ..core.families import FAMILIES, base_of, blocks_of, family_of
-    from ..core.surgery import heads_and_neurons
-
-    family, base, config = family_of(module), base_of(module), module.config
+    family, config = family_of(module), module.config
     if family.word_embeddings is None or family.position_embeddings is None or family.embeddings_norm is None:
         known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.word_embeddings))
-        raise InputError(
-            f"models of type {family.model_type!r} cannot be exported to this runtime yet; it takes {known}. "
+        return (
+            f"models of type {family.model_type!r} cannot be exported to a graph of fused operators; it takes {known}. "
             "The runtime pytorch runs every model"
         )
     name = getattr(config, "hidden_act", None) or config.activation
     if name not in ACTIVATIONS:
-        raise InputError(f"activation {name!r} cannot be exported; known: {', '.join(ACTIVATIONS)}")
-    positions = _array(base.get_submodule(family.position_embeddings).weight)[family.position_offset :][:max_length]
+        return f"activation {name!r} cannot be exported to a graph of fused operators; known: {', '.join(ACTIVATIONS)}"
+    if any(isinstance(part, Factored) for part in module.modules()):
+        return "layers of low rank cannot be exported to a graph of fused operators"
+    return None
+
+
+def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
+    """The arrays of a transformers model for sequence classification, token classification or question answering.
+
+    Raises:
+        InputError: the architecture has no such graph, or its activation is unknown.
+    """
+    from ..core.families import base_of, blocks_of, family_of
+    from ..core.surgery import heads_and_neurons
+
+    if reason := obstacle(module):
+        raise InputError(reason)
+    family, base, config = family_of(module), base_of(module), module.config
+    positions = _array(base.get_submodule(str(family.position_embeddings)).weight)[family.position_offset :][:max_length]
     types = None
     if family.token_type_embeddings:
         types = _array(base.get_submodule(family.token_type_embeddings).weight)
@@ -110,18 +132,32 @@ def read(module: Any, *, max_length: int, pairs: bool) -> Encoder:
                 _norm(part(family.feed_forward_norm)),
             )
         )
+    name = getattr(config, "hidden_act", None) or config.activation
     return Encoder(
-        words=_array(base.get_submodule(family.word_embeddings).weight),
+        words=_array(base.get_submodule(str(family.word_embeddings)).weight),
         positions=positions,
         types=types,
-        embeddings_norm=_norm(base.get_submodule(family.embeddings_norm)),
+        embeddings_norm=_norm(base.get_submodule(str(family.embeddings_norm))),
         projection=projection,
         blocks=blocks,
         activation=ACTIVATIONS[name],
-        head_dense=_linear(module.get_submodule(family.head_dense)) if family.head_dense else None,
-        head_activation=family.head_activation,
-        head_output=_linear(module.get_submodule(family.head_output)),
+        **_head(module, family),
     )
+
+
+def _head(module: Any, family: Any) -> dict[str, Any]:
+    """The fields of an `Encoder` that say what the outputs are made of."""
+    kind = type(module).__name__
+    for end, path, outputs in EVERY_TOKEN:
+        if kind.endswith(end):
+            last = _linear(module.get_submodule(path))
+            return {"head_dense": None, "head_activation": "", "head_output": last, "outputs": outputs, "every_token": True}
+    if not kind.endswith("ForSequenceClassification"):
+        known = ", ".join(end for end, *_ in EVERY_TOKEN)
+        raise InputError(f"{kind} has a head that cannot be exported; those of models ForSequenceClassification, {known} can")
+    dense = _linear(module.get_submodule(family.head_dense)) if family.head_dense else None
+    last = _linear(module.get_submodule(family.head_output))
+    return {"head_dense": dense, "head_activation": family.head_activation, "head_output": last}
 
 
 def fold_betas(encoder: Encoder) -> Encoder:
@@ -162,7 +198,15 @@ def fold_betas(encoder: Encoder) -> Encoder:
     )
 
 
-def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, vocabulary: int = 1000, tokens: int = 512) -> Encoder:
+def draw(
+    hidden: int,
+    head_size: int,
+    blocks: Sequence[tuple[int, int]],
+    *,
+    vocabulary: int = 1000,
+    tokens: int = 512,
+    every_token: bool = False,
+) -> Encoder:
     """Random weights of the given shapes: speed does not depend on their values.
 
     Args:
@@ -171,6 +215,7 @@ def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, voca
         blocks: (heads, neurons) of each.
         vocabulary: rows of the embeddings; a look-up takes the same time in any number of them.
         tokens: longest text.
+        every_token: under a head that reads every token.
     """
     rng = np.random.default_rng(0)
 
@@ -202,9 +247,10 @@ def draw(hidden: int, head_size: int, blocks: Sequence[tuple[int, int]], *, voca
             for heads, neurons in blocks
         ],
         activation="gelu",
-        head_dense=linear(hidden, hidden),
+        head_dense=None if every_token else linear(hidden, hidden),
         head_activation="tanh",
         head_output=linear(hidden, 2),
+        every_token=every_token,
     )
 
 

@@ -1,4 +1,4 @@
-"""Writes an encoder classifier as an ONNX graph of onnxruntime's fused operators.
+"""Writes an encoder and its head as an ONNX graph of onnxruntime's fused operators.
 
 A traced graph spends most of a small model's time between its many little nodes. Here a block is a dozen nodes, and:
 
@@ -7,7 +7,8 @@ A traced graph spends most of a small model's time between its many little nodes
 - 8-bit weights with a scale per output column, activations quantized as they come (one scale per tensor);
 - 8-bit word embeddings with a scale per row, turned back after the look-up;
 - a classifier reads the first token only. So in the last block that attends the keys and values are those of all tokens, but
-  the query, and everything after it, is computed for the first token alone. That is exact, not an approximation.
+  the query, and everything after it, is computed for the first token alone. That is exact, not an approximation. Heads for tags
+  and for spans read every token, and so does everything before them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ FUSED = "com.microsoft"
 
 
 def write(encoder: Encoder, *, precision: str, pairs: bool = False) -> onnx.ModelProto:
-    """The graph: `input_ids`, `attention_mask` (and `token_type_ids`), (batch, tokens) int64 -> `logits`, (batch, classes).
+    """The graph: `input_ids`, `attention_mask` (and `token_type_ids`), (batch, tokens) int64 -> the encoder's `outputs`.
 
     Args:
         encoder: weights and shapes.
@@ -50,22 +51,23 @@ class _Writer:
 
     def model(self) -> onnx.ModelProto:
         blocks = self.encoder.blocks
+        every = self.encoder.every_token
         last = max((i for i, block in enumerate(blocks) if block.heads), default=-1)
         x = self.embeddings()
         if last >= 0:
             self.node("Cast", ["attention_mask"], "mask", to=TensorProto.INT32)
-        else:
+        elif not every:
             x = self.first_token(x)
         for number, block in enumerate(blocks):
-            x = self.attention(x, block, f"block{number}.attention", last=number == last)
+            x = self.attention(x, block, f"block{number}.attention", last=number == last and not every)
             x = self.feed_forward(x, block, f"block{number}.feed_forward")
-        self.head(x)
+        results = self.head_of_every(x) if every else self.head(x)
         shape = ["batch", "tokens"]
         graph = helper.make_graph(
             self.nodes,
             "multum",
             [helper.make_tensor_value_info(name, TensorProto.INT64, shape) for name in self.inputs],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", len(self.encoder.head_output.bias)])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes) for name, sizes in results.items()],
             list(self.constants.values()),
         )
         opsets = [helper.make_opsetid("", 20), helper.make_opsetid(FUSED, 1)]
@@ -132,13 +134,29 @@ class _Writer:
         up = self.activation(x, block.up, self.encoder.activation, name)
         return self.linear_add_norm(up, block.down, x, block.feed_forward_norm, name)
 
-    def head(self, x: str) -> None:
+    def head(self, x: str) -> dict[str, list[Any]]:
+        """Of the first token. Returns the names and sizes of what comes out."""
         e = self.encoder
         x = self.node("Squeeze", [x, self.constant("one", np.array([1]))], "first")
         if e.head_dense:
             x = self.activation(x, e.head_dense, e.head_activation, "pooled")
         weight, bias = self.constant("head.weight", e.head_output.weight), self.constant("head.bias", e.head_output.bias)
         self.node("Gemm", [x, weight, bias], "logits")
+        return {"logits": ["batch", len(e.head_output.bias)]}
+
+    def head_of_every(self, x: str) -> dict[str, list[Any]]:
+        """Of every token: all columns together, or each by itself."""
+        last, names = self.encoder.head_output, self.encoder.outputs
+        product = self.node("MatMul", [x, self.constant("head.weight", last.weight)], "head.product")
+        logits = self.node("Add", [product, self.constant("head.bias", last.bias)], "logits" if len(names) == 1 else "head.sum")
+        if len(names) == 1:
+            return {logits: ["batch", "tokens", len(last.bias)]}
+        columns = [f"{name}.column" for name in names]
+        sizes = self.constant("head.sizes", np.ones(len(names), np.int64))
+        self.nodes.append(helper.make_node("Split", [logits, sizes], columns, axis=-1))
+        for name, column in zip(names, columns, strict=True):
+            self.node("Squeeze", [column, self.constant("last.axis", np.array([-1]))], name)
+        return {name: ["batch", "tokens"] for name in names}
 
     # -- operators -----------------------------------------------------------------------------------------------------------
 

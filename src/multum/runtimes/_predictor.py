@@ -12,12 +12,13 @@ from tokenizers import Tokenizer
 
 from ..core.folders import read_json, write_json
 from ..core.latency import interleave
-from ..core.reading import Texts
+from ..core.reading import reader_for
 from ._folder import MANIFEST, TOKENIZER, read_manifest
 
 Text = str | tuple[str, str]
 Run = Callable[[dict[str, np.ndarray]], np.ndarray]
-"""One batch of padded token columns, (batch, tokens) int64 each -> logits, (batch, classes)."""
+"""One batch of padded token columns, (batch, tokens) int64 each -> logits, (batch, classes); of a head that reads every token
+(batch, tokens, classes), and where it has several outputs these are the classes."""
 TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
 """Texts and rounds with which the number of threads is chosen; several must take less than this share of one's time."""
 
@@ -36,7 +37,7 @@ class GraphPredictor:
     def __init__(
         self, folder: Path, manifest: Mapping[str, Any], load: Callable[[int], Run], files: Sequence[Path], threads: int
     ) -> None:
-        self.reader = Texts()
+        self.reader: Any = reader_for(manifest.get("config") or {}, str(folder))
         self.labels: list[str] = list(manifest["labels"])
         self.runtime: str = manifest["runtime"]
         self.precision: str = manifest["precision"]
@@ -51,6 +52,10 @@ class GraphPredictor:
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length)
         self._ones = np.ones((1, self.max_length), dtype=np.int64)
+
+    def items(self, inputs: Sequence[Any]) -> list[np.ndarray]:
+        """The outputs for every row that the inputs are read in, as `_parity.as_items` has them."""
+        return list(self.predict(inputs)[:, None])
 
     def tokenize(self, inputs: Sequence[Text]) -> int:
         """Tokenize and count the tokens; there to be timed apart."""
@@ -73,7 +78,7 @@ class GraphPredictor:
             return self._run_one(columns)
         if not inputs:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        run = self._run_many = self._run_many or self._load(self._all_threads)
+        run = self._many()
         encodings = self._tokenizer.encode_batch(list(inputs))
         order = sorted(range(len(encodings)), key=lambda i: len(encodings[i].ids))
         result = np.empty((len(encodings), len(self.labels)), dtype=np.float32)
@@ -81,6 +86,11 @@ class GraphPredictor:
             chosen = order[start : start + batch_size]
             result[chosen] = run(self._pad_batch([encodings[i] for i in chosen]))
         return result
+
+    def _many(self) -> Run:
+        """What runs batches."""
+        self._run_many = self._run_many or self._load(self._all_threads)
+        return self._run_many
 
     def _encode(self, text: Text) -> Any:
         return self._tokenizer.encode(*text) if isinstance(text, tuple) else self._tokenizer.encode(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from ..errors import InputError
 from ._folder import export_folder, prove, read_manifest
-from ._predictor import GraphPredictor, Run, Text, choose_threads, cores
+from ._predictor import GraphPredictor, Run, choose_threads, cores
+from ._rows import open_graph
 
 if TYPE_CHECKING:
+    import onnx
+
+    from ..core.latency import Blocks, Timer
     from ..core.model import Model
 
 PRECISIONS = ("fp32", "int8")
@@ -39,35 +43,36 @@ def export(
     folder: Path,
     *,
     precision: str,
-    inputs: Sequence[Text],
+    inputs: Sequence[Any],
     max_length: int,
     pairs: bool,
+    calibration: Sequence[Mapping[str, Any]] = (),
     task: str = "text-classification",
-    **_: Any,
 ) -> dict[str, Any]:
     """Write an export folder.
 
     Args:
-        model: a sequence classifier of a known family.
+        model: for sequence classification, token classification or question answering. Its graph is written directly where the
+            families table says how, else traced.
         folder: replaced if it exists; whole or not at all.
         precision: one of `PRECISIONS`.
         inputs: real inputs on which the export must answer as torch does.
         max_length: tokens after which a text is cut.
         pairs: inputs are pairs of texts.
+        calibration: padded batches; what is traced is traced with two rows of them.
+        task: by name, for `measure`.
 
     Returns:
         How far the answers agree.
 
     Raises:
-        InputError: unknown precision or architecture.
+        MissingExtra: onnxscript is not installed, and the model has to be traced.
+        InputError: unknown precision, or a model that cannot be exported.
         ParityError: the answers differ.
     """
-    from . import _encoder, _encoder_graph
-
     if precision not in PRECISIONS:
         raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
-    encoder = _encoder.fold_betas(_encoder.read(model.module, max_length=max_length, pairs=pairs))
-    graph = _encoder_graph.write(encoder, precision=precision, pairs=pairs)
+    graph = _graph(model, precision, max_length, pairs=pairs, calibration=calibration)
     manifest = {
         "runtime": "onnxruntime",
         "precision": precision,
@@ -75,12 +80,25 @@ def export(
         "max_length": max_length,
         "pairs": pairs,
         "inputs": [value.name for value in graph.graph.input],
+        "outputs": [value.name for value in graph.graph.output],
     }
     with export_folder(model, folder, manifest) as work:
         (work / GRAPH).write_bytes(_serialized(graph))
-        proof = prove(model, work, open(work).predict, inputs)
+        proof = prove(model, work, open(work), inputs)
         choose_threads(work, open, inputs)
         return proof
+
+
+def _graph(
+    model: Model, precision: str, max_length: int, *, pairs: bool, calibration: Sequence[Mapping[str, Any]]
+) -> onnx.ModelProto:
+    from . import _encoder, _encoder_graph, _traced
+
+    if _encoder.obstacle(model.module):
+        traced: onnx.ModelProto = _traced.to_onnx(model, _traced.two_rows(calibration), max_length, int8=precision == "int8")
+        return traced
+    encoder = _encoder.fold_betas(_encoder.read(model.module, max_length=max_length, pairs=pairs))
+    return _encoder_graph.write(encoder, precision=precision, pairs=pairs)
 
 
 def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
@@ -94,14 +112,17 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
         InputError: damaged.
     """
     folder = Path(folder)
-    names = ["logits"]
+    manifest = read_manifest(folder)
+    names = list(manifest.get("outputs") or ["logits"])
 
     def load(threads: int) -> Run:
         session = _session(folder / GRAPH, threads)
-        return lambda columns: np.asarray(session.run(names, columns)[0])
+        if len(names) == 1:
+            return lambda columns: np.asarray(session.run(names, columns)[0])
+        return lambda columns: np.stack(session.run(names, columns), axis=-1)
 
     files = [folder / name for name in (GRAPH, "tokenizer.json", "runtime.json")]
-    return GraphPredictor(folder, read_manifest(folder), load, files, threads or cores())
+    return open_graph(folder, manifest, load, files, threads or cores())
 
 
 def probe(
@@ -112,11 +133,12 @@ def probe(
     precision: str,
     lengths: Sequence[int],
     threads: int | None = None,
+    every_token: bool = False,
 ) -> Callable[[], float]:
     """A timer of a random model with these blocks: milliseconds of one pass at batch 1, averaged over the text lengths."""
     from . import _encoder, _encoder_graph
 
-    encoder = _encoder.draw(hidden, head_size, blocks, tokens=max(lengths))
+    encoder = _encoder.draw(hidden, head_size, blocks, tokens=max(lengths), every_token=every_token)
     # Many of these are timed in turns: threads that go on spinning after a pass would slow down the next one's.
     session = _session(_encoder_graph.write(encoder, precision=precision).SerializeToString(), threads or cores(), quiet=True)
     ids = [np.ones((1, length), dtype=np.int64) for length in lengths]
@@ -128,6 +150,32 @@ def probe(
         return 1e3 * (time.perf_counter() - started) / len(ids)
 
     return once
+
+
+def stacks(
+    model: Model, *, precision: str, lengths: Sequence[int], threads: int | None = None
+) -> tuple[Callable[[Blocks], Timer], bool]:
+    """What a latency table for this model is measured with: a maker of timers of blocks, and whether all work on every token.
+
+    Traced graphs compute every token whatever the head reads. Their blocks are stood in for by written ones, with half as many
+    neurons again where a gate adds a third matrix to the two of the feed-forward.
+    """
+    from ..core.families import family_of
+    from ..core.profile import reads_every_token
+    from ..core.surgery import head_width
+    from . import _encoder
+
+    module: Any = model.module
+    traced = _encoder.obstacle(module) is not None
+    every_token = traced or reads_every_token(module)
+    matrices = 3 if family_of(module).gate else 2
+    hidden, width = module.config.hidden_size, head_width(module)
+
+    def timer(blocks: Blocks) -> Timer:
+        wide = [(heads, neurons * matrices // 2) for heads, neurons in blocks]
+        return probe(hidden, width, wide, precision=precision, lengths=lengths, threads=threads, every_token=every_token)
+
+    return timer, every_token
 
 
 def _serialized(graph: Any) -> bytes:

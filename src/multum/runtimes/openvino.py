@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +11,9 @@ import numpy as np
 
 from ..errors import InputError, MissingExtra
 from ._folder import export_folder, prove, read_manifest
-from ._predictor import GraphPredictor, Run, Text, choose_threads, cores
+from ._predictor import GraphPredictor, Run, choose_threads, cores
+from ._rows import open_graph
+from ._traced import following, open_shapes, quiet, two_rows
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -37,7 +35,7 @@ def export(
     folder: Path,
     *,
     precision: str,
-    inputs: Sequence[Text],
+    inputs: Sequence[Any],
     calibration: Sequence[Mapping[str, Any]],
     max_length: int,
     pairs: bool,
@@ -46,20 +44,21 @@ def export(
     """Write an export folder.
 
     Args:
-        model: a sequence classifier.
+        model: for sequence classification, token classification or question answering.
         folder: replaced if it exists; whole or not at all.
         precision: one of `PRECISIONS`.
         inputs: real inputs on which the export must answer as torch does.
         calibration: padded batches from which int8 takes the ranges of activations.
         max_length: tokens after which a text is cut.
         pairs: inputs are pairs of texts.
+        task: by name, for `measure`.
 
     Returns:
         How far the answers agree.
 
     Raises:
         MissingExtra: OpenVINO or NNCF is not installed.
-        InputError: unknown precision.
+        InputError: unknown precision, or an operator that the exporter does not know.
         ParityError: the answers differ.
     """
     if unavailable():
@@ -68,7 +67,7 @@ def export(
         raise InputError(f"openvino has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
     import openvino
 
-    with _quiet():
+    with quiet():
         graph = _convert(model, calibration, quantize=precision == "int8", max_length=max_length)
     manifest = {
         "runtime": "openvino",
@@ -77,10 +76,11 @@ def export(
         "max_length": max_length,
         "pairs": pairs,
         "inputs": [port.get_any_name() for port in graph.inputs],
+        "outputs": [port.get_any_name() for port in graph.outputs],
     }
     with export_folder(model, folder, manifest) as work:
         openvino.save_model(graph, work / GRAPH, compress_to_fp16=False)
-        proof = prove(model, work, open(work).predict, inputs)
+        proof = prove(model, work, open(work), inputs)
         choose_threads(work, open, inputs)
         return proof
 
@@ -102,6 +102,7 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
 
     folder = Path(folder)
     manifest = read_manifest(folder)
+    outputs = range(len(manifest.get("outputs") or ["logits"]))
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if manifest["precision"] == "fp32":
         options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16 where the processor has it, which is not what fp32 says
@@ -117,23 +118,25 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
             request.infer(columns, share_inputs=True)
             return np.array(request.get_output_tensor(0).data, dtype=np.float32)
 
-        return run
+        def run_several(columns: dict[str, np.ndarray]) -> np.ndarray:
+            request.infer(columns, share_inputs=True)
+            return np.stack([np.array(request.get_output_tensor(i).data, dtype=np.float32) for i in outputs], axis=-1)
+
+        return run if len(outputs) == 1 else run_several
 
     files = [folder / name for name in (GRAPH, WEIGHTS, "tokenizer.json", "runtime.json")]
-    return GraphPredictor(folder, manifest, load, files, threads or cores())
+    return open_graph(folder, manifest, load, files, threads or cores())
 
 
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
-    import torch
+    import openvino.frontend
     import transformers.exporters
     from transformers.exporters import exporter_openvino
 
     library: Any = transformers.exporters
 
-    # Two texts of different length: what a dimension of size 1 would be taken for is a constant.
-    example = {name: value[:2].repeat(2, 1)[:2] for name, value in calibration[-1].items()}
-    dims = {0: torch.export.Dim("batch", min=1, max=4096), 1: torch.export.Dim("tokens", min=2, max=max_length)}
-    options: dict[str, Any] = {"dynamic_shapes": dict.fromkeys(example, dims)}
+    example = two_rows(calibration)
+    options: dict[str, Any] = {"dynamic_shapes": open_shapes(example, max_length)}
     if quantize:
         texts = [
             {name: value[row : row + 1] for name, value in batch.items()}
@@ -141,19 +144,9 @@ def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize
             for row in range(len(batch["input_ids"]))
         ]
         options["quantizer"] = library.NNCFOpenVINOQuantizer(calibration_dataset=texts)
-    # The exporter patches the module it is given.
     exporter: Any = exporter_openvino
-    return exporter.OpenVINOExporter().export(model.copy().module, example, config=exporter.OpenVINOConfig(**options)).program
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Tracing and quantizing talk a lot: about their own deprecations, and to the terminal."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    failures = tuple(
+        value for value in vars(openvino.frontend).values() if isinstance(value, type) and issubclass(value, Exception)
+    )
+    with following(model, "openvino", failures) as traced:
+        return exporter.OpenVINOExporter().export(traced, example, config=exporter.OpenVINOConfig(**options)).program

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.reading import reader_of, together, token_limit
 from ..errors import InputError
-from ._folder import takes
+from ._parity import COLUMNS, takes
 from ._predictor import cores
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ PRECISIONS = ("fp32",)
 EXTRA: str | None = None
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
 GENERATION_FILES = ("generation_config.json", "source.spm", "target.spm", "spiece.model", "sentencepiece.bpe.model")
-INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def unavailable() -> str | None:
@@ -84,7 +83,7 @@ class TorchPredictor:
             found: list[np.ndarray] = self.reader.run(self.module, self.tokenizer, inputs, batch_size=batch_size)
             return found
         encoded = self.reader.encode(self.tokenizer, inputs, self.max_length, "pt")
-        batch = takes(self.module, {name: encoded[name] for name in INPUTS if name in encoded})
+        batch = takes(self.module, {name: encoded[name] for name in COLUMNS if name in encoded})
         rows = len(batch["input_ids"])
         parts = []
         for start in range(0, rows, batch_size):  # an input may have several rows

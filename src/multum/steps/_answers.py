@@ -20,13 +20,26 @@ from torch import nn
 from ..core.model import Model
 from ..core.sparse_logits import Thinning, cached_sparse_logits
 from ..core.task import Task
+from ..core.teacher import cached_logits, cached_token_outputs
 from ..core.training import Precision
 from ..errors import InputError
-from ._outputs import IGNORED, LANGUAGE_MODELS, Kind, items, kind_of, output_loss
+from ._divergences import Divergence, forward_kl
+from ._outputs import IGNORED, LANGUAGE_MODELS, PER_EXAMPLE, Kind, items, kind_of, output_loss
+
+Answers = Callable[[torch.Tensor, int], Any]
+"""Numbers of rows (batch,) and the tokens they are padded to -> what the teacher answers, as `output_loss` takes it."""
 
 
 def answer_loss(
-    task: Task, module: nn.Module, outputs: Any, theirs: Any, batch: Mapping[str, torch.Tensor], *, alpha: float, temperature: float
+    task: Task,
+    module: nn.Module,
+    outputs: Any,
+    theirs: Any,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    alpha: float,
+    temperature: float,
+    divergence: Divergence = forward_kl,
 ) -> torch.Tensor:
     """α L_KD + (1 - α) L_task.
 
@@ -38,10 +51,11 @@ def answer_loss(
         batch: what the student was given, and `labels`: negative or nan where there is none.
         alpha: weight of the teacher.
         temperature: T.
+        divergence: in the place of KL.
     """
     labels = batch["labels"]
     kind = kind_of(module, labels)
-    total = alpha * output_loss(kind, outputs, theirs, batch, temperature)
+    total = alpha * output_loss(kind, outputs, theirs, batch, temperature, divergence)
     known = ~labels.isnan() if labels.is_floating_point() else labels >= 0
     if kind in ("token_labels", *LANGUAGE_MODELS):
         told = items(kind, {**batch, "labels": labels.masked_fill(~known, IGNORED)})
@@ -53,18 +67,54 @@ def answer_loss(
     return total
 
 
-def drawn_answers(
+def kept_answers(
     kind: Kind,
     teacher: Model,
     ours: list[Any],
     theirs: list[Any],
     folder: Path,
     precision: Precision,
-    seed: int,
+    how: Thinning,
     *,
     step: str,
-) -> Callable[..., Any]:
-    """What a language model says of the tokens that count in rows (batch,): tokens drawn from it, kept in `folder`.
+) -> Answers:
+    """What a teacher says of rows, whatever its outputs are; computed once and kept in `folder`. Arguments as `sparse_answers`.
+
+    Raises:
+        InputError: answers are compared token by token, and student and teacher read the texts in different tokens.
+    """
+    if kind in PER_EXAMPLE:
+        logits = torch.from_numpy(cached_logits(teacher, theirs, folder, precision=precision).copy())
+        return lambda index, _: SimpleNamespace(logits=logits[index.cpu()].to(index.device))
+    if [len(row["input_ids"]) for row in ours] != [len(row["input_ids"]) for row in theirs]:
+        raise InputError(
+            f"{step}: answers are compared token by token, but student and teacher read the texts in different tokens; take a "
+            "teacher with the student's tokenizer"
+        )
+    if kind in LANGUAGE_MODELS:
+        return sparse_answers(kind, teacher, ours, theirs, folder, precision, how, step=step)
+    names = ("start_logits", "end_logits") if kind == "question_answering" else ("logits",)
+    return cached_token_outputs(teacher, theirs, folder, names, precision=precision).batch
+
+
+def same_tokens(kind: Kind, ours: list[Any], theirs: list[Any]) -> bool:
+    """Whether two language models read, and write, these rows in the same ids."""
+    names = ("input_ids", "labels") if kind == "seq2seq" else ("input_ids",)
+    return all(mine[name] == other[name] for mine, other in zip(ours, theirs, strict=True) for name in names)
+
+
+def sparse_answers(
+    kind: Kind,
+    teacher: Model,
+    ours: list[Any],
+    theirs: list[Any],
+    folder: Path,
+    precision: Precision,
+    how: Thinning,
+    *,
+    step: str,
+) -> Answers:
+    """What a language model says of the tokens that count in rows, thinned out and kept in `folder`.
 
     Args:
         kind: what its outputs are.
@@ -73,26 +123,20 @@ def drawn_answers(
         theirs: the same as the teacher does.
         folder: made if missing.
         precision: that the teacher computes with.
-        seed: of the draws.
+        how: what is kept.
         step: who asks.
-
-    Returns:
-        (index (batch,), tokens of the padded batch) -> outputs whose `logits` are sparse.
 
     Raises:
         InputError: student and teacher read or write the texts in different tokens.
     """
-    read = ("input_ids", "labels") if kind == "seq2seq" else ("input_ids",)
-    if any(mine[name] != other[name] for mine, other in zip(ours, theirs, strict=True) for name in read):
+    if not same_tokens(kind, ours, theirs):
         raise InputError(
             f"{step}: student and teacher read the texts in different tokens; take a teacher with the student's tokenizer"
         )
     tensors = [{name: torch.as_tensor(values)[None] for name, values in row.items()} for row in theirs]
     places = [items(kind, row)[0].nonzero()[:, 0].tolist() for row in tensors]
     vocabulary = len(teacher.tokenizer)
-    kept = cached_sparse_logits(
-        teacher, theirs, places, folder, vocabulary=vocabulary, how=Thinning(seed=seed), precision=precision
-    )
+    kept = cached_sparse_logits(teacher, theirs, places, folder, vocabulary=vocabulary, how=how, precision=precision)
 
     def said(index: torch.Tensor, _: int) -> SimpleNamespace:
         rows = index.cpu().numpy()

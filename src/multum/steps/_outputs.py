@@ -15,8 +15,7 @@ temperature T. Another of the `_divergences` may take KL's place. Where only a s
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -25,9 +24,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.auto import modeling_auto as auto
 
+from ..core.padding import real_tokens
 from ..core.sparse_logits import SparseLogits
 from ..errors import InputError
-from ._divergences import Divergence, forward_kl
+from ._divergences import Divergence, forward_kl, uld
 
 Kind = Literal[
     "single_label", "multi_label", "regression", "token_labels", "masked_lm", "causal_lm", "seq2seq", "question_answering"
@@ -103,6 +103,13 @@ def sparse_cross_entropy(student: torch.Tensor, teacher: SparseLogits) -> torch.
     return -(teacher.weights * log_q.gather(-1, teacher.ids)).sum(-1)
 
 
+def aligned(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k-th place of a text that counts for a student, with the k-th that does for a teacher of another tokenizer, for as
+    many as both have (ULD, section 3.2): boolean, (batch, tokens) and (batch, other tokens) -> the same, as many in each text."""
+    counts = torch.minimum(ours.sum(1), theirs.sum(1))[:, None]
+    return ours & (ours.cumsum(1) <= counts), theirs & (theirs.cumsum(1) <= counts)
+
+
 def span_loss(
     student: Any, teacher: Any, real: torch.Tensor, temperature: float, divergence: Divergence = forward_kl
 ) -> torch.Tensor:
@@ -134,7 +141,7 @@ def items(kind: Kind, batch: Mapping[str, Any]) -> torch.Tensor:
         first = next(value for value in batch.values() if isinstance(value, torch.Tensor))
         return torch.ones(len(first), dtype=torch.bool, device=first.device)
     labels = batch.get("labels")
-    counts = labels != IGNORED if labels is not None else _real(batch)
+    counts = labels != IGNORED if labels is not None else real_tokens(batch).bool()
     return counts[:, 1:] if kind == "causal_lm" else counts
 
 
@@ -152,7 +159,8 @@ def output_loss(
         kind: what the outputs are, see `kind_of`.
         student: outputs with `logits`, or with `start_logits` and `end_logits`.
         teacher: the same, no gradient; of language models the vocabularies may be padded to different sizes, or `logits` are
-            `SparseLogits` of the `items` of the batch, in their order.
+            `SparseLogits` of the `items` of the batch, in their order, or there are `counts`: the `items` of the texts in tokens
+            of its own, which takes `uld`.
         batch: what the student was given.
         temperature: T; a regression has none, and sparse logits are those of T = 1.
         divergence: in the place of KL; a regression has none, and sparse logits know KL(p ‖ q) alone.
@@ -161,7 +169,7 @@ def output_loss(
         A scalar, at least 0, the mean over the `items` of the batch.
     """
     if kind == "question_answering":
-        return span_loss(student, teacher, _real(batch), temperature, divergence)
+        return span_loss(student, teacher, real_tokens(batch).bool(), temperature, divergence)
     ours, theirs = student.logits, teacher.logits
     if kind == "single_label":
         return distillation_loss(ours, theirs, temperature, divergence)
@@ -172,6 +180,9 @@ def output_loss(
     counts, last = items(kind, batch), -1 if kind == "causal_lm" else None
     if isinstance(theirs, SparseLogits):
         return _mean(sparse_cross_entropy(ours[:, :last][counts], theirs))
+    if divergence is uld:
+        here, there = aligned(counts, getattr(teacher, "counts", counts))
+        return _mean(softened_kl(ours[:, :last][here], theirs[:, :last][there], temperature, uld))
     if kind in LANGUAGE_MODELS:
         ours, theirs = common_vocabulary(ours, theirs)
     return token_loss(ours[:, :last], theirs[:, :last], counts, temperature, divergence)
@@ -252,38 +263,6 @@ def _heads() -> dict[Kind, frozenset[str]]:
     }
 
 
-def teacher_columns(student: Any, teacher: Any) -> list[int] | None:
-    """Which of the teacher's outputs belongs to each of the student's, by the names of the classes; None: all in their places.
-
-    Names that transformers made up (`LABEL_0`) say nothing: such a model's classes are taken to be in the other one's order.
-
-    Args:
-        student: its config.
-        teacher: its config.
-
-    Raises:
-        InputError: they do not have the same classes.
-    """
-    ours, theirs = (_label_names(config) for config in (student, teacher))
-    same = len(ours) == len(theirs)
-    if same and (_made_up(ours) or _made_up(theirs)):
-        return None
-    if not same or set(ours) != set(theirs):
-        raise InputError(
-            f"student and teacher have different classes: the student {', '.join(ours)}; the teacher {', '.join(theirs)}; give the "
-            "student the teacher's num_labels, id2label and label2id, or take a teacher of the same task"
-        )
-    return None if ours == theirs else [theirs.index(name) for name in ours]
-
-
-def _label_names(config: Any) -> list[str]:
-    return [str(config.id2label[number]).casefold() for number in range(config.num_labels)]
-
-
-def _made_up(names: Sequence[str]) -> bool:
-    return all(re.fullmatch(r"label_\d+", name) for name in names)
-
-
 def _precise(values: torch.Tensor) -> torch.Tensor:
     """Half precision is too coarse for differences of logarithms."""
     return values if values.dtype == torch.float64 else values.float()
@@ -292,8 +271,3 @@ def _precise(values: torch.Tensor) -> torch.Tensor:
 def _mean(values: torch.Tensor) -> torch.Tensor:
     """0 of nothing."""
     return values.sum() / max(values.numel(), 1)
-
-
-def _real(batch: Mapping[str, Any]) -> torch.Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()

@@ -7,16 +7,15 @@ z_t, z_s are the logits of teacher and student, (examples, classes); T is the te
 first term by z_s is α T (q - p): T² keeps its size about the same whatever the temperature. KL is summed over the classes and
 averaged over the examples. Texts without a label (the task's unlabelled ones, variants) take part in the first term only. Where
 outputs are several labels, a number, a tag for every word or a span, `_outputs` has what takes the place of KL, and the task what
-takes that of CE. Of a language model, whose p is as wide as its vocabulary, 50 tokens drawn from p are kept for every token that
-counts, and T is 1 whatever is asked for (`core/sparse_logits`).
+takes that of CE. Of a language model, causal or masked, whose p is as wide as its vocabulary, 50 tokens drawn from p are kept for
+every token that counts, or the most probable ones, and T is 1 whatever is asked for (`core/sparse_logits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,14 +23,15 @@ from torch import nn
 
 from ..core.augment import transfer_texts
 from ..core.model import Model
+from ..core.sparse_logits import thinning_of, thinning_problems
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
 from ..core.task import Task
-from ..core.teacher import cache_folder, cached_logits, cached_token_outputs
-from ..core.training import Precision, fit, training_problems
+from ..core.teacher import cache_folder
+from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
-from ._answers import answer_loss, drawn_answers
-from ._outputs import LANGUAGE_MODELS, PER_EXAMPLE, Kind, kind_of
+from ._answers import answer_loss, kept_answers
+from ._outputs import LANGUAGE_MODELS, kind_of
 
 EXAMPLE = '--student "{layers: 3}"'
 
@@ -50,6 +50,9 @@ class Distill(Step):
     """T: above 1 the teacher's smaller probabilities count for more. Always 1 for language models."""
     alpha: float = 0.9
     """α: weight of the teacher against the labels; 1 uses no labels at all."""
+    sparse_logits: dict[str, int] | None = None
+    """What is kept of a language model's answers: `{sample: 50}`, so many draws, unbiased, as if nothing is said; or `{top_k: 50}`,
+    the most probable tokens, biased."""
     augment: int = 0
     """Variants made of every text, for the teacher to label; 0 for none. The task's unlabelled texts are always among the texts."""
     augment_model: str | None = None
@@ -68,6 +71,13 @@ class Distill(Step):
     """Keep the student's dropout on. Soft targets regularise by themselves, and dropout costs a fifth of a step's time."""
     precision: Precision = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    checkpointing: bool = False
+    """Compute the blocks again on the way back, which saves memory and takes a third more time."""
+    lora: dict[str, Any] | None = None
+    """Train low-rank adapters in the place of the matrices and merge them: `{rank: 16, alpha: 32, targets: [query, value]}`, each
+    of which may be left out."""
     seed: int = 0
     """Seeds the variants, a new student's weights, the order of the examples and the dropout."""
     cache: str | None = None
@@ -75,6 +85,7 @@ class Distill(Step):
 
     def check(self) -> list[str]:
         problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
+        problems += memory_problems(self.batch_size, self.accumulate, self.lora)
         if not self.temperature > 0:
             problems.append(f"temperature must be above 0 (got {self.temperature})")
         if not 0 <= self.alpha <= 1:
@@ -83,6 +94,7 @@ class Distill(Step):
             problems.append(f"augment cannot be negative (got {self.augment})")
         if self.augment_model is not None and self.augment == 0:
             problems.append("augment_model makes variants, but augment asks for none; say how many, for example augment: 4")
+        problems += thinning_problems(self.sparse_logits)
         if self.teacher is None and self.student is None:
             problems.append("it takes a teacher (folder or Hub id of a trained model), or a student that the model itself teaches")
         return [*problems, *(student_problems(self.student) if self.student is not None else [])]
@@ -91,15 +103,21 @@ class Distill(Step):
         teacher = task.load(self.teacher) if self.teacher else replace(model)
         if not task.is_trained(teacher):
             raise InputError(f"distill: the teacher {self.teacher or model.source} has an untrained head; fine-tune it first")
+        teacher.module.eval()
         notes: dict[str, Any] = {}
         if self.student is not None:
             student, notes = make_student(model, self.student, task, seed=self.seed)
             turn_into(model, student)
         kind = kind_of(model.module)
+        if self.sparse_logits and kind not in LANGUAGE_MODELS:
+            raise InputError(
+                f"distill: sparse_logits thins out the answers of language models, and {task.name} has none; leave it out"
+            )
         folder = Path(self.cache) if self.cache else cache_folder()
         variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
         ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, variants)] for each in (model, teacher))
-        said = self._answers(kind, teacher, ours, theirs, folder)
+        how = replace(thinning_of(self.sparse_logits), seed=self.seed)
+        said = kept_answers(kind, teacher, ours, theirs, folder, self.precision, how, step=self.name)
         rows = [{**row, "index": index} for index, row in enumerate(ours)]
 
         def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -119,22 +137,10 @@ class Distill(Step):
             warmup=self.warmup,
             dropout=self.dropout,
             precision=self.precision,
+            accumulate=self.accumulate,
+            checkpointing=self.checkpointing,
+            lora=self.lora,
             seed=self.seed,
         )
         model.new_weights = ()
         return {"training": result, "teacher_outputs": len(rows), "teacher_fingerprint": teacher.fingerprint(), **notes}
-
-    def _answers(self, kind: Kind, teacher: Model, ours: list[Any], theirs: list[Any], folder: Path) -> Callable[..., Any]:
-        """What the teacher says of rows (batch,) padded to so many tokens; kept in `folder`."""
-        if kind in PER_EXAMPLE:
-            logits = torch.from_numpy(cached_logits(teacher, theirs, folder, precision=self.precision).copy())
-            return lambda index, _: SimpleNamespace(logits=logits[index.cpu()].to(index.device))
-        if [len(row["input_ids"]) for row in ours] != [len(row["input_ids"]) for row in theirs]:
-            raise InputError(
-                "distill: answers are compared token by token, but student and teacher read the texts in different tokens; take a "
-                "teacher with the student's tokenizer"
-            )
-        if kind in LANGUAGE_MODELS:
-            return drawn_answers(kind, teacher, ours, theirs, folder, self.precision, self.seed, step=self.name)
-        names = ("start_logits", "end_logits") if kind == "question_answering" else ("logits",)
-        return cached_token_outputs(teacher, theirs, folder, names, precision=self.precision).batch

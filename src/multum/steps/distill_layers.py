@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -23,17 +22,18 @@ from torch import nn
 from ..core.augment import transfer_texts
 from ..core.capture import Captured, capture, shape_of
 from ..core.model import Model
+from ..core.sparse_logits import Thinning
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
 from ..core.task import Task
-from ..core.teacher import cache_folder, cached_logits, model_inputs
+from ..core.teacher import answering, cache_folder, model_inputs
 from ..core.teacher_states import cached_states
 from ..core.training import FEW_SHAPES, Precision, autocast, fit, on_accelerator, pad, training_problems
 from ..errors import InputError
-from ._answers import answer_loss
+from ._answers import answer_loss, kept_answers
 from ._layer_maps import descent
 from ._layers import LayerLosses, LayerMatcher
-from ._outputs import PER_EXAMPLE, kind_of
+from ._outputs import kind_of
 
 Inside = Callable[[torch.Tensor, int], Captured]
 """Numbers of examples, padded length -> what the teacher does inside on them."""
@@ -84,7 +84,7 @@ class DistillLayers(Step):
     live: bool = False
     """Run the teacher beside the student in every step: slower, but nothing of its inside is kept on disk."""
     temperature: float = 2.0
-    """T: above 1 the teacher's smaller probabilities count for more."""
+    """T: above 1 the teacher's smaller probabilities count for more. Always 1 for language models."""
     alpha: float = 0.9
     """α: weight of the teacher's answers against the labels; 1 uses no labels at all."""
     augment: int = 0
@@ -144,24 +144,25 @@ class DistillLayers(Step):
         if self.student is not None:
             student, made = make_student(model, self.student, task, seed=self.seed)
             turn_into(model, student)
-        if self.logits and kind_of(model.module) not in PER_EXAMPLE:
-            raise InputError(f"distill_layers: {task.name} has no outputs of one width for every example; set logits to 0")
         matcher = self._matcher(replace(model, history=[*model.history, made]), teacher)
         folder = Path(self.cache) if self.cache else cache_folder()
         rows, theirs, left_out = self._rows(model, teacher, task, folder)
         inside, notes = self._inside(teacher, theirs, matcher, folder)
-        targets = torch.from_numpy(cached_logits(teacher, theirs, folder, precision=self.precision).copy()) if self.logits else None
+        kind = kind_of(model.module) if self.logits else None
+        how = Thinning(seed=self.seed)
+        said = kept_answers(kind, teacher, rows, theirs, folder, self.precision, how, step=self.name) if kind else None
 
         def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            labels, index = batch.pop("labels"), batch.pop("index")
+            index = batch.pop("index")
             with capture(module, attention=matcher.attention) as captured:
-                outputs = module(**batch)
+                outputs = module(**{name: value for name, value in batch.items() if name != "labels"})
             mask = batch["attention_mask"]
             total = matcher(captured, inside(index, mask.shape[1]), mask)
-            if targets is not None:
-                share = {"alpha": self.alpha, "temperature": self.temperature}
-                theirs_now = SimpleNamespace(logits=targets[index.cpu()].to(index.device))
-                total = total + self.logits * answer_loss(task, model.module, outputs, theirs_now, {"labels": labels}, **share)
+            if said is not None:
+                answers = said(index, mask.shape[1])
+                total = total + self.logits * answer_loss(
+                    task, model.module, outputs, answers, batch, alpha=self.alpha, temperature=self.temperature
+                )
             elif torch.distributed.is_initialized():  # several processes wait for a gradient of every weight, the head's too
                 total = total + 0.0 * outputs[0].sum()
             return total
@@ -197,8 +198,14 @@ class DistillLayers(Step):
         """The training texts and all others as student and teacher read them, and how many of the others were left out because
         the two read other tokens in them: a vocabulary trimmed to the training texts splits what they do not have."""
         more = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
-        ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, more)] for each in (model, teacher))
-        alike, texts = tokenized_alike(ours, theirs), len(ours) - len(more)
+        given = [list(task.encode(each, "train")) for each in (model, teacher)]
+        ours, theirs = ([*own, *task.encode_texts(each, more)] for own, each in zip(given, (model, teacher), strict=True))
+        if len(ours) != len(theirs):  # texts in several windows
+            raise InputError(
+                f"distill_layers: layers are compared token by token, but the models read the texts in {len(ours)} and "
+                f"{len(theirs)} windows; take a teacher with the student's tokenizer, or use distill"
+            )
+        alike, texts = tokenized_alike(ours, theirs), len(given[0])
         if wrong := [number for number in range(texts) if not alike[number]]:
             lengths = len(ours[wrong[0]]["input_ids"]), len(theirs[wrong[0]]["input_ids"])
             raise InputError(
@@ -215,10 +222,10 @@ class DistillLayers(Step):
             kept = cached_states(teacher, rows, matcher.wanted, folder, precision=self.precision)
             return kept.batch, {"teacher_bytes": kept.values.nbytes}
 
-        @torch.no_grad()
         def run(index: torch.Tensor, tokens: int) -> Captured:
             batch = pad([model_inputs(rows[i]) for i in index.tolist()], teacher.tokenizer.pad_token_id, multiple=FEW_SHAPES)
-            with autocast(self.precision), capture(teacher.module, attention=matcher.attention) as captured:
+            attention = matcher.attention
+            with answering(teacher.module), autocast(self.precision), capture(teacher.module, attention=attention) as captured:
                 teacher.module(**{name: value.to(index.device) for name, value in batch.items()})
             return captured
 

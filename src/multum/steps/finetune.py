@@ -18,7 +18,7 @@ from torch import nn
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
-from ..core.training import Precision, fit, training_problems
+from ..core.training import Precision, fit, memory_problems, training_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,19 @@ class Finetune(Step):
     """Share of all steps over which the learning rate rises from zero."""
     precision: Precision = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    checkpointing: bool = False
+    """Compute the blocks again on the way back, which saves memory and takes a third more time."""
+    lora: dict[str, Any] | None = None
+    """Train low-rank adapters in the place of the matrices and merge them: `{rank: 16, alpha: 32, targets: [query, value]}`, each
+    of which may be left out."""
     seed: int = 0
     """Seeds the order of the examples and the dropout."""
 
     def check(self) -> list[str]:
-        return training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
+        problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
+        return problems + memory_problems(self.batch_size, self.accumulate, self.lora)
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -58,6 +66,9 @@ class Finetune(Step):
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             precision=self.precision,
+            accumulate=self.accumulate,
+            checkpointing=self.checkpointing,
+            lora=self.lora,
             seed=self.seed,
         )
         model.new_weights = ()

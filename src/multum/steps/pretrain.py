@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -30,7 +30,7 @@ from ..core.shapes import without_shapes
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
 from ..core.task import Task
-from ..core.training import Precision, fit, training_problems
+from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
 from ._outputs import kind_of
 
@@ -41,6 +41,8 @@ EXAMPLE = "--text books/ --steps 2000"
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Step):
     """Train a model on plain text to foretell tokens, or to fill in hidden ones."""
+
+    needs_data: ClassVar[bool] = False
 
     text: str
     """A .txt file, or a folder with .txt files in it and below; UTF-8."""
@@ -73,6 +75,10 @@ class Pretrain(Step):
     """Share of all steps over which the learning rate rises from zero."""
     precision: Precision = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    checkpointing: bool = False
+    """Compute the blocks again on the way back, which saves memory and takes a third more time."""
     seed: int = 0
     """Seeds random weights, the order of the documents, the masks and the dropout."""
     checkpoints: str | None = None
@@ -82,6 +88,7 @@ class Pretrain(Step):
 
     def check(self) -> list[str]:
         problems = training_problems(1, self.learning_rate, self.batch_size, self.warmup)
+        problems += memory_problems(self.batch_size, self.accumulate, None)
         problems += [
             f"{name} must be at least {least} (got {value})"
             for name, value, least in (("steps", self.steps, 1), ("save_every", self.save_every, 1), ("shuffle", self.shuffle, 0))
@@ -129,6 +136,8 @@ class Pretrain(Step):
             weight_decay=self.weight_decay,
             warmup=self.warmup,
             precision=self.precision,
+            accumulate=self.accumulate,
+            checkpointing=self.checkpointing,
             seed=self.seed,
             checkpoints=Path(self.checkpoints) if self.checkpoints else None,
             save_every=self.save_every,

@@ -67,6 +67,11 @@ class LanguageTask(EncoderTask):
             **options,
         )
 
+    @classmethod
+    def without_data(cls, *, seed: int = 0, **options: Any) -> Any:
+        """The task without a text, for steps that bring their own."""
+        return cls(texts=dict.fromkeys(SPLITS, ()), seed=seed, **options)
+
     @staticmethod
     def prepare(tables: dict[str, Any], notes: list[str]) -> dict[str, Any]:
         """Texts as they are; messages, a list of `{"role": ..., "content": ...}` or that as JSON, as JSON of one form.

@@ -22,6 +22,7 @@ class TextTask(EncoderTask):
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     head: ClassVar[str] = "ForSequenceClassification"
+    shrinks: ClassVar[bool] = True
     optional_columns: ClassVar[tuple[str, ...]] = ("text_pair",)
     keys: ClassVar[tuple[str, ...]] = ("text", "text_pair")
     """Rows that agree in these are the same example."""

@@ -41,6 +41,7 @@ class QuestionAnswering(EncoderTask):
     name: ClassVar[str] = "question-answering"
     auto_class: ClassVar[str] = Passages.auto_class
     head: ClassVar[str] = "ForQuestionAnswering"
+    shrinks: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     values: ClassVar[tuple[str, ...]] = ("answers",)
     """Columns that are no texts."""

@@ -38,7 +38,6 @@ class TextClassification(TextTask):
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
     stratify: ClassVar[str | None] = "label"
     problem: ClassVar[str] = "single_label_classification"
-    shrinks: ClassVar[bool] = True
 
     @classmethod
     def asked_for(cls, columns: Mapping[str, str]) -> Any:

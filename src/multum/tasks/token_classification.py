@@ -37,6 +37,7 @@ class TokenClassification(EncoderTask):
     name: ClassVar[str] = "token-classification"
     auto_class: ClassVar[str] = Words.auto_class
     head: ClassVar[str] = "ForTokenClassification"
+    shrinks: ClassVar[bool] = True
     columns: ClassVar[tuple[str, ...]] = ("tokens", "tags")
     aliases: ClassVar[Mapping[str, tuple[str, ...]]] = {"tokens": ("words",), "tags": ("ner_tags", "labels")}
     """What these columns are often called as well."""

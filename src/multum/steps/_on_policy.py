@@ -10,26 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ._teaching import answering, real_tokens
-from .steps._outputs import IGNORED
+from ..core.continuations import AS_IT_IS, padding_of, seeded, written_behind
+from ..core.padding import real_tokens
+from ..core.task import IGNORED
 
 ON_POLICY = "on_policy"
 """In a batch: the student wrote it."""
-AS_IT_IS = {
-    "do_sample": True,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-}
-"""Generation that draws from the model's own distribution, whatever the model's generation config prefers."""
 
 
 def some_sampled(student: Any, batches: list[dict[str, Any]], share: float, *seed: int) -> list[dict[str, Any]]:
@@ -44,8 +33,7 @@ def some_sampled(student: Any, batches: list[dict[str, Any]], share: float, *see
     """
     if share == 0:
         return batches
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    with seeded(*seed):
         return [sampled(student, batch) if torch.rand(()) < share else batch for batch in batches]
 
 
@@ -67,7 +55,7 @@ def sampled(student: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _answered(student: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     """With new labels for an encoder-decoder."""
-    written = _written(student, batch["input_ids"], real_tokens(batch), batch["labels"].shape[1], skip=1)
+    written = written_behind(student, batch["input_ids"], real_tokens(batch), batch["labels"].shape[1], skip=1, **AS_IT_IS)
     labels = pad_sequence(written, batch_first=True, padding_value=IGNORED)
     kept = {name: value for name, value in batch.items() if not name.startswith("decoder_")}
     return {**kept, "labels": labels, ON_POLICY: True}
@@ -80,14 +68,14 @@ def _continued(student: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
     room = getattr(student.config, "max_position_embeddings", None) or longest + most
     if (most := min(most, room - longest)) < 1:
         return dict(batch)
-    ids = pad_sequence(prompts, batch_first=True, padding_value=_padding(student), padding_side="left")
+    ids = pad_sequence(prompts, batch_first=True, padding_value=padding_of(student), padding_side="left")
     mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left")
-    written = _written(student, ids, mask, most, skip=longest)
+    written = written_behind(student, ids, mask, most, skip=longest, **AS_IT_IS)
     written = [tokens if count else tokens[:0] for tokens, count in zip(written, following, strict=True)]
     texts = [torch.cat(pair) for pair in zip(prompts, written, strict=True)]
     labels = [torch.cat([torch.full_like(a, IGNORED), b]) for a, b in zip(prompts, written, strict=True)]
     return {
-        "input_ids": pad_sequence(texts, batch_first=True, padding_value=_padding(student)),
+        "input_ids": pad_sequence(texts, batch_first=True, padding_value=padding_of(student)),
         "attention_mask": pad_sequence([torch.ones_like(text) for text in texts], batch_first=True),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
         ON_POLICY: True,
@@ -103,19 +91,3 @@ def _prompts(batch: Mapping[str, Any]) -> tuple[list[torch.Tensor], list[int]]:
         prompts.append(text[:start])
         following.append(len(text) - start)
     return prompts, following
-
-
-def _written(student: Any, ids: torch.Tensor, mask: torch.Tensor, most: int, *, skip: int) -> list[torch.Tensor]:
-    """What the student writes, each text up to its end; the first `skip` tokens are not its own."""
-    ends = student.generation_config.eos_token_id
-    with answering(student):
-        given = {"input_ids": ids.to(student.device), "attention_mask": mask.to(student.device)}
-        texts = student.generate(**given, max_new_tokens=most, pad_token_id=_padding(student), **AS_IT_IS)[:, skip:]
-    over = torch.isin(texts, torch.as_tensor([] if ends is None else ends, dtype=texts.dtype, device=texts.device)).long()
-    return [text[before == 0].to(ids.device) for text, before in zip(texts, over.cumsum(1) - over, strict=True)]
-
-
-def _padding(student: Any) -> int:
-    """What stands where nothing is read."""
-    given = student.generation_config.pad_token_id
-    return student.config.pad_token_id or 0 if given is None else given

@@ -1,0 +1,161 @@
+"""AWQ: factors that are folded in change nothing, with α = 0 it is rounding, and the search does what it says."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import tiny_encoder_decoders
+import tiny_families
+import torch
+
+from multum.core.codes import Packing
+from multum.core.families import stacks_of
+from multum.core.linears import is_linear, shape_of
+from multum.core.model import Model
+from multum.errors import InputError
+from multum.steps._quantization import rounded
+from multum.steps.awq import Awq, fold, places, scales_for, search
+from multum.steps.quantize import Quantize
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FULL = ("llama", "qwen2", "qwen3", "mistral", "gemma", "phi3")
+
+
+def texts(ids: torch.Tensor):
+    class Texts:
+        def calibration(self, model, samples, *, seed=0):
+            return [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids[:samples]]
+
+    return Texts()
+
+
+def every_place(module):
+    for stack in stacks_of(module):
+        for block in stack.blocks:
+            found = places(module, block, stack.family)
+            found += places(module, block, stack.family.cross, cross=True) if stack.family.cross else []
+            yield from ((block, place) for place in found)
+
+
+def drawn(inputs: int, shared: tuple[int, int, int] | None, made: torch.Generator) -> torch.Tensor:
+    s = torch.rand(shared[0], 1, shared[2], generator=made) if shared else torch.rand(inputs, generator=made)
+    return ((s.expand(shared).flatten() if shared else s) + 0.3).double()
+
+
+@torch.no_grad()
+def folded(module) -> int:
+    made, count = torch.Generator().manual_seed(0), 0
+    for block, place in every_place(module):
+        parts = [block.get_submodule(path) for path in place.readers]
+        norm = not place.norm or hasattr(block.get_submodule(place.norm), "weight")
+        if not place.obstacle and norm and all(is_linear(part) for part in parts):
+            before = [part.weight.clone() for part in parts]
+            fold(block, place, drawn(shape_of(parts[0])[1], place.shared, made))
+            assert all(not torch.equal(a, part.weight) for a, part in zip(before, parts, strict=True))
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny_families.FAMILIES])
+@pytest.mark.parametrize("cut", [False, True])
+@torch.no_grad()
+def test_folding_changes_no_answer(family, cut):
+    model, task = tiny.model(family, layers=3), tiny.task(16, 4, 4)
+    module = (tiny.uneven(model) if cut else model).module.double()
+    batch = task.calibration(model, 8)[0]
+    before = module(**batch).logits
+    count = folded(module)
+    assert torch.allclose(module(**batch).logits, before, rtol=1e-4, atol=1e-5)  # norms compute in float32
+    per_block = 4 if family in FULL else 3 if family in ("gpt2", "opt") else 1
+    wanted = 11 if family == "modernbert" else 3 * per_block
+    assert count == wanted if not cut else 0 < count < wanted
+
+
+@pytest.mark.parametrize("family", ["t5", "t5-gated", "bart", "mbart", "marian", "t5-wide-heads"])
+@torch.no_grad()
+def test_folding_changes_no_answer_of_an_encoder_decoder(family):
+    module, batch = tiny_encoder_decoders.model(family).double(), tiny_encoder_decoders.batch()
+    before = module(**batch).logits
+    assert folded(module) >= 9
+    assert torch.allclose(module(**batch).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gemma"])
+def test_with_one_alpha_it_is_rounding(family):
+    model, task = tiny.model(family), tiny.task(16, 4, 4)
+    result = Awq(alphas=1, group=16, samples=8)(model, task)
+    assert result.fingerprint() == Quantize(bits=4, group=16, symmetric=False)(model, task).fingerprint()
+    assert set(result.history[-1]["alphas"].values()) == {0.0}
+
+
+def test_factors_are_powers_of_the_means_around_one():
+    mean = torch.tensor([4.0, 1.0, 0.25, 0.0], dtype=torch.double)
+    assert torch.equal(scales_for(mean, 0.0), torch.ones(4, dtype=torch.double))
+    s = scales_for(mean, 0.5)
+    assert (s.max() * s.min()).item() == pytest.approx(1.0)
+    assert (s[0] / s[1]).item() == pytest.approx(2.0)
+    assert (s[0] / s[3]).item() == pytest.approx(100.0)  # never 0
+    assert torch.equal(scales_for(mean * 0, 0.7), torch.ones(4, dtype=torch.double))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_finds_the_least_error_of_all_that_it_tries(seed):
+    made = torch.Generator().manual_seed(seed)
+    sizes = torch.ones(32, dtype=torch.double)
+    sizes[[3, 17]] = 40.0  # inputs that are far larger than others
+    x = torch.randn(200, 32, generator=made, dtype=torch.double) * sizes
+    weights, packing = [torch.randn(16, 32, generator=made) * 0.1 for _ in range(2)], Packing(3, 16, True)
+    mean = x.abs().sum(0)
+    alpha, s = search(weights, x.T @ x, mean, packing, 10)
+
+    def error(alpha: float) -> float:
+        factor = scales_for(mean, alpha).float()
+        lost = [x @ ((rounded(w * factor, packing).weight() / factor) - w).double().T for w in weights]
+        return sum(float(part.square().sum()) for part in lost)
+
+    errors = [error(number / 10) for number in range(10)]
+    assert error(alpha) == pytest.approx(min(errors), rel=1e-4)
+    assert error(alpha) < 0.5 * errors[0]
+    assert torch.equal(s, scales_for(mean, alpha))
+
+
+@torch.no_grad()
+def test_large_inputs_are_rounded_with_less_error_than_by_rounding_alone():
+    module = tiny_families.language_model("llama", hidden=64, neurons=64)
+    for block in module.model.layers:
+        block.input_layernorm.weight[[5, 40]] = 30.0
+        block.post_attention_layernorm.weight[[7, 50]] = 30.0
+        for part in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
+            part.weight[:, [5, 40]] /= 30
+        for part in (block.mlp.gate_proj, block.mlp.up_proj):
+            part.weight[:, [7, 50]] /= 30
+    model = Model(module=module, tokenizer=tiny.language_model("llama").tokenizer, source="tiny")
+    ids = torch.randint(3, 50, (16, 24), generator=torch.Generator().manual_seed(0))
+    ours = Awq(bits=4, group=32, samples=12)(model, texts(ids))
+    theirs = Awq(bits=4, group=32, samples=12, alphas=1)(model, texts(ids))
+    found, plain = (made.history[-1]["relative_errors"] for made in (ours, theirs))
+    assert found["model.layers.0.self_attn.q_proj"] < 0.8 * plain["model.layers.0.self_attn.q_proj"]
+    assert found["model.layers.0.mlp.up_proj"] < 0.8 * plain["model.layers.0.mlp.up_proj"]
+    whole = module(ids).logits
+    off = [float((made.module(ids).logits - whole).square().mean()) for made in (ours, theirs)]
+    assert off[0] < off[1]
+
+
+def test_layers_that_cannot_be_scaled_are_rounded_and_named():
+    model, task = tiny.model("bert"), tiny.task(16, 4, 4)
+    entry = Awq(samples=8, alphas=4, group=16)(model, task).history[-1]
+    scaled = set(entry["alphas"])
+    assert scaled == {f"bert.encoder.layer.{i}.attention.output.dense" for i in range(2)}
+    reasons = {name.rpartition("layer.")[2][2:]: why for name, why in entry["not_scaled"].items()}
+    assert reasons["intermediate.dense"] == reasons["attention.self.query"] == "its norm also feeds the residual stream"
+    assert reasons["output.dense"] == "an activation stands before it"
+    assert len(entry["changed"]) == 12
+
+
+def test_what_reads_the_same_as_a_layer_kept_in_float_is_not_scaled():
+    model, task = tiny.model("llama"), tiny.task(16, 4, 4)
+    entry = Awq(samples=8, alphas=4, keep=("*.q_proj",))(model, task).history[-1]
+    assert "not all that read the same" in entry["not_scaled"]["model.layers.0.self_attn.k_proj"]
+    assert "model.layers.0.mlp.up_proj" in entry["alphas"]
+    with pytest.raises(InputError, match="awq: there are no calibration texts"):
+        Awq()(model, texts(torch.empty(0, 4).long()))

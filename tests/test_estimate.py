@@ -1,0 +1,91 @@
+"""What training is said to take: bytes against sums by hand, and nothing changed by asking."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import psutil
+import pytest
+import test_training
+import tiny
+import torch
+from torch import nn
+
+from multum.core import estimate as estimate_module
+from multum.core.estimate import Estimate, estimate, is_long
+from multum.core.reporting import anyone_reads, listening, remark
+from multum.core.training import fit, pad
+from multum.steps.finetune import Finetune
+
+WIDTH, TOKENS = 8, 5
+
+
+class Toy(nn.Module):
+    """exp(W x) of inputs repeated `WIDTH` times; autograd keeps x and the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, 3, bias=False)
+        self.other = nn.Linear(7, 1, bias=False).requires_grad_(False)
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.inner(input_ids.float()[..., None].repeat(1, 1, WIDTH)).exp()}
+
+
+def rows(*lengths: int) -> list[dict[str, Any]]:
+    return [{"input_ids": [1] * length, "index": 0, "labels": 0} for length in lengths]
+
+
+def test_bytes_are_weights_gradients_moments_and_what_is_kept() -> None:
+    toy = Toy()
+    found = estimate(toy, rows(2, TOKENS, 3), lambda some: pad(some, 0), examples=300, at_once=16)
+    kept = TOKENS * (WIDTH + 3) * 4  # of one row of the longest: x and exp(W x)
+    assert found.bytes == 4 * (24 + 7) + 3 * 4 * 24 + 16 * kept
+    assert toy.inner.weight.grad is None
+    assert 0 < found.free <= psutil.virtual_memory().total + 1000
+
+
+def test_time_grows_with_the_tokens() -> None:
+    few, many = (estimate(Toy(), rows(2, 6), lambda some: pad(some, 0), examples=n, at_once=1) for n in (1e3, 1e9))
+    assert many.seconds > 1000 * few.seconds > 0
+
+
+def test_it_is_said_in_words() -> None:
+    assert Estimate(20, 2_000_000_000, 3_000_000_000).line() == "about 20 seconds and 2.0 GB of memory"
+    assert Estimate(600, 1_000_000_000, 3_000_000_000).line() == "about 10 minutes and 1.0 GB of memory"
+    said = Estimate(9000, 4_000_000_000, 3_000_000_000).line()
+    assert said == "about 2.5 hours and 4.0 GB of memory, more than the 3.0 GB that are free"
+
+
+def test_short_training_is_not_worth_it() -> None:
+    assert not is_long(tiny.model().module, 1000)
+    assert is_long(tiny.model().module, 1e9)
+
+
+def test_asking_changes_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "WORTH", 0)
+    said: list[str] = []
+    start, options = tiny.model(), {**test_training.QUICK, "dropout": True, "epochs": 2, "batch_size": 8}
+    plain, asked = start.copy(), start.copy()
+    fit(plain, test_training.rows_of(plain), test_training.label_loss, **options)
+    with listening(lambda share: None, said.append):
+        assert anyone_reads()
+        fit(asked, test_training.rows_of(asked), test_training.label_loss, **options)
+    assert not anyone_reads()
+    remark("to nobody")
+    assert test_training.same(plain.module, asked.module)
+    (line,) = said
+    assert line.startswith("32 examples: about ")
+    assert "GB of memory" in line
+
+
+def test_adapters_take_less_and_checkpointing_keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "WORTH", 0)
+    found: list[Estimate] = []
+    monkeypatch.setattr(Estimate, "line", lambda self: found.append(self) or "")
+    task, model = tiny.task(n_train=16), tiny.model(layers=4)
+    with listening(lambda share: None, lambda text: None):
+        for options in ({}, {"lora": {"rank": 1}}, {"checkpointing": True}, {"accumulate": 4}):
+            Finetune(epochs=1, batch_size=16, precision="fp32", **options)(model, task)
+    whole, *less = (each.bytes for each in found)
+    assert max(less) < whole

@@ -1,0 +1,299 @@
+"""GGUF files: tensors, fields and tokenizers, read back; by transformers, and by a second way to compute what llama.cpp does."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tiny
+import tiny_families
+import torch
+from gguf_reference import Reference
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from multum.core.families import blocks_of, family_of
+from multum.core.model import Model
+from multum.core.surgery import head_size, keep_heads, keep_neurons
+from multum.errors import InputError
+from multum.runtimes._gguf import FILE_TYPES, write_gguf
+from multum.runtimes._gguf_tokenizer import UNKNOWN, tokenizer_fields
+
+FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gpt2")
+WIDE = {"use_sliding_window": False, "sliding_window": None}
+
+
+def decoder(family: str, *, hidden: int = 32, **more: Any) -> Model:
+    """A causal model of a family, two blocks; heads as wide as the model where llama.cpp wants that."""
+    made = tiny.language_model("gpt2" if family == "gpt2" else "llama")
+    sizes = {"layers": 2, "heads": 2, "hidden": hidden, "vocabulary": len(made.tokenizer), **more}
+    if family in ("qwen2", "mistral", "phi3"):
+        sizes = {**WIDE, **sizes}
+        sizes = {name: value for name, value in sizes.items() if family == "qwen2" or name != "use_sliding_window"}
+    if family == "gemma":
+        sizes = {"hidden_act": "gelu_pytorch_tanh", **sizes}
+    module = tiny_families.language_model(family, **sizes)
+    for parameter in module.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)  # norms of ones and biases of zeros would hide mistakes
+    return Model(module=module, tokenizer=made.tokenizer, source=f"tiny-{family}")
+
+
+def cut(model: Model, *, first: bool = False) -> Model:
+    """Fewer heads and neurons in the first block, and nothing else of the second's attention; of the first's if `first`."""
+    family, size, blocks = family_of(model.module), head_size(model.module), blocks_of(model.module)
+    keep_heads(blocks[1 - int(first)], family, [], size)
+    keep_heads(blocks[int(first)], family, [1], size)
+    keep_neurons(blocks[0], family, [0, 3, 4, 9, 20])
+    return model
+
+
+def logits(model: Model, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model.module(torch.tensor([ids]), use_cache=False).logits[0].double().numpy()
+
+
+IDS = [0, 5, 17, 33, 60, 9, 250, 5, 120]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_file_computes_what_the_model_does(family: str, tmp_path: Path) -> None:
+    model = decoder(family)
+    facts = write_gguf(model, tmp_path / "m.gguf", "f32")
+    file = Reference(tmp_path / "m.gguf")
+    assert facts["architecture"] == file.arch == {"mistral": "llama", "phi3": "llama"}.get(family, family)
+    assert set(file.types.values()) == {"F32"}
+    np.testing.assert_allclose(file.logits(IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+
+
+ASSUMED = {"qwen3": {"head_dim": 128}, "gpt2": {"neurons": 128, "positions": 1024}}
+"""Sizes that transformers does not read off a file."""
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma"])  # which transformers reads no file of
+def test_transformers_reads_it_as_the_same_model(family: str, tmp_path: Path) -> None:
+    model = decoder(family, **ASSUMED.get(family, {}))
+    write_gguf(model, tmp_path / "m.gguf", "f32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32).eval()
+    np.testing.assert_allclose(logits(Model(module=again, tokenizer=None, source=""), IDS), logits(model, IDS), atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3", "qwen2"])
+def test_pruned_blocks_have_sizes_of_their_own(family: str, first: bool, tmp_path: Path) -> None:
+    model = cut(decoder(family), first=first)
+    assert write_gguf(model, tmp_path / "m.gguf", "f32")["architecture"] == "deci"
+    file = Reference(tmp_path / "m.gguf")
+    # The first block's attention, from which sizes are read, is a head of zeros where it is gone.
+    assert file.field("attention.head_count_kv") == ([1, 1] if first else [1, 0])
+    assert file.field("attention.head_count") == ([2, 2] if first else [2, 0])
+    assert file.field("feed_forward_length") == [5, 32]
+    np.testing.assert_allclose(file.logits(IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_gone_costs_nothing_and_changes_nothing(tmp_path: Path) -> None:
+    """A block without both sublayers is left out; one without a feed-forward has a neuron of zeros; biases stay."""
+    model = decoder("llama", layers=4, attention_bias=True, mlp_bias=True)
+    family, size, blocks = family_of(model.module), head_size(model.module), blocks_of(model.module)
+    keep_heads(blocks[1], family, [], size)
+    keep_neurons(blocks[2], family, [])
+    np.testing.assert_allclose(_written(model, tmp_path).logits(IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+    bare = decoder("llama", layers=4)
+    family, blocks = family_of(bare.module), blocks_of(bare.module)
+    for number in (0, 3):
+        keep_heads(blocks[number], family, [], size)
+        keep_neurons(blocks[number], family, [])
+    file = _written(bare, tmp_path)
+    assert file.field("block_count") == 2
+    np.testing.assert_allclose(file.logits(IDS), logits(bare, IDS), rtol=1e-4, atol=1e-4)
+
+
+def _written(model: Model, folder: Path, precision: str = "f32") -> Reference:
+    write_gguf(model, folder / "m.gguf", precision)
+    return Reference(folder / "m.gguf")
+
+
+def test_heads_that_are_not_as_wide_as_a_qwen2(tmp_path: Path) -> None:
+    model = decoder("qwen2", hidden=48)
+    assert _written(model, tmp_path).arch == "deci"
+    np.testing.assert_allclose(Reference(tmp_path / "m.gguf").logits(IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
+
+
+@pytest.mark.parametrize("settings", [{**LLAMA3, "original_max_position_embeddings": 16}, {"rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_scaled_positions(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = decoder(family, rope_parameters={**settings, "rope_theta": 10000.0})
+    file = _written(model, tmp_path)
+    assert not np.allclose(file.tensors["rope_freqs.weight"], 1)
+    np.testing.assert_allclose(file.logits(IDS), logits(model, IDS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("precision", "levels"), [("q8_0", 127), ("q4_0", 8)])
+def test_quantized_matrices_are_within_half_a_step(precision: str, levels: int, tied: bool, tmp_path: Path) -> None:
+    """One scale for 32 weights of a row. Half a step, a whole one at the end that 4 bits lack, and the scale's own rounding."""
+    model = decoder("llama", neurons=40, tie_word_embeddings=tied)
+    exact, file = _written(model, tmp_path), _written(model, tmp_path, precision)
+    assert file.field("feed_forward_length") == 64  # filled up with neurons of zeros
+    output = "token_embd.weight" if tied else "output.weight"
+    for name, values in file.tensors.items():
+        before = np.zeros_like(values)
+        before[tuple(slice(n) for n in exact.tensors[name].shape)] = exact.tensors[name]
+        if values.ndim == 1:
+            assert file.types[name] == "F32"
+            np.testing.assert_array_equal(values, before)
+            continue
+        kind = "Q8_0" if name == output else precision.upper()
+        assert file.types[name] == kind
+        steps = np.abs(before).reshape(*before.shape[:-1], -1, 32).max(-1) / (127 if kind == "Q8_0" else levels)
+        allowed = steps.repeat(32, axis=-1) * (0.5 if kind == "Q8_0" else 1.0) * 1.01 + 1e-3 * np.abs(before)
+        assert (np.abs(values - before) <= allowed).all()
+    # Rounding in both is all that is between the file and the model: what is computed from the rounded tensors is close to it.
+    shares = [_softmax(values) for values in (exact.logits(IDS), file.logits(IDS))]
+    if precision == "q8_0":
+        assert np.abs(shares[0] - shares[1]).max() < 0.05
+
+
+def _softmax(values: np.ndarray) -> np.ndarray:
+    odds = np.exp(values - values.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
+
+
+def test_rows_that_are_no_whole_groups_stay_in_16_bits(tmp_path: Path) -> None:
+    model = decoder("llama", hidden=48)
+    file = _written(model, tmp_path, "q4_0")
+    assert file.types["blk.0.attn_q.weight"] == "F16"
+    assert file.types["blk.0.ffn_down.weight"] == "Q4_0"
+    np.testing.assert_allclose(
+        file.tensors["blk.0.attn_v.weight"], _written(model, tmp_path).tensors["blk.0.attn_v.weight"], rtol=1e-3
+    )
+
+
+def test_up_to_its_window_a_model_is_one_without(tmp_path: Path) -> None:
+    facts = write_gguf(decoder("mistral", sliding_window=6), tmp_path / "m.gguf", "f16")
+    assert facts["context"] == Reference(tmp_path / "m.gguf").field("context_length") == 6
+    assert write_gguf(decoder("mistral"), tmp_path / "m.gguf", "f16")["context"] == 64
+
+
+def test_fields_and_tokens_of_a_bytewise_tokenizer(tmp_path: Path) -> None:
+    model = decoder("llama")
+    model.tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    fields = _written(model, tmp_path, "f16").fields
+    assert fields["general.file_type"] == FILE_TYPES["f16"]
+    assert (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert fields["tokenizer.ggml.tokens"] == model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
+    assert fields["tokenizer.ggml.token_type"][:5] == [3, 3, 3, 3, 1]
+    assert fields["tokenizer.ggml.add_bos_token"] is True
+    assert fields["tokenizer.ggml.add_eos_token"] is False
+    assert fields["tokenizer.ggml.bos_token_id"] == model.tokenizer.bos_token_id
+    assert fields["tokenizer.chat_template"] == model.tokenizer.chat_template
+    assert tokenizer_fields(tiny.language_model("gpt2").tokenizer, 400)["ggml.add_bos_token"] is False
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As transformers makes one of a SentencePiece model: every pair that makes a token is a merge, in the order of the tokens."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))  # noqa: S106
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    made.train_from_iterator(tiny.passages(40), trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    vocabulary = made.get_vocab()
+    pieces = sorted(vocabulary, key=vocabulary.get)[len(special) :]
+    merges = [(one[:i], one[i:]) for one in pieces for i in range(1, len(one)) if one[:i] in vocabulary and one[i:] in vocabulary]
+    again = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))  # noqa: S106
+    again.normalizer = made.normalizer
+    again.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    again.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    special_tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=again, model_max_length=64, **special_tokens)
+
+
+def by_scores(text: str, fields: dict[str, Any]) -> list[int]:
+    """How llama.cpp cuts: of all neighbours that make a token the best one first, the leftmost of equals; bytes for the rest."""
+    ids = {token: number for number, token in enumerate(fields["ggml.tokens"])}
+    parts = list(("▁" if fields["ggml.add_space_prefix"] else "") + text.replace(" ", "▁"))
+    while True:
+        pairs = [(fields["ggml.scores"][ids[a + b]], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ids]
+        if not pairs:
+            break
+        at = -max(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return [
+        number for part in parts for number in ([ids[part]] if part in ids else [ids[f"<0x{byte:02X}>"] for byte in part.encode()])
+    ]
+
+
+def test_a_sentencepiece_tokenizer_s_scores_make_its_merges() -> None:
+    tokenizer = sentencepiece()
+    fields = tokenizer_fields(tokenizer, 430)
+    assert (fields["ggml.model"], fields["ggml.pre"], fields["ggml.add_space_prefix"]) == ("llama", "default", True)
+    assert fields["ggml.add_bos_token"] is True
+    assert fields["ggml.token_type"][:4] == [UNKNOWN, 3, 3, 6]
+    assert fields["ggml.tokens"][-1].startswith("[PAD")
+    for text in [*tiny.passages(20, seed=5), "a zebra's naïve façade 東"]:
+        assert by_scores(text, fields) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_names_of_patterns() -> None:
+    digits = tiny.language_model("gpt2").tokenizer
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
+    assert tokenizer_fields(digits, 400)["ggml.pre"] == "smollm"
+    digits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), level])
+    with pytest.raises(InputError, match="Digits and ByteLevel"):
+        tokenizer_fields(digits, 400)
+    qwen = tiny_families.tokenizer("qwen2", digits.backend_tokenizer, eos_token="</s>")  # noqa: S106
+    assert tokenizer_fields(qwen, 401)["ggml.pre"] == "qwen2"
+
+
+def uneven_gpt2() -> Model:
+    model = decoder("gpt2")
+    keep_neurons(blocks_of(model.module)[0], family_of(model.module), [0, 1, 2])
+    return model
+
+
+def uneven_gemma() -> Model:
+    return cut(decoder("gemma"))
+
+
+def other_tokenizer() -> Model:
+    return Model(module=decoder("llama", vocabulary=250).module, tokenizer=tiny.language_model("bert").tokenizer, source="")
+
+
+REFUSED = {
+    "encoder": (lambda: tiny.model("bert"), "BertForSequenceClassification"),
+    "opt": (lambda: decoder("opt"), "types gemma, gpt2, llama"),
+    "uneven gpt2": (uneven_gpt2, "no gpt2 whose blocks have different numbers of heads or neurons.*cut every block alike"),
+    "uneven gemma": (uneven_gemma, "no gemma whose blocks.*drop_layers"),
+    "activation": (lambda: decoder("llama", hidden_act="relu"), "computes silu in models of type llama, and this one has relu"),
+    "positions": (
+        lambda: decoder("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "'dynamic'",
+    ),
+    "scaled": (
+        lambda: decoder("qwen3", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        "scaled positions",
+    ),
+    "tokenizer": (other_tokenizer, "BPE tokenizer.*WordPiece"),
+    "vocabulary": (lambda: decoder("llama", vocabulary=300), "highest token is 399, but .* 300 rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_words_in_gguf_is_refused(case: str, tmp_path: Path) -> None:
+    make, said = REFUSED[case]
+    with pytest.raises(InputError, match=said):
+        write_gguf(make(), tmp_path / "m.gguf", "f16")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_precisions_are_those_of_the_library() -> None:
+    assert {name.upper() for name in FILE_TYPES} <= set(gguf.GGMLQuantizationType.__members__)

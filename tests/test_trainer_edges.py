@@ -1,0 +1,165 @@
+"""DistillationTrainer at its edges: language models with tokenizers of their own, batches without labels, padded data"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import translators
+from datasets import Dataset
+from lessons import arguments, difference, examples, of_kind, other_words, reviews, uld_by_loops, without_dropout
+from tokenizers import normalizers
+from torch import nn
+from transformers import BertForMultipleChoice
+
+from multum.distillation_trainer import DistillationTrainer
+from multum.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ULD: dict[str, Any] = {"divergence": "uld", "temperature": 1.0}
+
+
+def writers(kind: str) -> tuple[Any, Any, Dataset]:
+    """Teacher and student with other tokenizers, and texts."""
+    teacher: Any
+    if kind == "pairs":
+        teacher, student = translators.translator(seed=1, spread=3.0), translators.translator("bart", layers=1, seed=2)
+        shift(student)
+        texts = translators.splits(10, 1, 1).train
+    else:
+        teacher, student = tiny.language_model("llama", seed=1), tiny.language_model("gpt2", layers=1, seed=2)
+        student.tokenizer = other_words()
+        student.module.resize_token_embeddings(len(student.tokenizer))
+        # A line each, short in characters too.
+        found = [text[:30] for text in tiny.passages(10)]
+        texts = Dataset.from_dict({"text": found})
+        if kind == "answers":
+            texts = Dataset.from_dict({"prompt": [text[:12] for text in found], "completion": [text[12:] for text in found]})
+    for model in (teacher, student):
+        without_dropout(model.module)
+    return teacher, student, texts
+
+
+def shift(model: Any) -> None:
+    """Give a translator's tokenizer a mark before every word, so that it needs more tokens."""
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", " translate: ")
+
+
+def trainer_of(kind: str, folder: Path, **options: Any) -> tuple[DistillationTrainer, Any, Any]:
+    teacher, student, texts = writers(kind)
+    changes = {name: options.pop(name) for name in list(options) if "batch" in name or "steps" in name}
+    both = {"processing_class": student.tokenizer, "teacher_processing_class": teacher.tokenizer}
+    args = arguments(folder, **{"per_device_train_batch_size": 10, **changes})
+    return DistillationTrainer(teacher.module, student.module, args, train_dataset=texts, **{**both, **ULD, **options}), *(
+        teacher,
+        student,
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "answers", "pairs"])
+def test_language_models_with_other_tokenizers_are_compared_by_sorted_probabilities(kind: str, tmp_path: Path) -> None:
+    trainer, teacher, student = trainer_of(kind, tmp_path, alpha=1.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    other = batch["teacher_inputs"]
+    rows, said = [], []
+    for model, given in ((student, batch), (teacher, other)):
+        names = ("input_ids", "attention_mask", *(["labels"] if kind == "pairs" else []))
+        with torch.no_grad():
+            said.append(list(model.module.eval()(**{name: given[name] for name in names}).logits.softmax(-1)))
+        shift_by = [-100] if kind == "pairs" else []  # the loop below takes the place before a label
+        rows.append([{"labels": [*shift_by, *labels]} for labels in given["labels"].tolist()])
+    counts = [[sum(label != -100 for label in row["labels"]) for row in some] for some in rows]
+    assert counts[0] != counts[1]
+    expected = uld_by_loops(*said, *rows)
+    with torch.no_grad():
+        assert trainer.compute_loss(student.module, dict(batch)).item() == pytest.approx(expected, rel=1e-4)
+    read = [
+        model.tokenizer.decode([t for t in given["labels"][0].tolist() if t != -100], skip_special_tokens=True)
+        for model, given in ((student, batch), (teacher, other))
+    ]
+    if kind == "answers":
+        assert read[0].strip() == read[1].strip()
+    assert torch.isfinite(torch.tensor(trainer.evaluate(trainer.train_dataset)["eval_loss"]))
+
+
+def test_nor_do_batches_matter_there(tmp_path: Path) -> None:
+    made = []
+    for size, steps in ((10, 1), (4, 3)):
+        trainer, _, student = trainer_of("text", tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        before = copy.deepcopy(student.module)
+        trainer.train()
+        made.append(trainer.model)
+        assert difference(before, trainer.model) > 1e-4
+    assert difference(*made) < 2e-5
+
+
+def test_uld_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
+    def refused(*pair: nn.Module, **options: Any) -> str:
+        with pytest.raises(InputError) as caught:
+            DistillationTrainer(*pair, arguments(tmp_path), **options)
+        return str(caught.value)
+
+    assert "and these outputs are single_label" in refused(*of_kind("single_label"), **ULD)
+    assert "and these outputs are masked_lm" in refused(*of_kind("masked_lm"), **ULD)
+    assert "set temperature=1.0" in refused(*of_kind("causal_lm"), divergence="uld")
+    assert "only forward KL at temperature 1" in refused(*of_kind("causal_lm"), **ULD, cache=tmp_path / "kept")
+    teacher, student, texts = writers("text")
+    both = {"processing_class": student.tokenizer, "teacher_processing_class": teacher.tokenizer, "train_dataset": texts}
+    assert "or divergence='uld'" in refused(teacher.module, student.module, **both)
+    assert "distill_generation can do that" in refused(teacher.module, student.module, **both, **ULD, on_policy=0.5)
+    both["train_dataset"] = texts.rename_column("text", "line")
+    assert "no column prompt and completion, or text" in refused(teacher.module, student.module, **both, **ULD)
+
+
+@pytest.mark.parametrize("kind", ["single_label", "token_labels", "causal_lm"])
+def test_without_teacher_and_labels_the_loss_is_nothing_and_no_nan(kind: str, tmp_path: Path) -> None:
+    (teacher, student), data = of_kind(kind), examples(kind, 8)
+    none = data.map(lambda row: {"labels": torch.full_like(row["labels"], -100)})
+    args = arguments(tmp_path, logging_strategy="steps", logging_steps=1, logging_nan_inf_filter=False)
+    before = copy.deepcopy(student)
+    trainer = DistillationTrainer(teacher, student, args, train_dataset=none, eval_dataset=none, alpha=0.0)
+    assert trainer.train().training_loss == 0.0
+    assert trainer.evaluate()["eval_loss"] == 0.0
+    assert difference(before, trainer.model) == 0.0
+
+
+def test_of_data_that_was_padded_no_padding_is_kept(tmp_path: Path) -> None:
+    teacher, student = tiny.model("bert", layers=2, seed=1), tiny.model("bert", layers=1, seed=2)
+    data = reviews(teacher, 12)
+    wide = data.map(lambda row: dict(teacher.tokenizer.pad(row, padding="max_length", max_length=tiny.POSITIONS)))
+    assert set(map(len, wide["input_ids"])) == {tiny.POSITIONS}
+    made = []
+    for name, each in (("as it is", data), ("padded", wide)):
+        cached = {"cache": tmp_path / name, "layer_losses": {"hidden": 1.0}, "processing_class": teacher.tokenizer}
+        ours = without_dropout(copy.deepcopy(student.module))
+        trainer = DistillationTrainer(teacher.module, ours, arguments(tmp_path), train_dataset=each, **cached)
+        trainer.train()
+        made.append(trainer.model)
+    files = [{file.name: file.stat().st_size for file in (tmp_path / name).glob("*.f*")} for name in ("as it is", "padded")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 2
+    assert difference(*made) < 1e-5
+
+
+def test_multiple_choice_has_no_cache_and_no_layers(tmp_path: Path) -> None:
+    config = tiny.model("bert").module.config
+    pair = [BertForMultipleChoice(config) for _ in range(2)]
+    ids = torch.randint(5, 50, (4, 3, 6), generator=torch.Generator().manual_seed(0))
+    rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(4) % 3}
+    data = Dataset.from_dict(rows).with_format("torch")
+    for options in ({"cache": tmp_path / "kept"}, {"layer_losses": {"hidden": 1.0}}):
+        with pytest.raises(InputError, match="in multiple choice an example is several texts") as caught:
+            DistillationTrainer(*pair, arguments(tmp_path), train_dataset=data, **options)
+        assert len(caught.value.problems) == 1
+        assert next(iter(options)) in str(caught.value)
+    trainer = DistillationTrainer(*pair, arguments(tmp_path), train_dataset=data)
+    trainer.train()
+
+
+def test_layers_out_of_range(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"layer_losses: layer_map: the teacher has the layers 1 to 3, no 4"):
+        DistillationTrainer(*of_kind("single_label"), arguments(tmp_path), layer_losses={"hidden": 1.0, "layer_map": (1, 4)})
