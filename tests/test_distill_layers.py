@@ -98,7 +98,7 @@ def test_nor_where_every_token_or_place_has_an_answer(kind: str, tmp_path: Path)
     expected = answers(student, task).module.state_dict()
     found = layers(student, task)
     for name, value in found.module.state_dict().items():
-        assert name.endswith("key.bias") or torch.allclose(value, expected[name], atol=1e-4), name
+        assert name.endswith("key.bias") or torch.allclose(value, expected[name], atol=1e-3), name
     assert found.fingerprint() != student.fingerprint()
     both = DistillLayers(**one("hidden"), **common)(student, task).history[-1]["training"]["loss"]
     alone = DistillLayers(**one("hidden"), logits=0.0, **common)(student, task).history[-1]["training"]["loss"]

@@ -302,7 +302,7 @@ def test_every_field_has_a_docstring_and_the_file_a_formula(name):
     step = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == find(name).__name__)
     assert ast.get_docstring(step)
     for node, after in zip(step.body, [*step.body[1:], None], strict=True):
-        if isinstance(node, ast.AnnAssign):
+        if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
             documented = (
                 isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
             )

@@ -55,7 +55,9 @@ def made_up(packages: int = 60) -> Archive:
             f"Plan Nine, and today OpenVMS has it too. Those who keep {words(number)} in mind will like Gopher."
         )
         here[digest] = Text(f"tool for {words(number)} over Gopher", (body, None, "This is a package."))
-        there[digest] = Text(f"strumento per {words(number)}", ("Il programma " + body[12:180], None, "Questo è un pacchetto."))
+        there[digest] = Text(
+            f"strumento per {words(number)}", ("Il programma " + body[12:180].strip(), None, "Questo è un pacchetto.")
+        )
     return Archive("12.0 (made-up)", "today", {"main/index": "00"}, sources, {"en": here, "it": there, "pt_BR": there})
 
 

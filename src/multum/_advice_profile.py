@@ -193,16 +193,12 @@ def int8_bytes(p: Profile, max_length: int) -> int:
     """
     module, family = p.module, FAMILIES[p.module.config.model_type]
     total = 0
-    factors = {id(part) for each in module.modules() if isinstance(each, Factored) for part in each}  # exported as their product
     part: Any
     for name, part in module.named_modules():
-        if id(part) in factors:
-            continue
         if name == family.head_output:
             total += 4 * (part.weight.numel() + part.out_features)
-        elif is_linear(part) or isinstance(part, Factored):
-            rows = part.shape[0] if isinstance(part, Factored) else shape_of(part)[0]
-            total += int(part.weight.numel()) + 9 * rows  # scale, zero point and bias
+        elif is_linear(part):  # the two factors of a matrix as well
+            total += int(part.weight.numel()) + 9 * shape_of(part)[0]  # scale, zero point and bias
         elif isinstance(part, BiasOnly):
             total += 4 * part.out_features
         elif isinstance(part, torch.nn.LayerNorm):
