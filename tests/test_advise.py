@@ -159,9 +159,7 @@ def test_the_bytes_of_an_int8_export_are_those_of_its_constants(family: str, dat
 
     made = tiny.uneven(tiny.model(family, layers=3, hidden=64, neurons=96))
     made.save(tmp_path / "model")
-    onnxruntime.export(
-        made, tmp_path / "int8", precision="int8", inputs=["a film"], max_length=tiny.POSITIONS, pairs=False, calibration=rows
-    )
+    onnxruntime.export(made, tmp_path / "int8", precision="int8", inputs=["a film"], max_length=tiny.POSITIONS, pairs=False)
     graph = onnx.load(tmp_path / "int8" / onnxruntime.GRAPH).graph
     stored = sum(len(constant.raw_data) for constant in graph.initializer)
     found = advice(str(tmp_path / "model"), data)
