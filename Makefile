@@ -10,7 +10,7 @@ quickstart: $(READY)
 	$(BIN)/multum quickstart -o $(RUN)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: lint types test
 

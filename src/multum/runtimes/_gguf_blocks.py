@@ -57,10 +57,9 @@ class Parts:
         return self.block.get_submodule(getattr(self.family, name))
 
     def _matrix(self, name: str) -> torch.Tensor:
-        from ..core.linears import is_linear, matrix
+        from ..core.linears import matrix
 
-        part = self.part(name)
-        return matrix(part) if is_linear(part) else part.weight
+        return matrix(self.part(name))  # packed and factored ones have their weight as (out, in) too
 
     def _rows(self, name: str) -> slice:
         """Where the rows of a part begin and end in the matrix that it lives in."""
@@ -138,8 +137,7 @@ def add_gpt2(tensors: dict[str, Any], name: str, parts: Parts, group: int) -> in
     add_norm(norms, f"{name}.attn_norm", parts.block.ln_1)
     add_norm(norms, f"{name}.ffn_norm", parts.block.ln_2)
     fused = parts.part("query")
-    whole = (lambda: numbers(matrix(fused))) if not hasattr(fused, "read") else (lambda: numbers(fused.weight))
-    add(tensors, f"{name}.attn_qkv.weight", whole, (3 * hidden, hidden))
+    add(tensors, f"{name}.attn_qkv.weight", lambda: numbers(matrix(fused)), (3 * hidden, hidden))
     add(tensors, f"{name}.attn_qkv.bias", lambda: numbers(fused.bias), (3 * hidden,))
     sizes = {"attention_output": (hidden, hidden), "up": (neurons, hidden), "down": (hidden, neurons)}
     for part, target in (("attention_output", "attn_output"), ("up", "ffn_up"), ("down", "ffn_down")):
