@@ -126,10 +126,12 @@ def _targets(model: Model, spec: Spec) -> list[str]:
     except ImportError as error:
         raise MissingExtra("peft", "lora") from error
     roles = spec.get("targets", ROLES)
-    names = targets_of(model.module, [roles] if isinstance(roles, str) else roles)
+    roles = [roles] if isinstance(roles, str) else roles
+    names = targets_of(model.module, roles)
     if not names:
-        raise InputError(f"lora: the model has no {', '.join([roles] if isinstance(roles, str) else roles)} that could be adapted")
-    pruned = [name for name in names if float((model.module.get_submodule(name).weight == 0).float().mean()) > PRUNED]
+        raise InputError(f"lora: the model has no {', '.join(roles)} that could be adapted")
+    linears = model.linears()
+    pruned = [name for name in names if float((linears[name].weight == 0).float().mean()) > PRUNED]
     if pruned:
         raise InputError(
             f"lora: {len(pruned)} matrices ({pruned[0]}, ...) have zeros that pruning made, and an adapter would fill them; "
