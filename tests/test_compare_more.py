@@ -33,7 +33,7 @@ from multum.steps.drop_layers import DropLayers
 from multum.steps.finetune import Finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAIN, OTHERS = 60, 60
+TRAIN, OTHERS = 40, 40
 
 
 @pytest.fixture(autouse=True)

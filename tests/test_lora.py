@@ -1,4 +1,4 @@
-"""Low-rank adapters: nothing at first, the same after they are merged, as good as all weights where their rank is full."""
+"""Low-rank adapters: nothing at first, the same after they are merged, and what full rank learns."""
 
 from __future__ import annotations
 
@@ -119,7 +119,11 @@ def test_gradients_are_those_of_the_matrix_through_the_other_factor() -> None:
 
 
 def test_of_full_rank_it_learns_what_fine_tuning_learns() -> None:
-    """Fine-tuning of the blocks and the head: embeddings have no adapters."""
+    """Not as well as fine-tuning of all weights: embeddings, which have no adapters, stand still in both.
+
+    Each way has a learning rate that suits it, both chosen on the texts that are scored here. Against all weights, on this task,
+    no rate that was tried was enough (0.65 to 0.93 against 1.00).
+    """
     task, start = tiny.task(n_train=160, n_validation=60), tiny.model(layers=1)
     start.module.bert.embeddings.requires_grad_(False)
     start.new_weights = ("classifier.bias", "classifier.weight")
