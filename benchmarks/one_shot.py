@@ -27,7 +27,7 @@ from multum.runtimes import find
 
 SPEEDUPS = (1.5, 2.0)
 SAMPLES = 1024
-THREADS = 2
+THREADS = 1
 LAYERS = {1.5: 4, 2.0: 3}
 
 

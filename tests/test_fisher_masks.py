@@ -67,6 +67,22 @@ def test_units_below_a_knee_join_because_they_cost_nothing_more():
     assert search(scores, table.total, 21.0) == [([0], [0, 1])]
 
 
+def test_under_a_table_no_sublayer_goes_whole_while_each_can_keep_a_unit():
+    """The last heads are worth little one by one and cost much: dropping them all is what the diagonal advises."""
+    scores = [(np.array([5.0, 4.0]), np.array([3.0, 2.0, 1.0])), (np.array([0.1, 0.2]), np.array([3.0, 2.9, 2.8]))]
+    table = LatencyTable(
+        base=1.0, attention=knee(2, 1), attention_last=knee(2, 1), feed_forward=knee(3, 1), feed_forward_last=knee(3, 1)
+    )
+    budget = table.total([(2, 2), (1, 3)])
+    lured, kept = search(scores, table.total, budget), search_under(table, scores, budget)
+    assert lured[1][0] == []
+    assert kept[1][0] == [1]
+    assert all(units for block in kept for units in block)
+    assert table.total(counts(kept)) <= budget
+    # Four sublayers of 10 do not fit here; then one has to go.
+    assert not all(units for block in search_under(table, scores, 32.0) for units in block)
+
+
 def test_the_discount_of_the_last_attention_is_not_what_the_search_is_after():
     """Dropping the second attention would save both its own cost and that of all neurons behind it."""
     scores = [(np.array([5.0, 4.0]), np.array([1.4, 1.3, 1.2])), (np.array([1.5, 1.4]), np.array([3.0, 2.9, 2.8]))]

@@ -52,9 +52,9 @@ def test_measure_finds_every_part() -> None:
     table = made()
     assert table.base == BASE
     assert dict(table.attention) == pytest.approx({h: attention(h) for h in grid(HEADS)})
-    assert dict(table.feed_forward) == pytest.approx({n: feed_forward(n) for n in grid(NEURONS)})
+    assert {n: table.feed_forward[n] for n in grid(NEURONS)} == pytest.approx({n: feed_forward(n) for n in grid(NEURONS)})
     assert {h: c for h, c in table.attention_last.items() if h} == pytest.approx({h: attention_last(h) for h in grid(HEADS) if h})
-    assert dict(table.feed_forward_last) == pytest.approx({n: feed_forward_last(n) for n in grid(NEURONS)})
+    assert {n: table.feed_forward_last[n] for n in grid(NEURONS)} == pytest.approx({n: feed_forward_last(n) for n in grid(NEURONS)})
 
 
 def test_totals_are_those_of_the_machine() -> None:
@@ -68,9 +68,9 @@ def test_between_measured_counts_it_is_a_straight_line() -> None:
     table = made()
     for neurons in (30, 72, 100, 383):
         assert table.block(2, neurons) == pytest.approx(attention(2) + feed_forward(neurons))
-    # Between nothing and the least width there is a step that is not resolved.
-    middle = (feed_forward(0) + feed_forward(4)) / 2
-    assert table.block(2, 2) == pytest.approx(attention(2) + middle)
+    # What any width costs is not known below the least one: no neuron is cheaper than those.
+    assert table.block(2, 2) == table.block(2, 1) == pytest.approx(attention(2) + feed_forward(4))
+    assert table.block(2, 0) == pytest.approx(attention(2) + feed_forward(0))
 
 
 def test_beyond_the_last_count_the_line_goes_on() -> None:

@@ -169,6 +169,8 @@ class LatencyTable:
             one_head = max(0.0, time[f"attention_last {head_grid[1]}"] - base)
             attention_last = _rising({h: time[f"attention_last {h}"] - base for h in head_grid})
             feed_forward_last = _rising({n: time[f"feed_forward_last {n}"] - base - one_head for n in neuron_grid})
+        # Fewer neurons than the least width measured cost as much as that one: a kernel has to be called for any.
+        feed_forward, feed_forward_last = ({**costs, 1: costs[neuron_grid[1]]} for costs in (feed_forward, feed_forward_last))
         return cls(
             base=base,
             attention=attention,

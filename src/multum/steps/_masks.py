@@ -25,28 +25,32 @@ def importance(gradients: Sequence[Pair]) -> list[Pair]:
     return [((heads**2).sum(0), (neurons**2).sum(0)) for heads, neurons in gradients]
 
 
-def search(scores: Sequence[Pair], cost: Callable[[Blocks], float], budget: float) -> Kept:
+def search(scores: Sequence[Pair], cost: Callable[[Blocks], float], budget: float, *, whole_sublayers: bool = True) -> Kept:
     """The heads and neurons with the most importance whose cost fits the budget.
 
     Args:
         scores: I per block.
         cost: of a model with these (heads, neurons) in its blocks; more units never cost less.
         budget: in the same unit.
+        whole_sublayers: may go. Without, every sublayer keeps at least its most important unit, as long as that fits.
 
     Raises:
         InputError: not even one head fits.
     """
-    heads, neurons = (_ranked([pair[kind] for pair in scores]) for kind in (0, 1))
+    heads, neurons = (_ranked([pair[kind] for pair in scores], first=not whole_sublayers) for kind in (0, 1))
+    fewest = [1, 0] if whole_sublayers else [max(1 - kind, sum(pair[kind].size > 0 for pair in scores)) for kind in (0, 1)]
     best: tuple[float, int, int] | None = None
-    for n_heads in range(1, len(heads.units) + 1):
+    for n_heads in range(fewest[0], len(heads.units) + 1):
         if best is not None and heads.sums[n_heads] + neurons.sums[-1] <= best[0]:
             continue
         n_neurons = _most(heads.counts[n_heads], neurons.counts, cost, budget)
-        if n_neurons is None:
+        if n_neurons is None or n_neurons < fewest[1]:
             break
         total = float(heads.sums[n_heads] + neurons.sums[n_neurons])
         if best is None or total > best[0]:
             best = total, n_heads, n_neurons
+    if best is None and not whole_sublayers:
+        return search(scores, cost, budget)
     if best is None:
         raise InputError(f"fisher_masks: not even one head fits: the cheapest model with one costs more than {budget:.4g}")
     return _fill(_kept(len(scores), heads.units[: best[1]], neurons.units[: best[2]]), scores, cost, budget)
@@ -61,10 +65,12 @@ class _Ranked:
     sums: np.ndarray
 
 
-def _ranked(scores: Sequence[np.ndarray]) -> _Ranked:
+def _ranked(scores: Sequence[np.ndarray], *, first: bool = False) -> _Ranked:
+    """In order of importance; with `first` the best unit of every block before all others."""
+    best = [int(values.argmax()) if first and len(values) else -1 for values in scores]
     units = sorted(
         ((block, unit) for block in range(len(scores)) for unit in range(len(scores[block]))),
-        key=lambda pair: (-scores[pair[0]][pair[1]], pair),
+        key=lambda pair: (pair[1] != best[pair[0]], -scores[pair[0]][pair[1]], pair),
     )
     counts = np.zeros((len(units) + 1, len(scores)), dtype=int)
     counts[np.arange(1, len(units) + 1), np.array([block for block, _ in units], dtype=int)] = 1

@@ -5,7 +5,8 @@ r"""Fisher-mask pruning: heads and neurons by the task's loss, without any train
 
 1. Search (sec. 4.1): max Σ_kept I_i subject to cost <= budget. For every number of heads, the most neurons that fit, both the most
    important of the whole model. What then still fits joins. With costs that are linear in the counts (multiply-accumulates) this
-   is the optimum; under a measured table the budget holds exactly and the importance is the best of these.
+   is the optimum; under a measured table every sublayer keeps its most important unit as long as that fits, the budget holds
+   exactly, and the importance is the best of these.
 2. Rearrangement (sec. 4.2), per sublayer and with the same counts: min (1-m)ᵀ F (1-m) with F = Σ_b g_b g_bᵀ, cross terms included.
    Every unit kept, the least important first, changes places with the pruned one that leaves the least Σ_b (Σ_i∈pruned g_bi)².
 3. Tuning (sec. 4.3), sublayer by sublayer from the bottom: one scale s per unit, min ‖A s - B‖² with A the outputs of the units and
@@ -67,16 +68,23 @@ def scales(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def search_under(table: LatencyTable, scores: Sequence[Pair], budget: float) -> Kept:
-    """The search with costs that add up over the blocks, as in the paper, for the largest such budget that keeps the real one.
+    """The search under a measured table. No sublayer goes whole there unless the budget wants it, as in the authors' code.
 
-    Blocks behind the last one that attends cost next to nothing. What the diagonal says of dropping the last attentions is wrong
-    (on film reviews at 2x it left an accuracy of 0.5), so that the search must not be rewarded for it.
+    What the diagonal says of a whole sublayer is wrong: it sees one unit at a time. Without the attentions of the last blocks the
+    first token reads nothing, and the model guesses, while their units' importances are small and their time is the largest.
+    Where sublayers must go all the same, costs add up over the blocks, for the largest such budget that keeps the real one:
+    blocks behind the last one that attends cost next to nothing, and the search must not be rewarded for making more of them.
 
     Args:
         table: the real costs.
         scores: I per block.
         budget: in the table's unit.
     """
+    kept = search(scores, table.total, budget, whole_sublayers=table.unit == "MACs")
+    if table.unit == "MACs" or all(
+        bool(units) == (worth.size > 0) for block, pair in zip(kept, scores, strict=True) for units, worth in zip(block, pair, strict=True)
+    ):
+        return kept
     flat = replace(table, attention_last=table.attention, feed_forward_last=table.feed_forward)
     low, high = budget, flat.total([(len(heads), len(neurons)) for heads, neurons in scores])
     kept = search(scores, flat.total, high)
