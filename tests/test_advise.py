@@ -23,6 +23,7 @@ from multum._advice_sources import GOALS, OWN
 from multum._advise import write_recipe
 from multum.cli import app
 from multum.core.model import Model
+from multum.core.packed import is_matrix
 from multum.core.padding import pad
 from multum.core.parts import outline, part_of, parts_of, time_parts
 from multum.core.profile import profile
@@ -166,6 +167,21 @@ def test_the_bytes_of_an_int8_export_are_those_of_its_constants(family: str, dat
     assert estimate(found, "int8", "bytes")["after"] == pytest.approx(stored, rel=0.02)
 
 
+@pytest.mark.parametrize("family", ["mpnet", "modernbert", "gpt2"])
+def test_the_bytes_of_a_traced_int8_export(family: str, data: str, tmp_path: Path) -> None:
+    made, task = tiny.model(family, layers=3, hidden=64, neurons=96), tiny.task()
+    made.save(tmp_path / "model")
+    options: dict[str, Any] = {"calibration": task.calibration(made, 2), "max_length": tiny.POSITIONS, "pairs": False}
+    found = advice(str(tmp_path / "model"), data)
+    assert entry(found, "int8") in found["use"]
+    onnxruntime.export(made, tmp_path / "int8", precision="int8", inputs=task.inputs("validation"), **options)
+    import onnx
+
+    graph = onnx.load(tmp_path / "int8" / onnxruntime.GRAPH).graph
+    stored = sum(len(constant.raw_data) or constant.ByteSize() for constant in graph.initializer)
+    assert estimate(found, "int8", "bytes")["after"] == pytest.approx(stored, rel=0.1)
+
+
 def test_goals_change_what_is_used(model: str, data: str) -> None:
     used = {goal: [one["name"] for one in advice(model, data, goal=goal)["use"]] for goal in GOALS}
     assert "trim_vocabulary" in used["smaller"]
@@ -220,6 +236,29 @@ def test_a_model_that_was_shrunk(model: str, data: str, tmp_path: Path) -> None:
     assert found["shrink"] is None
 
 
+@pytest.mark.parametrize("family", ["bert", "mpnet", "gpt2"])
+def test_a_packed_model_is_profiled_and_only_exported(family: str, data: str, tmp_path: Path) -> None:
+    task, whole = tiny.task(), tiny.model(family)
+    packed = find("quantize_embeddings")()(find("quantize")(bits=4, group=16)(whole, task), task)
+    packed.save(tmp_path / "packed")
+    whole.save(tmp_path / "whole")
+    found, before = (advice(str(tmp_path / name), data, goal="faster") for name in ("packed", "whole"))
+    for key in ("macs_per_example", "parameters", "layers", "heads_and_neurons", "tokens"):
+        assert found["profile"][key] == before["profile"][key]
+    assert found["profile"]["bytes"] < 0.4 * before["profile"]["bytes"]
+    table = packed.module.get_input_embeddings()
+    row = table.codes.shape[1] + 2 * table.scales.shape[1]
+    assert found["profile"]["vocabulary"]["row_bytes"] == row
+    weights = [part.weight for name, part in packed.module.named_modules() if is_matrix(part)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    assert found["profile"]["zeros"] == pytest.approx(zeros)
+    assert [one["name"] for one in found["use"]] == ([] if family == "gpt2" else ["int8"])
+    for name in set(TECHNIQUES) - {"int8"}:
+        assert "quantized already" in entry(found, name)["why"]
+    assert found["recipe"] is None
+    assert found["shrink"] is None
+
+
 def test_a_model_that_nobody_knows_and_one_without_data(model: str, data: str, tmp_path: Path) -> None:
     known = tiny.model("bert")
     names = {key: getattr(known.module.config, key) for key in ("id2label", "label2id", "vocab_size", "max_position_embeddings")}
@@ -229,8 +268,9 @@ def test_a_model_that_nobody_knows_and_one_without_data(model: str, data: str, t
     found = advice(str(tmp_path / "albert"), data, goal="smaller")
     assert set(found["profile"]["parts"]) == {"embeddings", "body", "head"}
     assert sum(part["parameters"] for part in found["profile"]["parts"].values()) == profile(module)["parameters"]
-    assert [one["name"] for one in found["use"]] == ["trim_vocabulary"]
+    assert {one["name"] for one in found["use"]} == {"int8", "trim_vocabulary"}
     assert found["recipe"]["steps"] == ["trim_vocabulary"]
+    assert found["shrink"] is None
     assert any("albert" in note for note in found["notes"])
     found = multum.advise(model, task="text-classification")
     assert found["recipe"] is None
@@ -242,7 +282,7 @@ def test_models_that_write(tmp_path: Path) -> None:
     tiny.language_model("gpt2", positions=128).save(tmp_path / "gpt2")
     found = multum.advise(str(tmp_path / "gpt2"), task="text-generation", data=str(tmp_path / "texts.txt"))
     assert [one["name"] for one in found["use"]] == ["prune_structured", "distill"]
-    assert "one label" in entry(found, "int8")["why"]
+    assert "not models for text-generation" in entry(found, "int8")["why"]
     rows = ["source,target", *(",".join(pair) for pair in translators.sentences(60))]
     (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
     translator = translators.translator("t5", layers=3)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pandas as pd
 import pytest
+import tiny
 
-from multum.data import Splits, open_task, read, sizes
+from multum.data import Splits, cut, open_task, read, sizes
 from multum.errors import InputError
 
 COLUMNS, OPTIONAL, KEYS = ("text", "label"), ("text_pair",), ("text", "text_pair")
@@ -297,3 +299,33 @@ def test_bad_unlabelled_files_are_one_error(folder: Path, name: str, content: by
         open_with(folder, path)
     assert said in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [1, 2])
+def test_rows_with_more_fields_than_the_header_names_are_no_index(tmp_path: Path, more: int) -> None:
+    """pandas makes the first field the rows' names without a word, and the text becomes the label."""
+    path = tmp_path / "reviews.csv"
+    path.write_text(
+        "text,label\n" + "".join(f"a film, {i}{', too' * (more - 1)},{'good' if i % 2 else 'bad'}\n" for i in range(20))
+    )
+    said = refused(path)
+    assert f"the first row has {2 + more} fields, and the header names 2" in said
+    assert "in quotes" in said
+    assert "none at the end of rows" in said
+
+
+def test_too_few_rows_for_three_splits(tmp_path: Path) -> None:
+    path = tmp_path / "two.csv"
+    pd.DataFrame({"text": ["one", "two"]}).to_csv(path, index=False)
+    with pytest.raises(InputError, match="2 usable rows are too few") as caught:
+        read(str(path), ["text"], keys=["text"])
+    assert "3 are the least" in str(caught.value)
+
+
+def test_texts_longer_than_the_model_reads_are_counted() -> None:
+    task = tiny.task(n_train=8)
+    model = tiny.model()
+    assert cut(task, model) == []
+    long = [" ".join(["film"] * 200), *task.texts["test"][1:]]
+    (sentence,) = cut(replace(task, texts={**task.texts, "test": long}), model)
+    assert sentence == f"test: 1 text is longer than the model's {task.length_limit(model)} tokens and cut"

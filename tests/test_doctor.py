@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import re
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +37,8 @@ def test_facts_are_json_and_complete(tmp_path, monkeypatch):
 def test_a_missing_runtime_comes_with_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MULTUM_CACHE", str(tmp_path))
     there = SimpleNamespace(PRECISIONS=("fp32",), EXTRA=None, unavailable=lambda: None)
-    missing = SimpleNamespace(PRECISIONS=("int8",), EXTRA="openvino", unavailable=lambda: "openvino is not installed")
+    reason = "openvino is not installed; pip install 'multum[openvino]'"  # what a runtime says where it is asked for
+    missing = SimpleNamespace(PRECISIONS=("int8",), EXTRA="openvino", unavailable=lambda: reason)
     modules = {"pytorch": there, "openvino": missing}
     monkeypatch.setattr(runtimes, "names", lambda: list(modules))
     monkeypatch.setattr(runtimes, "find", modules.get)
@@ -43,7 +48,7 @@ def test_a_missing_runtime_comes_with_what_to_install(tmp_path, monkeypatch, cap
     assert any("openvino is not installed" in text and "pip install" in text for text in facts["advice"])
     terminal.print_checkup(facts)
     shown = capsys.readouterr().out
-    assert "pip install 'multum[openvino]'" in shown
+    assert shown.count("pip install 'multum[openvino]'") == 1, "a hint is given once"
     assert "fp32" in shown
 
 
@@ -54,7 +59,7 @@ def test_features_are_read_from_the_processor_s_flags(tmp_path, monkeypatch, tex
     file = tmp_path / "cpuinfo"
     file.write_text(text)
     monkeypatch.setattr(doctor, "Path", lambda path: file if path == "/proc/cpuinfo" else Path(path))
-    found = doctor._processor()["features"]
+    found = doctor.processor()["features"]
     assert {name for name, there in found.items() if there} == has
 
 
@@ -72,3 +77,30 @@ def test_what_is_short_is_said():
         doctor._advice(facts | {"processor": rich, "memory": {"available_mb": 9000}, "disk": {"free_gb": 9, "folder": "here"}})
         == []
     )
+
+
+def test_every_hint_is_given_once_and_names_an_extra_that_there_is(monkeypatch, capsys):
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = importlib.util.find_spec
+    absent = ("openvino", "nncf", "llama_cpp", "gguf", "onnxscript", "peft", "captum", "sacrebleu", "torchvision")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else found(name, *more))
+    for name in ("openvino", "llamacpp"):
+        monkeypatch.setattr(runtimes.find(name), "find_spec", lambda name: None)
+    facts = doctor.examine()
+    terminal.print_checkup(facts)
+    hints = re.findall(r"pip install \S+", capsys.readouterr().out)
+    assert len(hints) == len(set(hints)) == 6
+    assert {re.search(r"multum\[(\w+)\]", hint)[1] for hint in hints} <= set(extras)
+
+
+def test_a_torchvision_that_does_not_fit_is_named(monkeypatch):
+    def fail(name):
+        raise RuntimeError("operator torchvision::nms does not exist\nmore")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(importlib, "import_module", fail)
+    assert doctor._torchvision() == "operator torchvision::nms does not exist"
+    machine = {"features": dict.fromkeys(doctor.FLAGS, True)}
+    facts = {"runtimes": {}, "processor": machine, "memory": {"available_mb": 9000}, "disk": {"free_gb": 9, "folder": "here"}}
+    (advice,) = doctor._advice(facts | {"torchvision": "it does not fit"})
+    assert "pip uninstall torchvision" in advice

@@ -29,6 +29,7 @@ FURTHER = {
             "drop_layers",
             "fisher_masks",
             "gptq",
+            "l0",
             "low_rank",
             "movement",
             "prune_structured",
@@ -47,6 +48,8 @@ FURTHER = {
 WRITING = ("distill_generation",)
 """Steps for models that write: encoder-decoders, and the causal ones below."""
 CAUSAL = ("causal-llama", "causal-gpt2")
+ONLY = {"slice_hidden": tiny_families.GROUPED}
+"""Steps that refuse all other architectures."""
 TEACHER, FOLDER, TEXT = "<teacher>", "<folder>", "<text>"
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -58,6 +61,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "finetune": {"epochs": 1, "batch_size": 16},
     "fisher_masks": {"speedup": 1.5, "samples": 32, "batch_size": 8},
     "gptq": {"bits": 3, "group": 24, "samples": 16},
+    "l0": {"sparsity": 0.4, "epochs": 1, "batch_size": 16},
     "low_rank": {"keep": 0.5, "samples": 16},
     "pretrain": {"text": TEXT, "steps": 2, "batch_size": 4, "block": 16},
     "movement": {"sparsity": 0.5, "epochs": 1, "batch_size": 16},
@@ -66,6 +70,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "quantize": {"bits": 4, "group": 24, "symmetric": False},
     "quantize_embeddings": {},
     "reconstruct": {"teacher": TEACHER, "samples": 16},
+    "slice_hidden": {"keep": 0.75, "samples": 16},
     "sparsegpt": {"sparsity": 0.5, "samples": 16},
     "trim_vocabulary": {},
     "wanda": {"sparsity": 0.5, "samples": 16},
@@ -99,6 +104,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "finetune": [{"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 0}, {"warmup": 2.0}],
     "fisher_masks": [{"speedup": 0.5}, {"samples": 0}, {"batch_size": 0}],
     "gptq": [{"bits": 2}, {"group": -1}, {"damping": 0.0}, {"samples": 0}],
+    "l0": [{"sparsity": 1.0}, {"alpha": 2.0}, {"temperature": 0.0}, {"mask_learning_rate": 0.0}, {"rise": 2.0}, {"epochs": 0}],
     "low_rank": [{"keep": 1.0}, {"rank": 0}, {"samples": 0}],
     "pretrain": [{"steps": 0}, {"block": 7}, {"start": "anew"}, {"start": {"layers": 2}}, {"tokenizer": "bpe"}, {"shuffle": -1}],
     "movement": [{"sparsity": 1.5}, {"block": 0}, {"begin": 0.9}, {"epochs": 0}, {"learning_rate": -1.0}],
@@ -114,6 +120,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
     ],
     "quantize_embeddings": [{"bits": 7}, {"group": 1}],
     "reconstruct": [{"teacher": ""}, {"samples": 0}, {"damping": 0.0}],
+    "slice_hidden": [{"keep": 0.0}, {"samples": 0}],
     "sparsegpt": [{"sparsity": 1.5}, {"pattern": "4:2"}, {"samples": 0}, {"damping": 0.0}],
     "trim_vocabulary": [{"min_count": 0}],
     "wanda": [{"sparsity": -0.5}, {"pattern": "4:2"}, {"samples": 0}],
@@ -168,7 +175,7 @@ def data_for(name: str, task: Any, family: str = "") -> Any:
 
 
 def families_for(name: str) -> tuple[str, ...]:
-    return (*translators.FAMILIES, *CAUSAL) if name in WRITING else (*FAMILIES, *FURTHER.get(name, ()))
+    return (*translators.FAMILIES, *CAUSAL) if name in WRITING else ONLY.get(name) or (*FAMILIES, *FURTHER.get(name, ()))
 
 
 def quick(name: str, folder: Path, family: str = "") -> dict[str, Any]:

@@ -17,6 +17,7 @@ from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 
 from multum.core.task import IGNORED, UNKNOWN, Quality
+from multum.core.teacher import logits
 from multum.errors import InputError
 from multum.tasks import find, names
 from multum.tasks.fill_mask import FillMask
@@ -198,3 +199,17 @@ def test_long_texts_are_cut_and_counted(family: str) -> None:
     with torch.no_grad():
         for batch in task.batches(model, "test", 8):
             assert model.module(**batch).logits.isfinite().all()
+
+
+def test_a_decoder_without_a_token_for_padding_classifies_all_the_same(tmp_path: Path) -> None:
+    """It pads with the token that ends its texts, and what a text is answered does not depend on who stands beside it."""
+    model = tiny.language_model("gpt2")
+    model.tokenizer.pad_token, model.module.config.pad_token_id = None, None
+    model.save(tmp_path / "gpt2")
+    task = tiny.task(n_train=8)
+    loaded = task.load(str(tmp_path / "gpt2"))
+    assert loaded.tokenizer.pad_token_id == loaded.module.config.pad_token_id == loaded.tokenizer.eos_token_id
+    rows = list(task.encode(loaded, "train"))
+    together = logits(loaded.module, rows, loaded.tokenizer.pad_token_id, precision="fp32")
+    alone = [logits(loaded.module, [row], loaded.tokenizer.pad_token_id, precision="fp32")[0] for row in rows]
+    assert together == pytest.approx(np.array(alone), abs=1e-5)

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from on_disk import listing
 
-from multum.core.folders import cache_home, digest, read_json, whole_folder, write_json
+from multum.core.folders import cache_home, check_writable, digest, read_json, whole_folder, write_json
 from multum.errors import InputError, MultumError
 
 
@@ -132,3 +132,13 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert cache_home() == tmp_path / "xdg" / "multum"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_home() == Path.home() / ".cache" / "multum"
+
+
+def test_a_place_that_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "deep" / "down")
+    assert listing(tmp_path) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"file is a file, so that .* cannot be a folder"):
+        check_writable(tmp_path / "file" / "run")
+    with pytest.raises(InputError, match="cannot be written"):
+        check_writable(Path("/proc/multum/run"))

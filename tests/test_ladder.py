@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import tiny
 
+from multum.bench import Bench
 from multum.budget import FULL
 from multum.ladder import MAX_RUNGS, STEP, Ladder
 from multum.plan import LAST, MEASURE, teaching
@@ -146,3 +150,15 @@ def test_the_first_teaching_waits_for_the_teacher() -> None:
         return sum(s for _, s in teaching("rung", FULL, 1000, 0.01, 0.25, **options)) - MEASURE
 
     assert seconds(taught=False) - seconds(taught=True) == pytest.approx(1000 * 9 * 0.01)  # a forward pass of 8 variants of each
+
+
+@pytest.mark.parametrize(("low", "warned"), [(0.55, True), (0.61, False)])
+def test_an_original_that_learned_nothing_is_said(low: float, warned: bool) -> None:
+    """Three of five texts have one label: an interval that reaches down there shows nothing learned."""
+    said: list[str] = []
+    task = tiny.task(n_train=10)
+    task = replace(task, targets={**task.targets, "validation": np.array([0, 1, 1, 0, 1])})
+    bench = SimpleNamespace(task=task, run=SimpleNamespace(warn=said.append))
+    Bench.doubt(bench, {"quality": {"value": 0.65, "ci95": [low, 0.75]}})  # type: ignore[arg-type]
+    assert bool(said) is warned
+    assert all("no better than guessing (65.0 %" in text and "right in 60.0 %" in text for text in said)

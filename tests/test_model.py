@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
 from on_disk import listing, model_folder
 from transformers import ByT5Tokenizer
 
+from multum.core import hub
 from multum.core.model import Model
 from multum.errors import InputError
 
@@ -123,6 +128,49 @@ def test_what_is_no_model_is_refused(break_it: object, says: str, tmp_path: Path
         load(source)
 
 
-def test_a_hub_id_that_cannot_be_had_is_one_clear_error() -> None:
+def without_words(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes one of nothing, for which every word is unknown."""
+    with pytest.raises(InputError, match=r"no tokenizer that knows a word; .* tokenizer.json"):
+        load(without_words(model_folder(tmp_path / "model")))
+
+
+def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="no such folder, and the Hugging Face Hub cannot be reached"):
+        load("nobody/no-such-model")
+    assert time.monotonic() - started < 5
+
+
+def test_a_hub_id_that_there_is_not_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise OSError("nobody/no-such-model is not a valid model identifier")
+
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", missing)
     with pytest.raises(InputError, match="cannot load it as"):
         load("nobody/no-such-model")
+
+
+def test_behind_a_proxy_the_hub_counts_as_reachable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
+    assert hub.reachable()
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    assert not hub.reachable()
+
+
+def test_saved_weights_may_be_read_by_whom_other_files_may(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    rights = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    assert rights["model.safetensors"] == rights["config.json"] == rights["recipe.json"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ from safetensors import safe_open
 from test_every_step import QUICK
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+import multum
 from multum import runtimes
+from multum._sensitivity import sensitivity
 from multum.core.codes import Packing, as_scales, as_zeros, pack, unpack, values
 from multum.core.factored import Factored
 from multum.core.model import Model
@@ -26,8 +31,10 @@ from multum.core.packed import PackedEmbedding, PackedLinear, TiedEmbedding, Tie
 from multum.core.parts import parts_of
 from multum.core.profile import profile
 from multum.core.step import find, make, names
+from multum.core.training import fit
 from multum.errors import InputError
 from multum.steps._quantization import rounded
+from multum.steps.distill import Distill
 from multum.steps.low_rank import LowRank
 from multum.steps.quantize import Quantize
 from multum.steps.quantize_embeddings import QuantizeEmbeddings
@@ -267,6 +274,24 @@ def test_an_export_answers_like_the_packed_model(tmp_path):
     assert torch.allclose(found.float(), wanted, atol=1e-3)
 
 
+@pytest.mark.parametrize(("runtime", "family"), [("onnxruntime", "mpnet"), ("openvino", "bert")])
+def test_a_packed_folder_is_traced_with_its_weights_unpacked(runtime, family, tmp_path):
+    task = tiny.task(8, 8, 4)
+    made = QuantizeEmbeddings()(Quantize(**INT4)(tiny.model(family), task), task)
+    made.save(tmp_path / "packed")
+    packed = task.load(str(tmp_path / "packed"))
+    inputs = list(task.inputs("validation"))
+    options = {"max_length": task.length_limit(packed), "pairs": False, "calibration": task.calibration(packed, 8)}
+    found = runtimes.find(runtime).export(packed, tmp_path / "out", precision="fp32", inputs=inputs, **options)
+    assert found["max_difference"] < 1e-4
+    assert packed_parts(packed.module).keys() == packed_parts(made.module).keys()
+    assert packed.fingerprint() == made.fingerprint()
+    with torch.no_grad():
+        rows = task.encode_texts(made, inputs)
+        wanted = torch.cat([made.module(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])
+    assert np.abs(runtimes.open(tmp_path / "out").predict(inputs) - wanted.numpy()).max() < 1e-4
+
+
 # -- what is refused -----------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +302,51 @@ def test_steps_that_cut_or_train_refuse_packed_models(name):
     with pytest.raises(InputError, match=f"^{name}: the model is already quantized") as caught:
         make(name, QUICK[name])(packed, task)
     assert len(caught.value.problems) == 1
+
+
+def _shrink(packed: Model, task: Any, folder: Path) -> None:
+    for name in ("train", "validation", "test"):
+        getattr(tiny.splits(), name).to_csv(folder / f"{name}.csv", index=False)
+    packed.save(folder / "model")
+    multum.shrink(str(folder / "model"), task=task.name, data=str(folder), output=folder / "run")
+
+
+def _student(packed: Model, task: Any, folder: Path) -> None:
+    packed.save(folder / "student")
+    tiny.model(seed=1).save(folder / "teacher")
+    Distill(teacher=str(folder / "teacher"), student=str(folder / "student"))(tiny.model(), task)
+
+
+def _trainer(packed: Model, task: Any, folder: Path) -> None:
+    multum.DistillationTrainer(tiny.model(seed=1).module, packed.module, TrainingArguments(str(folder), report_to=[]))
+
+
+FLOATS: dict[str, Callable[[Model, Any, Path], object]] = {
+    "sensitivity": lambda packed, task, folder: sensitivity(packed, task, samples=4),
+    "training": lambda packed, task, folder: fit(packed, task.encode(packed, "train"), task.loss, learning_rate=1e-3),
+    "shrink": _shrink,
+    "student .*": _student,
+    "student_model": _trainer,
+}
+"""What else needs floats: how its error begins -> a call of it."""
+
+
+@pytest.mark.parametrize("quantized", [Quantize(), QuantizeEmbeddings()], ids=lambda step: step.name)
+@pytest.mark.parametrize("name", FLOATS)
+def test_whatever_else_cuts_or_trains_refuses_packed_models(name, quantized, tmp_path):
+    task = tiny.task(8, 4, 4)
+    packed = quantized(tiny.model(layers=1), task)
+    with pytest.raises(InputError, match=f"^{name}: the model is already quantized") as caught:
+        FLOATS[name](packed, task, tmp_path)
+    assert len(caught.value.problems) == 1
+    assert not (tmp_path / "run" / "original").exists()
+
+
+def test_a_packed_model_teaches(tmp_path):
+    task = tiny.task(16, 4, 4)
+    Quantize()(tiny.model(seed=1), task).save(tmp_path / "teacher")
+    taught = Distill(teacher=str(tmp_path / "teacher"), epochs=1, batch_size=8)(tiny.model(), task)
+    assert taught.fingerprint() != tiny.model().fingerprint()
 
 
 def test_what_is_packed_is_not_packed_again():

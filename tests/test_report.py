@@ -294,8 +294,9 @@ def test_a_recipe_s_run_names_its_own_folder(tmp_path):
     (folder / "model").mkdir()
     (folder / "model" / "recipe.json").write_text(json.dumps(RECIPE))
     page = report(folder).read_text(encoding="utf-8")
-    assert "multum predict reviews/model" in page
-    assert "reviews/chosen" not in page
+    assert "multum predict model" in page
+    assert "from the folder of the run, <code>reviews</code>" in page
+    assert "predict chosen" not in page
     assert 'from_pretrained("model")' in (folder / "README.md").read_text(encoding="utf-8")
     assert (folder / "model" / "README.md").is_file()
 
@@ -491,3 +492,14 @@ def test_points():
 
 if __name__ == "__main__":
     print(report(write(Path(sys.argv[1]), sample_run())))
+
+
+def test_warnings_stand_at_the_top_of_the_page_and_the_card(tmp_path):
+    run = sample_run() | {"warnings": ["something <b>else</b> ran"], "model": "/home/me/.cache/models/minilm"}
+    folder = write(tmp_path / "reviews", run)
+    page, card = (report(folder).read_text(encoding="utf-8"), (folder / "README.md").read_text(encoding="utf-8"))
+    assert "⚠ Something &lt;b&gt;else&lt;/b&gt; ran." in page
+    assert page.index("Something &lt;b") < page.index("Quality against latency")
+    assert "**Something" in card
+    assert "minilm" in page.split("</title>")[0]
+    assert "/home/me" not in page.split("</h1>")[0]

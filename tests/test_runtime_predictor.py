@@ -47,19 +47,22 @@ def test_threads_of_texts_and_batches(chosen: int | None, given: int, single: in
     assert loaded == sorted({single, given})
 
 
-@pytest.mark.parametrize(("seconds_of_all", "chosen"), [(0.5, 4), (0.9, 1), (1.5, 1)])
+@pytest.mark.parametrize(
+    ("seconds_of_two", "seconds_of_all", "chosen"),
+    [(0.7, 0.5, 4), (0.95, 0.9, 1), (1.5, 1.5, 1), (0.6, 0.55, 2), (0.9, 0.8, 4)],
+)
 def test_several_threads_must_be_faster_by_more_than_noise(
-    seconds_of_all: float, chosen: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    seconds_of_two: float, seconds_of_all: float, chosen: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, asked = read_json(folder / "runtime.json"), []
 
     def interleave(timers: dict[str, Any], rounds: int) -> dict[str, float]:
         assert all(timer() > 0 for timer in timers.values())
         asked.extend(timers)
-        return {"1": 1.0, "4": seconds_of_all}
+        return {"1": 1.0, "2": seconds_of_two, "4": seconds_of_all}
 
     monkeypatch.setattr(_predictor, "cores", lambda: 4)
     monkeypatch.setattr(_predictor, "interleave", interleave)
     choose_threads(folder, onnxruntime.open, ["a film", "a story"])
-    assert asked == ["1", "4"]
+    assert asked == ["1", "2", "4"]
     assert read_json(folder / "runtime.json") == before | {"threads": chosen}

@@ -10,7 +10,8 @@ from . import _advice_sources as source
 from ._advice_profile import Profile, int8_bytes
 from ._advice_sources import BOTH, PRIVATE, UNTRAINED
 from .core.families import every_block
-from .core.linears import is_linear, shape_of
+from .core.linears import shape_of
+from .core.packed import is_matrix
 from .core.parts import ATTENTION, FEED_FORWARD
 from .core.students import alternate
 from .plan import TRAINING
@@ -179,7 +180,7 @@ def low_rank(p: Profile, goal: str) -> list[Estimate]:
 
 
 def in_blocks(p: Profile) -> list[Any]:
-    return [part for block in every_block(p.module) for part in block.modules() if is_linear(part)]
+    return [part for block in every_block(p.module) for part in block.modules() if is_matrix(part)]
 
 
 def zeros(published: str, text: str) -> Callable[[Profile, str], list[Estimate]]:

@@ -14,13 +14,15 @@ import torch
 from ._measure import macs_per_example
 from .core.factored import Factored
 from .core.families import FAMILIES, Stack, stacks_of
-from .core.linears import is_linear, shape_of
+from .core.linears import shape_of
 from .core.model import Model
+from .core.packed import Packed, TiedLinear, is_matrix, packed_parts
 from .core.padding import pad
 from .core.parts import ATTENTION, FEED_FORWARD, Part, is_known, outline, parts_of, tensors, time_parts
 from .core.surgery import BiasOnly, heads_and_neurons, keep_blocks
 from .core.words import text_of
 from .plan import pace
+from .runtimes import find as find_runtime
 from .steps.trim_vocabulary import count_tokens, fixed, needed, obstacle, token_ids
 
 TOKENS = 128
@@ -113,6 +115,11 @@ class Profile:
     def factored(self) -> bool:
         return any(isinstance(part, Factored) for part in self.module.modules())
 
+    @cached_property
+    def packed(self) -> bool:
+        """Its weights are integers already."""
+        return bool(packed_parts(self.module)) or bool(getattr(self.module, "is_quantized", False))
+
     @property
     def paired(self) -> bool:
         """It is an encoder-decoder."""
@@ -165,8 +172,8 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
         shrinks: whether models of this task can be exported.
     """
     module, known = model.module.eval(), is_known(model.module)
-    linears = [part.weight for part in module.modules() if is_linear(part)]
-    zeros = 1 - sum(int(torch.count_nonzero(w)) for w in linears) / max(1, sum(w.numel() for w in linears))
+    counts = [(int(torch.count_nonzero(w)), w.numel()) for w in (part.weight for part in module.modules() if is_matrix(part))]
+    zeros = 1 - sum(nonzero for nonzero, _ in counts) / max(1, sum(size for _, size in counts))
     rows = list(task.encode(model, "validation")) if task else []
     timed = bool(rows) and not getattr(module.config, "is_encoder_decoder", False)
     return Profile(
@@ -189,15 +196,18 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
 
 def int8_bytes(p: Profile, max_length: int) -> int:
     """Of the weights of an int8 export: a byte for every weight of a matrix and of the word embeddings, a scale for every output of
-    the one and every row of the other; positions up to the longest text, biases, norms' scales and the last layer in fp32.
+    the one and every row of the other; positions up to the longest text, biases, norms' scales and the last layer in fp32. Of a
+    traced model a byte for every weight of a matrix or a table, the rest in fp32.
     """
-    module, family = p.module, FAMILIES[p.module.config.model_type]
+    module, family = p.module, FAMILIES.get(p.module.config.model_type)
+    if not family or not family.word_embeddings:
+        return _traced_bytes(module)
     total = 0
     part: Any
     for name, part in module.named_modules():
         if name == family.head_output:
             total += 4 * (part.weight.numel() + part.out_features)
-        elif is_linear(part):  # the two factors of a matrix as well
+        elif is_matrix(part):  # the two factors of a matrix as well
             total += int(part.weight.numel()) + 9 * shape_of(part)[0]  # scale, zero point and bias
         elif isinstance(part, BiasOnly):
             total += 4 * part.out_features
@@ -211,22 +221,24 @@ def int8_bytes(p: Profile, max_length: int) -> int:
     return total
 
 
+def _traced_bytes(module: Any) -> int:
+    whole = sum(4 * tensor.numel() for _, tensor, used in tensors(module) if used)
+    tables = {id(part.weight): part for part in module.modules() if is_matrix(part) or isinstance(part, torch.nn.Embedding)}
+    rows = sum(4 * part.weight.shape[0] + part.weight.shape[0] for part in tables.values() if is_matrix(part))
+    return whole - sum(3 * part.weight.numel() for part in tables.values()) + rows
+
+
 def _not_exportable(module: Any, task: str, shrinks: bool) -> str | None:
-    family = FAMILIES.get(getattr(module.config, "model_type", ""))
     if not shrinks:
-        return f"only classifiers with one label a text are exported, not models for {task}"
-    if family is None or not family.word_embeddings:
-        known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.word_embeddings))
-        return f"models of type {module.config.model_type} cannot be exported; those of {known} can"
-    return None
+        return f"onnxruntime takes models that label texts, words or spans, not models for {task}"
+    reason: str | None = find_runtime("onnxruntime").obstacle(module)
+    return reason
 
 
 def _vocabulary(model: Model, task: Any | None) -> Vocabulary:
     module = model.module
-    table, head = module.get_input_embeddings().weight, module.get_output_embeddings()
-    there = {id(table): table}
-    if head is not None:
-        there |= {id(t): t for t in (head.weight, getattr(head, "bias", None)) if t is not None}
+    words, head = module.get_input_embeddings(), module.get_output_embeddings()
+    table, there = words.weight, {id(t): t for part in (words, head) if part is not None for t in _by_row(part)}
     sizes: dict[str, Any] = {
         "rows": len(table),
         "row_bytes": sum(t.numel() // len(t) * t.element_size() for t in there.values()),
@@ -246,6 +258,13 @@ def _vocabulary(model: Model, task: Any | None) -> Vocabulary:
     counts = count_tokens(spec, [*texts, "", ("", "")])
     kept = len(table) if reason else len(needed(spec, counts, 1) | fixed(model, vocab))
     return Vocabulary(**sizes, used=len(counts), needed=kept, obstacle=reason)
+
+
+def _by_row(part: Any) -> list[torch.Tensor]:
+    """What is stored of a table, or of a head, with a row for every token."""
+    owner = part.source if isinstance(part, TiedLinear) else part
+    stored = [owner.codes, owner.scales, owner.zeros] if isinstance(owner, Packed) else [owner.weight]
+    return [tensor for tensor in (*stored, getattr(part, "bias", None)) if tensor is not None]
 
 
 def _alone(rows: Sequence[Mapping[str, Any]], pad_token_id: int | None) -> Iterator[dict[str, torch.Tensor]]:

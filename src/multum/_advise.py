@@ -16,6 +16,7 @@ from ._advice import TECHNIQUES, WORTH, Technique
 from ._advice_estimates import Estimate
 from ._advice_profile import Profile, profile_of
 from ._advice_sources import BOTH, FASTER, GOALS, SMALLER
+from .core.step import find, names
 from .errors import InputError, ParityError
 
 FEW_ROUNDS, FEW_TEXTS = 6, 25
@@ -90,7 +91,7 @@ def decide(p: Profile, goal: str) -> tuple[list[str], dict[str, str]]:
     use: dict[str, float] = {}
     leave: dict[str, str] = {}
     for name, row in TECHNIQUES.items():
-        if reason := row.obstacle(p):
+        if reason := _obstacle(p, name):
             leave[name] = reason
         elif goal not in row.used_for or (name in CUTS and set(CUTS) & set(use)):
             leave[name] = row.left(p, goal)
@@ -104,6 +105,13 @@ def decide(p: Profile, goal: str) -> tuple[list[str], dict[str, str]]:
             use[name] = gain
     order = sorted(use, key=lambda name: (name != PREPARES, name in TEACHES, -use[name]))
     return order, leave
+
+
+def _obstacle(p: Profile, name: str) -> str | None:
+    """Why a technique cannot be applied to this model."""
+    if p.packed and name in names() and not find(name).takes_packed:
+        return "the model is quantized already, and integers can be neither cut nor trained; take the model it was made from"
+    return TECHNIQUES[name].obstacle(p)
 
 
 def _gain(estimates: Sequence[Estimate], goal: str) -> float:
@@ -224,7 +232,7 @@ def _forms(model: Any, task: Any, profile: Profile, threads: int | None, notes: 
 
 def _entry(p: Profile, goal: str, name: str) -> dict[str, Any]:
     row: Technique = TECHNIQUES[name]
-    estimates = [] if row.obstacle(p) else row.estimates(p, goal)
+    estimates = [] if _obstacle(p, name) else row.estimates(p, goal)
     passes = row.passes(p, goal)
     return {
         "name": name,
@@ -238,7 +246,7 @@ def _entry(p: Profile, goal: str, name: str) -> dict[str, Any]:
 
 def _shrink(sources: Mapping[str, str], goal: str, p: Profile) -> str | None:
     """The search finds by measuring how far a model can go; it takes one label a text, and an export."""
-    if p.exportable or p.factored or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
+    if p.exportable or not p.known or p.factored or p.packed or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
         return None
     model, data = (shlex.quote(sources[key]) for key in ("model", "data"))
     return f"multum shrink {model} --task {sources['task']} --data {data} --max-drop 1 -o runs/{goal}"

@@ -13,7 +13,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,15 +24,19 @@ import numpy as np
 from ._pace import figures as pace_figures
 from .core.folders import read_json, write_json
 from .errors import MultumError
+from .targets import Way
 
 WARM_UP = 5
 """Texts that a target answers untimed at the start of every turn, after it has waited for the others."""
+BUSY = 0.6
+"""Spread of the rounds' medians, against their median, that texts of different lengths do not explain."""
+DISTURBED = "something else ran on this machine while it was measured: latencies and speed-ups are not to be trusted"
 RESAMPLES = 2000
 """Of the rounds, for the interval of a ratio."""
 
 
 def measure(
-    targets: Sequence[Path],
+    targets: Sequence[Path | Way],
     task: Any,
     *,
     split: str = "test",
@@ -45,7 +49,7 @@ def measure(
     """Quality, size, speed and memory of every target, written into it and returned.
 
     Args:
-        targets: model folders (run by torch) or export folders. Speed-ups are against the first one.
+        targets: model folders (run by torch) or export folders, or how such a one is to be run. Speed-ups are against the first.
         task: the task on its data.
         split: `test` is written to `metrics.json`, another one to `metrics-<split>.json`.
         threads: for every target; all cores by default.
@@ -63,7 +67,7 @@ def measure(
     inputs, threads = list(task.inputs(split)), threads or _cores()
     turns = [_sample(inputs, texts_per_round, seed) for seed in range(rounds)]
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
-        workers = [stack.enter_context(_Worker(Path(target), threads)) for target in targets]
+        workers = [stack.enter_context(Worker(target, threads)) for target in targets]
         for worker in workers:
             worker.facts = worker.receive()
             worker.columns = task.columns_for(worker.facts["labels"])
@@ -91,11 +95,18 @@ def measure(
         return [_write(worker, workers[0], task, split, rounds, batch_size) for worker in workers]
 
 
-class _Worker:
+def unsteady(metrics: Mapping[str, Any]) -> bool:
+    """Whether the machine was too busy for these times to be trusted."""
+    return bool(metrics["speed"]["spread"] > BUSY)
+
+
+class Worker:
     """A target's process."""
 
-    def __init__(self, target: Path, threads: int) -> None:
-        self.target, self.threads = target, threads
+    def __init__(self, target: Path | Way, threads: int) -> None:
+        way = target if isinstance(target, Way) else Way(Path(target), threads)
+        self.target, self.threads = way.target, way.threads
+        self._how = ["exact"] * (way is target) + ["compiled"] * way.compiled
         self.facts: dict[str, Any] = {}
         self.columns: list[int] | None = None
         self.times: list[list[float]] = []
@@ -106,11 +117,11 @@ class _Worker:
         self.writing: dict[str, Any] = {}
         self.paces: list[list[dict[str, float]]] = []
 
-    def __enter__(self) -> _Worker:
+    def __enter__(self) -> Worker:
         environment = os.environ | {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "multum._measure_worker", str(self.target), str(self.threads)],
+            [sys.executable, "-m", "multum._measure_worker", str(self.target), str(self.threads), *self._how],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -149,7 +160,7 @@ class _Worker:
         return reply["result"]
 
 
-def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, batch_size: int) -> dict[str, Any]:
+def _write(worker: Worker, first: Worker, task: Any, split: str, rounds: int, batch_size: int) -> dict[str, Any]:
     """Put one target's figures together and into its folder."""
     from .core.model import machine, versions
 
@@ -206,7 +217,7 @@ def _write(worker: _Worker, first: _Worker, task: Any, split: str, rounds: int, 
     return metrics
 
 
-def _tokens_per_s(worker: _Worker, inputs: Sequence[Any], turns: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def _tokens_per_s(worker: Worker, inputs: Sequence[Any], turns: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """Tokens that a target which writes texts wrote a second, one text at a time and in batches, and how many a text took."""
     from .core.generation import tokens_of
 

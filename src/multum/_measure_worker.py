@@ -1,6 +1,6 @@
 """One target in a process of its own, told over a pipe what to time. `measure` starts it; it is no command for people.
 
-    python -m multum._measure_worker TARGET THREADS
+    python -m multum._measure_worker TARGET THREADS [exact] [compiled]
 
 One JSON object a line, in and out. Whatever libraries print goes to stderr.
 """
@@ -23,17 +23,27 @@ from ._pace import paces
 from .errors import MultumError
 
 
-def open_target(target: Path, threads: int) -> Any:
-    """A model folder is run by torch even where it ships an export, because it is the folder that was asked for."""
+def open_target(target: Path, threads: int, how: Sequence[str] = ()) -> Any:
+    """A model folder is run by torch even where it ships an export, because it is the folder that was asked for.
+
+    Args:
+        target: model or export folder.
+        threads: at most so many.
+        how: `exact`, on that number of threads whatever was fastest at export; `compiled` by torch.
+    """
     if (target / "runtime.json").is_file():
-        return runtimes.open(target, threads=threads)
-    return runtimes.find("pytorch").open(target, threads=threads)
+        predictor = runtimes.open(target, threads=threads)
+    else:
+        predictor = runtimes.find("pytorch").open(target, threads=threads, compiled="compiled" in how)
+    if "exact" in how:
+        predictor.use(threads)
+    return predictor
 
 
 def about(predictor: Any) -> dict[str, Any]:
     """What the parent needs to know before it asks for times."""
     facts = {name: getattr(predictor, name) for name in ("labels", "runtime", "precision", "threads", "max_length")}
-    facts["cuts"] = predictor.reader.cuts
+    facts["cuts"], facts["kind"] = predictor.reader.cuts, getattr(predictor.reader, "kind", "")
     facts["bytes"] = sum(path.stat().st_size for path in predictor.files)
     if hasattr(predictor.reader, "scored"):  # it writes texts
         from .core.generation import settings_of
@@ -66,6 +76,12 @@ def answer(predictor: Any, order: dict[str, Any]) -> Any:
             return _milliseconds(predictor.tokenize, texts)
         case "pace":
             return paces(predictor, texts)
+        case "items":
+            return [rows.tolist() for rows in predictor.items(texts)]
+        case "ids":
+            return predictor.tokenizer(order["text"], truncation=True, max_length=order["length"])["input_ids"]
+        case "pass":
+            return _pass(predictor, order["ids"], order["batch"], order["threads"], order["warm_up"])
         case "memory":
             return peak_memory()
     raise ValueError(order["do"])
@@ -81,7 +97,7 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def main(target: str, threads: str) -> None:
+def main(target: str, threads: str, *how: str) -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -90,12 +106,27 @@ def main(target: str, threads: str) -> None:
         replies.flush()
 
     try:
-        predictor = open_target(Path(target), int(threads))
+        predictor = open_target(Path(target), int(threads), how)
         reply(result=about(predictor))
         for line in sys.stdin:
             reply(result=answer(predictor, json.loads(line)))
     except MultumError as error:
         reply(error=str(error))
+
+
+def _pass(predictor: Any, ids: Sequence[int], batch: int, threads: int, warm_up: int) -> float:
+    """Milliseconds of the model alone on a batch of equal rows, after some passes untimed."""
+    ready = vars(predictor).setdefault("ready", {})
+    if threads not in ready:
+        ready[threads] = predictor.passes(threads)
+    run = ready[threads]
+    rows = np.tile(np.array(ids, dtype=np.int64), (batch, 1))
+    columns = {"input_ids": rows, "attention_mask": np.ones_like(rows), "token_type_ids": np.zeros_like(rows)}
+    for _ in range(warm_up):
+        run(columns)
+    started = time.perf_counter()
+    run(columns)
+    return 1e3 * (time.perf_counter() - started)
 
 
 def _as_given(value: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
+from .core.hub import loading
 from .errors import InputError
 from .steps._classes import teacher_columns
 from .steps._layers import LayerLosses
@@ -55,7 +56,7 @@ def loaded(source: str, other: nn.Module, *, trained: bool) -> Any:
     kind, config = kind_of(inner(other)), inner(other).config
     auto_class = AUTO_CLASS[kind]
     try:
-        architectures = AutoConfig.from_pretrained(source).architectures or []
+        architectures = AutoConfig.from_pretrained(source, **loading(source)).architectures or []
         has_head = any(name.endswith(auto_class.removeprefix("AutoModel")) for name in architectures)
         classes: dict[str, Any] = {}
         if not has_head and kind in (*PER_EXAMPLE, "token_labels"):

@@ -28,6 +28,8 @@ COLORS = {
 }
 SHAPES = {"original": "square", "export": "diamond", "rung": "circle", "chosen": "circle"}
 FONT_SIZE = 13
+BOLD = 1.12
+"""How much wider bold letters are."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def waterfall(run: Run, measure: str, *, width: int) -> str:
         thin = max(0.0, top * 2 / width - (high - low))  # two pixels at least, so that a small gain is still seen
         values.append(
             {
-                "title": _fit(row.title, width - 8 * len(written(row.after)), size),
+                "title": _fit(row.title, width - 8 * len(written(row.after)) - 12, size * BOLD),
                 "value": written(row.after),
                 "note": _fit(_note(row, written), width, FONT_SIZE - 1),
                 "low": low,
@@ -203,6 +205,6 @@ def text_width(text: str, size: int) -> float:
     return len(text) * size * 0.54 + 2
 
 
-def _fit(text: str, width: float, size: int) -> str:
+def _fit(text: str, width: float, size: float) -> str:
     most = max(4, int(width / (size * 0.53)))
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"

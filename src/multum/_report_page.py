@@ -32,7 +32,8 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "run": run,
         "raw": raw,
         "name": name,
-        "title": str(raw["model"]),
+        "title": _title(str(raw["model"])),
+        "warnings": [text for text in _listing(raw.get("warnings")) if isinstance(text, str)],
         "verdict": verdict(run),
         "limits": _limits(run),
         "charts": _charts(run),
@@ -43,10 +44,10 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "asked": sample_input(task),
         "base_model": _hub_id(str(recipe.get("base") or raw["model"])),
         "served": run.chosen and runtime(run.chosen),
-        "python_path": json.dumps(f"{name}/{run.ships}", ensure_ascii=False),
-        "shell_path": shlex.quote(f"{name}/{run.ships}"),
+        "python_path": json.dumps(run.ships, ensure_ascii=False),
+        "shell_path": shlex.quote(run.ships),
         "dictionary": lambda value: value if isinstance(value, dict) else {},
-        "listing": lambda value: value if isinstance(value, list) else [],
+        "listing": _listing,
         "color": lambda c: charts.kind(run, c),
         "interval": lambda m: interval(run, m),
         "ratio": lambda c: ratio(run, c),
@@ -217,6 +218,15 @@ def ratio(run: Run, candidate: Candidate) -> tuple[float, str]:
     bounds: Any = paired.get("ci95")
     good = isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, (int, float)) for bound in bounds)
     return paired["value"], f"{short(bounds[0])}–{short(bounds[1])}" if good else ""
+
+
+def _listing(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _title(source: str) -> str:
+    """The model's name: of a folder the last part of its path, where that says something."""
+    return Path(source).name or source if Path(source).is_absolute() else source
 
 
 def _hub_id(source: str) -> str | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ._measure import measure
-from .core.folders import read_json, whole_folder, write_json
+from .core.folders import check_writable, read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
 from .core.step import Step, find, make
 from .core.surgery import heads_and_neurons
@@ -226,6 +226,7 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
     """Refuse an output folder that holds something else, or the run of another recipe."""
     if folder.is_file():
         raise InputError(f"{folder} is a file; -o takes a folder")
+    check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / RUN).is_file():

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto as auto
 
+from .core.hub import loading
 from .core.likelihood import causal_log_probs, looks_ahead, masked_log_probs, specials, window_of
 from .core.model import Model
 from .core.training import on_accelerator
@@ -156,7 +157,7 @@ def load(source: str, *, trust_remote_code: bool = False) -> Model:
         InputError: there is none, or its head has no weights.
     """
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **loading(source))
         named, pair = set(config.architectures or []), bool(getattr(config, "is_encoder_decoder", False))
     except (OSError, ValueError, KeyError):  # Model.load says what is wrong with it, in our words
         named, pair = set(), False

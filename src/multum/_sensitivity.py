@@ -33,6 +33,7 @@ from .core.gates import gate_gradients, input_gated, skipped
 from .core.latency import LatencyTable
 from .core.linears import is_linear, shape_of
 from .core.model import Model
+from .core.packed import refuse_packed
 from .core.padding import pad
 from .core.reporting import report
 from .core.second_order import double
@@ -88,7 +89,7 @@ def sensitivity(
 
     Raises:
         InputError: samples or groups below 1, an untrained head, an architecture without a row in `families`,
-            or outputs that are no classes.
+            matrices that are factored or quantized, or outputs that are no classes.
     """
     problems = [f"{name} must be at least 1 (got {n})" for name, n in (("samples", samples), ("groups", groups)) if n < 1]
     if not task.is_trained(model):
@@ -98,6 +99,7 @@ def sensitivity(
     if problems:
         raise InputError(*problems)
     one_stack(model.module, "sensitivity")
+    refuse_packed(model.module, "sensitivity")
     refuse_factored(model.module, "sensitivity")
     module, started = model.module.eval(), time.perf_counter()
     counts = heads_and_neurons(module)

@@ -12,6 +12,8 @@ from .tables import SPLITS
 
 SHARE, MOST = 0.15, 2000
 """Of the rows, for each of validation and test where the data has no such split."""
+FEWEST = 3
+"""Rows that can be three splits."""
 
 
 def clean(
@@ -65,6 +67,12 @@ def complete(
                 f"{source}: labels with fewer than 4 examples cannot be split into train, {' and '.join(sorted(missing))}: "
                 f"{', '.join(rare)}; add examples or give a folder with splits"
             )
+    if missing and len(rest) < FEWEST:
+        raise InputError(
+            f"{source}: {len(rest)} usable {'row is' if len(rest) == 1 else 'rows are'} too few to make train, "
+            f"{' and '.join(sorted(missing))} of; {FEWEST} are the least, or give a folder with splits",
+            *notes,
+        )
     size = min(MOST, round(SHARE * len(rest)))
     for name in missing:
         if group:

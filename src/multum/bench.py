@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import runtimes
-from ._measure import measure
+from ._measure import DISTURBED, measure, unsteady
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
@@ -15,10 +15,7 @@ from .core.surgery import heads_and_neurons
 from .errors import InputError, ParityError
 from .progress import Progress
 from .run_folder import RunFolder
-from .targets import fingerprint
-
-BUSY = 0.6
-"""Spread of the rounds' medians, against their median, that texts of different lengths do not explain."""
+from .targets import export_model, fingerprint
 
 
 class Bench:
@@ -56,23 +53,24 @@ class Bench:
         return targets
 
     def _export(self, model: Model, target: Path, runtime: str, precision: str) -> None:
-        runtimes.find(runtime).export(
-            model,
-            target,
-            precision=precision,
-            inputs=self.task.inputs("validation")[:64],
-            calibration=self.task.calibration(model, 64, seed=self.seed),
-            max_length=self.task.length_limit(model),
-            pairs=self.task.has_pairs,
-            task=self.task.name,
-        )
+        export_model(runtimes.find(runtime), model, target, precision, self.task, self.seed)
 
     def measure(self, targets: Sequence[Path], split: str = "validation", rounds: int | None = None) -> list[dict[str, Any]]:
         """Measure targets, and say so where the machine was too busy for the figures to be trusted."""
         found = measure(targets, self.task, split=split, threads=self.threads, rounds=rounds or self.rounds)
-        if max(metrics["speed"]["spread"] for metrics in found) > BUSY:
-            self.run.note("something else ran on this machine while it was measured: latencies and speed-ups are not to be trusted")
+        if any(map(unsteady, found)):
+            self.run.warn(DISTURBED)
         return found
+
+    def doubt(self, metrics: dict[str, Any]) -> None:
+        """Say it where the original knows nothing: all else is measured against it."""
+        guess = self.task.guessing("validation") if hasattr(self.task, "guessing") else None
+        if guess is not None and metrics["quality"]["ci95"][0] <= guess:
+            self.run.warn(
+                f"the original is no better than guessing ({100 * metrics['quality']['value']:.1f} %, and the most frequent answer "
+                f"alone is right in {100 * guess:.1f} %): it learned nothing, so what was kept of it is worth nothing. Check that "
+                "texts and labels belong together, or give more data"
+            )
 
     def add(
         self,
@@ -147,10 +145,11 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
 
 
 def offers() -> list[tuple[str, str]]:
-    """Every (runtime, precision) that models can be exported to on this machine."""
+    """Every (runtime, precision) that models can be exported to on this machine, and that the latency table can be measured in."""
     return [
         (name, precision)
         for name in runtimes.names()
         if name != "pytorch" and not hasattr(runtimes.find(name), "TASKS") and runtimes.find(name).unavailable() is None
         for precision in runtimes.find(name).PRECISIONS
+        if precision in runtimes.find("onnxruntime").PRECISIONS
     ]

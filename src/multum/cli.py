@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from . import __version__, cli_advice, cli_evidence, cli_language, cli_legacy, cli_predict, cli_sensitivity
+from . import __version__, cli_advice, cli_doctor, cli_evidence, cli_language, cli_legacy, cli_predict, cli_sensitivity
 from . import options as opt
 from .failures import INTERRUPTED, STOPPED, Commands
 
@@ -152,6 +152,8 @@ def measure(
     task: opt.OptionalTask = "",
     split: opt.Split = "test",
     runtime: opt.Runtime = "",
+    lengths: opt.Lengths = "",
+    batch_sizes: opt.BatchSizes = "",
     rounds: opt.Rounds = 30,
     columns: opt.Columns = "",
     seed: opt.OptionalSeed = None,
@@ -159,13 +161,17 @@ def measure(
     as_json: opt.Json = False,
 ) -> None:
     """Measure quality, size, speed and memory; written into each folder as metrics.json."""
-    from . import terminal
+    from . import _auto, terminal
     from .commands import one_of, progress
     from .targets import open_for, targets_of
 
     one_of(split, "--split", ("train", "validation", "test"))
-    targets = targets_of(folders, runtime)
+    chosen = _auto.check([*folders], runtime, lengths, batch_sizes)
+    targets = [] if chosen else targets_of(folders, runtime)
     opened = open_for(folders[0], data=data, task=task, columns=columns, seed=seed)
+    if chosen:
+        targets = _auto.ways(folders, chosen, opened, threads, seed or 0, shown=not as_json)
+    from ._measure import DISTURBED, unsteady
     from ._measure import measure as measure_targets
 
     with progress().stage("measure"):
@@ -173,9 +179,10 @@ def measure(
     if as_json:
         terminal.print_json(metrics)
     else:
-        terminal.print_rows(
-            terminal.metric_rows([str(target) for target in targets], metrics), f"On the {split} split, n = {metrics[0]['n']}"
-        )
+        places = [str(getattr(target, "target", target)) for target in targets]
+        terminal.print_rows(terminal.metric_rows(places, metrics), f"On the {split} split, n = {metrics[0]['n']}")
+    if any(map(unsteady, metrics)):
+        terminal.say(f"Note: {DISTURBED}")
 
 
 @app.command(epilog="Example: multum export runs/reviews/chosen --to openvino --precision int8 -o served --data reviews.csv")
@@ -183,18 +190,29 @@ def export(
     folder: opt.Folder,
     to: opt.To,
     output: opt.Output,
-    precision: opt.Precision = "int8",
+    precision: opt.Precision = "",
     data: opt.OptionalData = "",
     task: opt.OptionalTask = "",
     columns: opt.Columns = "",
     seed: opt.OptionalSeed = None,
+    lengths: opt.Lengths = "",
+    batch_sizes: opt.BatchSizes = "",
+    threads: opt.Threads = None,
 ) -> None:
     """Export to a runtime and check on real inputs that it answers like the model."""
-    from . import terminal
+    from . import _auto, terminal
     from .commands import new_folder, progress, together
     from .targets import export_to, exporter, open_for
 
-    parsed = together([], exporter=lambda: exporter(to, precision), output=lambda: new_folder(output))
+    calls = {"auto": lambda: _auto.check([folder], to, lengths, batch_sizes, precision), "output": lambda: new_folder(output)}
+    asked = together([], **calls)
+    if asked["auto"]:
+        opened = open_for(folder, data=data, task=task, columns=columns, seed=seed)
+        found = _auto.export(folder, output, asked["auto"], opened, threads, seed or 0)
+        terminal.print_facts(f"{output}: {found.pop('form')}", found)
+        return
+    precision = precision or "int8"
+    parsed = together([], exporter=lambda: exporter(to, precision))
     opened = open_for(folder, data=data, task=task, columns=columns, seed=seed)
     with progress().stage(f"export to {to} {precision}"):
         parity = export_to(parsed["exporter"], folder, output, precision, opened, seed or 0)
@@ -251,19 +269,7 @@ def example(
         terminal.print_lines(str(output))
 
 
-@app.command(epilog="Example: multum doctor --json")
-def doctor(as_json: opt.Json = False) -> None:
-    """What this machine can do, what is installed, and what to install for more."""
-    from . import terminal
-    from .doctor import examine
-
-    facts = examine()
-    if as_json:
-        terminal.print_json(facts)
-    else:
-        terminal.print_checkup(facts)
-
-
+cli_doctor.add_to(app)
 cli_predict.add_to(app)
 cli_language.add_to(app)
 cli_evidence.add_to(app)

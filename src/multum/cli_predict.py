@@ -37,6 +37,7 @@ def add_to(app: typer.Typer) -> None:
         temperature: Temperature = None,
         top_p: TopP = None,
         seed: opt.OptionalSeed = None,
+        runtime: opt.Runtime = "",
         threads: opt.Threads = None,
         as_json: opt.Json = False,
     ) -> None:
@@ -61,8 +62,12 @@ def add_to(app: typer.Typer) -> None:
         if reader.task != "text-generation":
             if wrong := [f"--{name.replace('_', '-')}" for name in (*asked, *(["chat"] if chat else []))]:
                 raise InputError(f"{', '.join(wrong)}: for causal language models; {folder} is a model for {reader.task}")
-            predict_and_show(place, texts or [], pair or [], source, columns, threads, as_json)
+            predict_and_show(place, texts or [], pair or [], source, columns, threads, as_json, runtime)
             return
+        if runtime:
+            raise InputError(
+                "--runtime: for models that read; a causal language model is exported first: multum export DIR --to llamacpp"
+            )
         from ._continue import continue_and_show
         from .core.writing import Decoding
 

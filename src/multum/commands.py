@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import catalogue, terminal, units
-from .core.folders import read_json
+from .core.folders import check_writable, read_json
 from .errors import BudgetNotMet, InputError
 from .progress import Progress
 
@@ -70,7 +70,7 @@ def apply_and_show(
     step: Any, model: str, task: str, output: Path, sources: Mapping[str, Any], seed: int, trust_remote_code: bool
 ) -> None:
     """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is, if it takes any."""
-    from .data import open_task, open_without_data
+    from .data import cut, open_task, open_without_data
 
     if sources["data"]:
         opened = open_task(
@@ -79,12 +79,12 @@ def apply_and_show(
     else:
         opened = open_without_data(task, seed=seed, options=sources["options"])
     before = opened.load(model, trust_remote_code=trust_remote_code)
+    for note in [*opened.notes, *cut(opened, before)]:
+        terminal.say(note)
     with progress().stage(step.name):
         after = step(before, opened)
     after.save(output, {"task": task, "seed": seed})
     entry = after.history[-1]
-    for note in opened.notes:
-        terminal.say(note)
     terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")
     was, now = entry["parameters"]
     terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
@@ -112,6 +112,7 @@ def show_run(folder: Path) -> None:
     terminal.print_lines(
         "",
         f"Chosen: {run['chosen']} ({run['why']})",
+        *(f"Note:   {warning}" for warning in run.get("warnings", [])),
         f"Model:  {chosen}",
         f"Report: {(folder / 'report.html').resolve()}",
         f"Try it: multum predict {chosen} {sample_input(run['task'])['shell']}",
@@ -120,11 +121,15 @@ def show_run(folder: Path) -> None:
 
 def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
     """What the stages of a chain gave, and what to do with the last one."""
+    from ._measure import DISTURBED, unsteady
+
     for split in ("validation", "test"):
         measured = [candidate for candidate in result["candidates"] if candidate[split]]
         rows = terminal.metric_rows([one["name"] for one in measured], [one[split] for one in measured])
         terminal.print_rows(rows, f"On the {split} split", marked=result["chosen"])
         terminal.print_lines("")
+    if any(unsteady(one[split]) for one in result["candidates"] for split in ("validation", "test") if one[split]):
+        terminal.print_lines(f"Note:   {DISTURBED}")
     terminal.print_lines(f"Model:  {folder / 'model'}", f'Try it: multum predict {folder / "model"} "some text"')
 
 
@@ -170,10 +175,11 @@ def new_folder(path: Path) -> Path:
     """A folder that is not there yet, or empty.
 
     Raises:
-        InputError: it holds something.
+        InputError: it holds something, or cannot be made.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise InputError(f"{path} exists already; choose a new folder for -o")
+    check_writable(path)
     return path
 
 
@@ -203,7 +209,14 @@ def inputs_of(
 
 
 def predict_and_show(
-    folder: Path, texts: Sequence[str], pairs: Sequence[str], source: Path | None, columns: str, threads: int | None, as_json: bool
+    folder: Path,
+    texts: Sequence[str],
+    pairs: Sequence[str],
+    source: Path | None,
+    columns: str,
+    threads: int | None,
+    as_json: bool,
+    runtime: str = "",
 ) -> None:
     """Answer inputs from the command line or a file, some at a time, a line for each or all as JSON."""
     from .core.reading import reader_of
@@ -211,7 +224,8 @@ def predict_and_show(
     if not folder.is_dir():
         raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
     reader = reader_of(folder)
-    found = answers(folder, inputs_of(texts, pairs, source, columns, reader.columns), threads)
+    inputs = inputs_of(texts, pairs, source, columns, reader.columns)
+    found = answers(_predictor(folder, inputs, runtime, threads), inputs)
     if as_json:
         terminal.print_json(list(found))
     else:
@@ -219,11 +233,19 @@ def predict_and_show(
             terminal.print_lines(f"{reader.line(one)}\t{terminal.one_line(one['text'])}")
 
 
-def answers(folder: Path, inputs: Sequence[Any], threads: int | None) -> Iterator[dict[str, Any]]:
-    """What the model says of every input, as its task tells it; computed `AT_ONCE` inputs at a time."""
-    from . import runtimes
+def _predictor(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None) -> Any:
+    from . import _auto, runtimes
+    from .targets import targets_of
 
-    predictor = runtimes.open(folder, threads=threads)
+    if _auto.check([folder], runtime) is not None:
+        return _auto.predictor(folder, inputs, runtime, threads)
+    if runtime.partition("-")[0] == "pytorch":  # whatever the folder ships
+        return runtimes.find("pytorch").open(folder, threads=threads)
+    return runtimes.open(targets_of([folder], runtime)[0] if runtime else folder, threads=threads)
+
+
+def answers(predictor: Any, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """What the model says of every input, as its task tells it; computed `AT_ONCE` inputs at a time."""
     settings: dict[str, Any] = {}
     if hasattr(predictor.reader, "scored"):  # it writes texts
         from .core.generation import settings_of

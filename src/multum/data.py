@@ -100,6 +100,19 @@ def sizes(task: Any) -> dict[str, int]:
     return found | ({UNLABELLED: len(task.unlabelled)} if task.unlabelled else {})
 
 
+def cut(task: Any, model: Any) -> list[str]:
+    """A sentence for each split of a task that has texts longer than the model reads."""
+    if not hasattr(task, "truncated"):
+        return []
+    counts = {split: task.truncated(model, split) for split in SPLITS}
+    limit = task.length_limit(model)
+    return [
+        f"{split}: {count} {'text is' if count == 1 else 'texts are'} longer than the model's {limit} tokens and cut"
+        for split, count in counts.items()
+        if count
+    ]
+
+
 def read(
     source: str,
     columns: Sequence[str],

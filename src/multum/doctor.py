@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -23,7 +24,16 @@ FLAGS = {
     "i8mm": ("i8mm", "int8 matrix tiles (Arm)"),
 }
 """What multum calls it: the processor's flag and what it is good for."""
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "onnx", "onnxruntime", "openvino", "nncf")
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf")
+INT8 = ("VNNI", "AVX-VNNI", "AMX int8", "dot product", "i8mm")
+"""Any of these makes 8-bit matrix products faster than those in fp32."""
+EXTRAS = {
+    "export": ("onnxscript", "exports to onnxruntime of architectures that no graph is written for by hand"),
+    "lora": ("peft", "training by low-rank adapters, in a quarter of the memory"),
+    "generation": ("sacrebleu", "scores of translations and summaries"),
+    "evidence": ("captum", "which words an answer rests on, before and after"),
+}
+"""Extra -> the package that tells whether it is there, and what it is for; those of runtimes are told by the runtimes."""
 NEEDED_MB = 3000
 """Peak memory of the quickstart."""
 
@@ -33,7 +43,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `system`, `processor` (with `features`, name -> bool), `memory`, `accelerators`, `versions`, `runtimes` (name -> what
-        it exports to, or why it cannot and what to install), `cache`, `disk`, and `advice`, what could be better.
+        it exports to and with which kernels, or why it cannot and what to install), `extras` (name -> bool), `torchvision` (what is
+        wrong with it, or None), `cache`, `disk`, and `advice`, what could be better, each hint once.
     """
     from . import __version__
 
@@ -44,18 +55,21 @@ def examine() -> dict[str, Any]:
             "python": platform.python_version(),
             "environment": sys.prefix,
         },
-        "processor": _processor(),
+        "processor": processor(),
         "memory": _memory(),
         "accelerators": _accelerators(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
         "runtimes": _runtimes(),
+        "extras": {extra: importlib.util.find_spec(package) is not None for extra, (package, _) in EXTRAS.items()},
+        "torchvision": _torchvision(),
         "cache": _cache(),
         "disk": {"folder": str(Path.cwd()), "free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1)},
     }
     return facts | {"advice": _advice(facts)}
 
 
-def _processor() -> dict[str, Any]:
+def processor() -> dict[str, Any]:
+    """Its name, the cores that may be used, and which of `FLAGS` it has. No torch is imported."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     entries = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
     models = [value for key, value in entries if key == "model name"]
@@ -86,7 +100,19 @@ def _accelerators() -> list[str]:
     return ["Apple GPU (MPS)"] if torch.backends.mps.is_available() else []
 
 
-def _version(name: str) -> str | None:
+def _torchvision() -> str | None:
+    """Why it cannot be imported, where it is installed: its build has to fit torch's, and transformers imports it."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        importlib.import_module("torchvision")
+    except (RuntimeError, ImportError, OSError) as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def version_of(name: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -100,15 +126,13 @@ def _runtimes() -> dict[str, Any]:
     for name in runtimes.names():
         module = runtimes.find(name)
         reason = module.unavailable()
+        install = f"pip install 'multum[{module.EXTRA}]'" if module.EXTRA else f"pip install {name}"
         found[name] = {
             "precisions": list(module.PRECISIONS),
             "available": reason is None,
-            "reason": reason,
-            "install": None
-            if reason is None
-            else f"pip install 'multum[{module.EXTRA}]'"
-            if module.EXTRA
-            else f"pip install {name}",
+            "reason": reason and reason.partition("; pip install")[0],
+            "install": None if reason is None else install,
+            "kernels": module.kernels() if reason is None and hasattr(module, "kernels") else None,
         }
     return found
 
@@ -124,9 +148,16 @@ def _cache() -> dict[str, Any]:
 def _advice(facts: dict[str, Any]) -> list[str]:
     """What could be better, each with what to do about it."""
     missing = {name: runtime for name, runtime in facts["runtimes"].items() if not runtime["available"]}
-    advice = [f"{name} is not usable here ({runtime['reason']}): {runtime['install']}" for name, runtime in missing.items()]
+    advice = [f"{name} cannot be used: {runtime['reason']}; {runtime['install']}" for name, runtime in missing.items()]
+    advice += [
+        f"for {EXTRAS[extra][1]}: pip install 'multum[{extra}]'" for extra, there in facts.get("extras", {}).items() if not there
+    ]
+    if facts.get("torchvision"):
+        advice.append(
+            f"torchvision breaks every model that transformers imports ({facts['torchvision']}): pip uninstall torchvision"
+        )
     features = facts["processor"]["features"]
-    if not any(features[name] for name in ("VNNI", "AVX-VNNI", "AMX int8", "dot product", "i8mm")):
+    if not any(features[name] for name in INT8):
         advice.append("this processor has no int8 instructions: int8 models get smaller here, but hardly faster")
     if facts["memory"]["available_mb"] < NEEDED_MB:
         advice.append(

@@ -12,8 +12,10 @@ from . import bench
 from .budget import Effort
 from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model
+from .core.packed import refuse_packed
 from .core.step import make
 from .core.surgery import heads_and_neurons
+from .data import cut
 from .errors import InputError, MultumError
 from .plan import LAST, Stages, ahead, pace, rung, teaching
 from .progress import Progress
@@ -70,6 +72,7 @@ class Ladder:
                 form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
                 name, technique = ("original", "the model in torch") if target == folder else (f"original, {form}", form)
                 self.bench.add(name, folder, target, technique, model, metrics)
+            self.bench.doubt(found[0])
             self.bench.keep()
         self.table = self.bench.latency_table(model)
 
@@ -277,15 +280,13 @@ class Ladder:
 
     def _check(self, model: Model) -> None:
         """What this model cannot do is said before the first hour, and what will be cut off its texts with it."""
+        refuse_packed(model.module, "shrink")
         if not heads_and_neurons(model.module):
             raise InputError(f"{model.source} has no layers left, so that there is nothing to make smaller")
         if not model.tokenizer.is_fast:
             raise InputError(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need")
-        for split in ("train", "validation", "test"):
-            if count := self.task.truncated(model, split):
-                self.run.note(
-                    f"{split}: {count} texts are longer than the model's {self.task.length_limit(model)} tokens and are cut"
-                )
+        for sentence in cut(self.task, model):
+            self.run.note(sentence)
 
     def _time_for(self, name: str, stages: Stages) -> bool:
         """Whether these stages, and those after the walk, end within the time limit if they keep to the run's own pace."""

@@ -53,10 +53,29 @@ Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Model or 
 Split = Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=3, help="Rounds of timing.")]
 Runtime = Annotated[
-    str, typer.Option("--runtime", metavar="R", help="pytorch, onnxruntime, openvino, llamacpp; or onnxruntime-int8.")
+    str,
+    typer.Option(
+        "--runtime",
+        metavar="R",
+        help="pytorch, onnxruntime, openvino, llamacpp; onnxruntime-int8; auto: the fastest, timed here; auto-fp32.",
+    ),
 ]
-To = Annotated[str, typer.Option("--to", metavar="R", help="onnxruntime, openvino or llamacpp.")]
-Precision = Annotated[str, typer.Option("--precision", metavar="P", help="int8 or fp32; of llamacpp f16, q8_0, q4_0, q4_k or f32.")]
+To = Annotated[
+    str,
+    typer.Option("--to", metavar="R", help="onnxruntime, openvino or llamacpp; auto: the fastest, timed here."),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="P",
+        help="int8 (the default; of auto any) or fp32; of openvino bf16 too; of llamacpp f16, q8_0, q4_0, q4_k or f32.",
+    ),
+]
+Lengths = Annotated[
+    str, typer.Option("--lengths", metavar="32,128", help="Tokens of a text that auto times with; by default those of the data.")
+]
+BatchSizes = Annotated[str, typer.Option("--batch-sizes", metavar="1,8", help="Texts at once that auto times with; 1 by default.")]
 InputFile = Annotated[
     Path | None, typer.Option("--input", metavar="FILE", help="One text a line, or csv, tsv or jsonl with a column 'text'.")
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .budget import Budget
-from .core.folders import read_json, write_json
+from .core.folders import check_writable, read_json, write_json
 from .core.model import machine, versions
 from .data import sizes
 from .errors import InputError
@@ -99,6 +99,12 @@ class RunFolder:
         if text not in self.values["data"]["notes"]:
             self.values["data"]["notes"].append(text)
 
+    def warn(self, text: str) -> None:
+        """Something that nobody should miss who reads the result."""
+        warnings = self.values.setdefault("warnings", [])
+        if text not in warnings:
+            warnings.append(text)
+
     def elapsed(self) -> float:
         """Seconds since the run began, pauses between calls left out."""
         return float(time.monotonic() - self._started)
@@ -117,6 +123,7 @@ def check_folder(folder: Path, arguments: Mapping[str, Any]) -> None:
     """Refuse an output folder that holds something else, or another run."""
     if folder.is_file():
         raise InputError(f"{folder} is a file; -o takes a folder")
+    check_writable(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / RUN).is_file():

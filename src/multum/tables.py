@@ -125,9 +125,7 @@ def table_of(path: Path) -> pd.DataFrame:
             table = READERS[path.suffix](path)
         else:
             # Only an empty field is missing: "NA", "null" and "None" are words that texts and labels may be.
-            table = pd.read_csv(
-                path, sep="\t" if path.suffix == ".tsv" else ",", encoding="utf-8-sig", keep_default_na=False, na_values=[""]
-            )
+            table = _separated(path, "\t" if path.suffix == ".tsv" else ",")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
     except pd.errors.ParserError as error:
@@ -136,6 +134,17 @@ def table_of(path: Path) -> pd.DataFrame:
         raise InputError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if table.empty:
         raise InputError(f"{path} has no rows")
+    return table
+
+
+def _separated(path: Path, separator: str) -> pd.DataFrame:
+    table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
+    if not isinstance(table.index, pd.RangeIndex):  # pandas takes what stands before the named fields for the rows' names
+        more = table.index.nlevels
+        raise InputError(
+            f"{path}: the first row has {len(table.columns) + more} fields, and the header names {len(table.columns)}; "
+            'put texts that contain the separator in quotes ("a text, with a comma",label), and none at the end of rows'
+        )
     return table
 
 
@@ -244,7 +253,8 @@ def _lines(path: Path) -> pd.DataFrame:
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
-    return InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, for example: iconv -t UTF-8")
+    example = f"iconv -f LATIN1 -t UTF-8 {path.name} -o utf8{path.suffix}"
+    return InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, for example: {example}")
 
 
 READERS = {PLAIN: _passages, ".jsonl": _lines, ".json": _json, ".conll": _conll}

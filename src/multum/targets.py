@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,15 @@ from .core.folders import digest, read_json
 from .errors import InputError
 
 RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A target, and how it is executed: on exactly so many threads, compiled by torch or not."""
+
+    target: Path
+    threads: int
+    compiled: bool = False
 
 
 def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | None) -> Any:
@@ -69,7 +79,7 @@ def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
     """
     wanted, _, precision = runtime.partition("-")
     if runtime and wanted not in runtimes.names():
-        raise InputError(f"--runtime: no runtime named {wanted!r}; there are: {', '.join(runtimes.names())}")
+        raise InputError(f"--runtime: no runtime named {wanted!r}; there are: {', '.join([*runtimes.names(), 'auto'])}")
     found: list[Path] = []
     problems: list[str] = []
     for folder in folders:
@@ -86,7 +96,7 @@ def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
     return found
 
 
-NOT_EXECUTED = ("recipe.json", "ship.json", "evidence.json", "README.md")
+NOT_EXECUTED = ("recipe.json", "ship.json", "runtimes.json", "evidence.json", "README.md")
 """Files of a target that say something about it."""
 
 
@@ -157,6 +167,16 @@ def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any
         name = module.__name__.rpartition(".")[2]
         raise InputError(f"{name} takes models for {', '.join(taken)}, not for {task.name}")
     model = task.load(str(folder))
+    parity = export_model(module, model, output, precision, task, seed)
+    if not task.is_trained(model):
+        parity["note"] = (
+            "the model's head was never trained, so that its answers mean nothing; fine-tune it first: multum apply finetune"
+        )
+    return parity
+
+
+def export_model(module: Any, model: Any, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
+    """The same of a loaded model, by the runtime's module. `task` has the inputs."""
     parity: dict[str, Any] = module.export(
         model,
         output,

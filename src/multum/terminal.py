@@ -166,12 +166,26 @@ def print_checkup(facts: Mapping[str, Any]) -> None:
     print_facts(
         "Runtimes",
         {
-            name: ", ".join(runtime["precisions"]) if runtime["available"] else f"{runtime['reason']}; {runtime['install']}"
+            name: ", ".join(runtime["precisions"]) + (f"; {runtime['kernels']}" if runtime.get("kernels") else "")
+            if runtime["available"]
+            else str(runtime["reason"])
             for name, runtime in facts["runtimes"].items()
         },
     )
     if facts["advice"]:
         print_facts("Could be better", {f"{number}.": text for number, text in enumerate(facts["advice"], start=1)})
+    if "model" in facts:
+        print_model(facts["model"])
+
+
+def print_model(found: Mapping[str, Any]) -> None:
+    """What `check_up` found of a model."""
+    print_facts(f"The model {found['source']}", {**found["facts"], "exports": ", ".join(found["works"]) or "none"})
+    print_facts("What cannot work" if found["limits"] else "Nothing stands in its way", {})
+    console = out()
+    for limit in found["limits"]:
+        console.print(Text(f"  {limit['what']}", style="bold") + Text(f": {limit['why']}"), soft_wrap=True)
+        console.print(Text("    instead: ", style="dim") + Text(limit["instead"]), soft_wrap=True)
 
 
 def print_step(step: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         yield work
+        _open_to_others(work)
         if target.exists():
             old = target.with_name(f".{target.name}.{os.getpid()}.old")
             target.rename(old)
@@ -43,6 +45,28 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Make sure, before any work, that a folder can be made, or filled, at this place.
+
+    Raises:
+        InputError: a file stands in the way, or nothing may be written there.
+    """
+    there = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{there} is a file, so that {folder} cannot be a folder; choose another one")
+    try:
+        Path(tempfile.mkdtemp(prefix=".", suffix=".part", dir=there)).rmdir()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror} ({there}); choose another folder") from error
+
+
+def _open_to_others(folder: Path) -> None:
+    """Files that a library made for the user alone (safetensors does) get the rights that new files have here."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and not path.stat().st_mode & 0o077:
+            path.chmod(path.stat().st_mode | folder.stat().st_mode & 0o666)
 
 
 def _sweep(target: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..errors import InputError
 from . import shapes
 from .folders import digest, read_json, whole_folder
+from .hub import loading
 from .linears import Linear, is_linear
 from .packed import parameters_of
 
@@ -64,20 +65,29 @@ class Model:
         """
         source = str(source)
         _check_source(source)
+        where = loading(source)
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **config_changes)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where, **config_changes)
             module, info = getattr(transformers, auto_class).from_pretrained(
                 source,
                 config=config,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
+                **where,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
         except SafetensorError as error:
             raise InputError(f"{source}: the weights are damaged ({error}); fetch or save the model again") from error
         except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            if where and isinstance(error, OSError):
+                raise InputError(f"{source}: no such folder, and the Hugging Face Hub cannot be reached from here") from error
             raise InputError(f"{source}: cannot load it as {auto_class}: {_first_line(error)}") from error
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one of nothing, to which all words are unknown
+            raise InputError(
+                f"{source} has no tokenizer that knows a word; save it with the model (tokenizer.save_pretrained), or copy "
+                "tokenizer.json or the vocabulary file there"
+            )
         past = read_json(Path(source) / RECIPE) if (Path(source) / RECIPE).is_file() else {}
         return cls(
             module=module.eval(),

@@ -183,13 +183,17 @@ def parameters_of(module: nn.Module) -> int:
 def refuse_packed(module: nn.Module, step: str) -> None:
     """For whatever changes or trains weights.
 
+    Args:
+        module: the model.
+        step: what was to be done, for the error.
+
     Raises:
         InputError: some weights are packed, or another library has quantized the model.
     """
     if packed_parts(module) or getattr(module, "is_quantized", False):
         raise InputError(
             f"{step}: the model is already quantized, and integers can be neither cut nor trained; "
-            f"use {step} on the model it was made from, then quantize the result"
+            "take the model it was made from, and quantize the result"
         )
 
 
@@ -237,7 +241,10 @@ def forget_ties(module: nn.Module) -> None:
 
 @torch.no_grad()
 def unpack_(module: nn.Module) -> None:
-    """Make packed parts into ordinary ones with the same weights, in place: for exports, which have formats of their own."""
+    """Make packed parts into ordinary ones with the same weights, in place: for exports, which have formats of their own.
+
+    Parts that share a table share it afterwards, as one parameter.
+    """
     shared: dict[int, nn.Parameter] = {}
     for name, part in list(module.named_modules()):
         if not isinstance(part, Packed | TiedEmbedding | TiedLinear):

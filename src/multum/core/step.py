@@ -72,6 +72,7 @@ class Step(ABC):
                 "skipped": skipped,
                 "parameters": [model.parameters(), result.parameters()],
                 "seconds": round(time.perf_counter() - started, 1),
+                **({"data": data} if (data := getattr(task, "fingerprints", {}).get("train")) and self.needs_data else {}),
                 **notes,
             }
         )

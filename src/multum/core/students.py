@@ -23,6 +23,7 @@ import torch
 from ..errors import InputError
 from .families import blocks_of
 from .model import Model
+from .packed import refuse_packed
 from .shapes import without_shapes
 from .surgery import PER_BLOCK, keep_blocks
 from .task import Task
@@ -75,12 +76,13 @@ def make_student(model: Model, spec: Spec, task: Task, *, seed: int = 0) -> tupl
         seed: of random weights.
 
     Raises:
-        InputError: lists everything that does not fit the model.
+        InputError: lists everything that does not fit the model; or the student is quantized already.
     """
     if problems := student_problems(spec):
         raise InputError(*problems)
     if isinstance(spec, str):
         student = task.load(spec)
+        refuse_packed(student.module, f"student {spec}")
         return student, {"student": student.source}
     ambiguous = [key for key in (LAYERS, *SIZES[1:]) if key in spec]
     if ambiguous and getattr(model.module.config, "is_encoder_decoder", False):

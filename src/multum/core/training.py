@@ -23,8 +23,10 @@ from .estimate import estimate, is_long
 from .lora import Spec, adapted, lora_problems
 from .memory import give_back, trim
 from .model import Model
+from .packed import refuse_packed
 from .padding import FEW_SHAPES as FEW_SHAPES
 from .padding import pad as pad
+from .private import Budget, train_privately
 from .reporting import anyone_reads, remark, report
 from .while_training import attention_for_training, dropout_as, joined, recomputed, zeros_kept
 
@@ -56,7 +58,8 @@ def fit(
     checkpoints: Path | None = None,
     save_every: int | None = None,
     extra: nn.Module | None = None,
-) -> dict[str, float]:
+    private: Budget | None = None,
+) -> dict[str, Any]:
     """Train `model.module` in place with AdamW, linear warm-up and decay, gradients clipped to norm 1.
 
     Weights that are exactly zero stay so, which is all the mask registry that prune-then-train needs.
@@ -77,15 +80,17 @@ def fit(
         checkpoints: keep one here after each epoch, and go on from the last one found. A stream is then read again up to there.
         save_every: keep one after so many optimizer steps instead.
         extra: what else the loss trains (a projection), on the same terms; it is no part of the model afterwards.
+        private: train under differential privacy (`core/private`) in a loop of its own: in fp32, `loss` asked of single examples.
 
     Returns:
-        `loss` (mean over the run) and `seconds`.
+        `loss` (mean over the run) and `seconds`; of a private training `seconds` and `privacy`.
 
     Raises:
-        InputError: the model cannot take `checkpointing` or `lora`.
-        MissingExtra: `lora` takes a package that is not installed.
+        InputError: the model is quantized already, or cannot take `checkpointing` or `lora`.
+        MissingExtra: `lora` or `private` takes a package that is not installed.
         MultumError: the loss became infinite or not a number.
     """
+    refuse_packed(model.module, "training")
     give_back()  # what an earlier fit has left
     module, data = model.module, rows if isinstance(rows, torch.utils.data.IterableDataset) else _ListDataset(rows)
     with (
@@ -98,6 +103,22 @@ def fit(
         adapted(model, lora, seed),
         joined(module, extra),
     ):
+        if private is not None and isinstance(data, _ListDataset):
+            return train_privately(
+                module,
+                data.rows,
+                loss,
+                private,
+                pad_token_id=model.tokenizer.pad_token_id,
+                epochs=epochs,
+                steps=steps,
+                batch_size=batch_size,
+                at_once=batch_size // accumulate,
+                warmup=warmup,
+                after_step=zero_again,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+            )
         if anyone_reads():
             _tell_what_it_takes(model, data, epochs, steps, batch_size, batch_size // accumulate, precision)
         trainer = _LossTrainer(

@@ -77,13 +77,14 @@ class Encoder:
 def obstacle(module: Any) -> str | None:
     """Why a graph cannot be written from this model's arrays; None if it can."""
     from ..core.factored import Factored
-    from ..core.families import FAMILIES, family_of
+    from ..core.families import FAMILIES
 
-    family, config = family_of(module), module.config
-    if family.word_embeddings is None or family.position_embeddings is None or family.embeddings_norm is None:
+    config = module.config
+    family = FAMILIES.get(config.model_type)
+    if not family or family.word_embeddings is None or family.position_embeddings is None or family.embeddings_norm is None:
         known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.word_embeddings))
         return (
-            f"models of type {family.model_type!r} cannot be exported to a graph of fused operators; it takes {known}. "
+            f"models of type {config.model_type!r} cannot be exported to a graph of fused operators; it takes {known}. "
             "The runtime pytorch runs every model"
         )
     name = getattr(config, "hidden_act", None) or config.activation

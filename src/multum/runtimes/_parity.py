@@ -10,14 +10,11 @@ their variance that the export does not explain, E (y - ŷ)² / Var y.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..core.reading import Reader
-
-if TYPE_CHECKING:
-    from ..core.model import Model
 
 EXACT = 1e-4
 """Largest difference of an output that fp32 arithmetic in another order explains, relative to the largest output."""
@@ -30,8 +27,8 @@ COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 """What an encoder may read."""
 
 
-def torch_items(model: Model, reader: Reader, inputs: Sequence[Any], max_length: int) -> list[np.ndarray]:
-    """The model's own outputs, row by row, as `as_items` has them."""
+def torch_items(model: Any, reader: Reader, inputs: Sequence[Any], max_length: int) -> list[np.ndarray]:
+    """The model's own outputs, row by row, as `as_items` has them; of it `module` and `tokenizer` are looked at."""
     import torch
 
     found = []

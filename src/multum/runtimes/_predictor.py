@@ -20,7 +20,7 @@ Run = Callable[[dict[str, np.ndarray]], np.ndarray]
 """One batch of padded token columns, (batch, tokens) int64 each -> logits, (batch, classes); of a head that reads every token
 (batch, tokens, classes), and where it has several outputs these are the classes."""
 TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
-"""Texts and rounds with which the number of threads is chosen; several must take less than this share of one's time."""
+"""Texts and rounds with which the number of threads is chosen; more must take less than this share of the time of fewer."""
 
 
 class GraphPredictor:
@@ -47,11 +47,23 @@ class GraphPredictor:
         self._run_many = self._run_one if self.threads == threads else None
         self._load, self._all_threads = load, threads
         self._pad, self._types = int(manifest["pad_token_id"]), "token_type_ids" in manifest["inputs"]
+        self._inputs = list(manifest["inputs"])
         read_json(folder / TOKENIZER)  # tokenizers itself has no word for a damaged file but a bare Exception
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_length)
         self._ones = np.ones((1, self.max_length), dtype=np.int64)
+
+    def use(self, threads: int) -> None:
+        """Answer single texts and batches alike on exactly so many threads from now on, whatever was fastest at export."""
+        if threads != self.threads:
+            self._run_one = self._load(threads)
+        self._run_many, self.threads, self._all_threads = self._run_one, threads, threads
+
+    def passes(self, threads: int) -> Run:
+        """The graph alone on exactly so many threads; there to be timed. Columns that it does not read are passed over."""
+        run = self._load(threads)
+        return lambda columns: run({name: columns[name] for name in self._inputs})
 
     def items(self, inputs: Sequence[Any]) -> list[np.ndarray]:
         """The outputs for every row that the inputs are read in, as `_parity.as_items` has them."""
@@ -112,7 +124,7 @@ class GraphPredictor:
 def choose_threads(folder: Path, open: Callable[..., GraphPredictor], inputs: Sequence[Text]) -> None:
     """Write into `runtime.json` on how many threads a single text is answered.
 
-    On one, or on all where they are faster by more than noise. A small model's threads mostly wait for each other.
+    On one, or on more where they are faster by more than noise. A small model's threads mostly wait for each other.
     """
     most, texts = cores(), list(inputs[:TIMED])
 
@@ -127,9 +139,16 @@ def choose_threads(folder: Path, open: Callable[..., GraphPredictor], inputs: Se
 
         return once
 
-    seconds = interleave({str(threads): timer(threads) for threads in sorted({1, most})}, ROUNDS)
-    chosen = most if seconds[str(most)] < WORTH_IT * seconds["1"] else 1
+    seconds = interleave({str(threads): timer(threads) for threads in thread_counts(most)}, ROUNDS)
+    chosen = 1
+    for threads in thread_counts(most):
+        chosen = threads if seconds[str(threads)] < WORTH_IT * seconds[str(chosen)] else chosen
     write_json(folder / MANIFEST, read_manifest(folder) | {"threads": chosen})
+
+
+def thread_counts(most: int) -> list[int]:
+    """Numbers of threads that are tried: powers of two, and all."""
+    return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
 def cores() -> int:

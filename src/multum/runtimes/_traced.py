@@ -43,8 +43,8 @@ def to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8: 
         MissingExtra: onnxscript is not installed.
         InputError: the exporter cannot follow; names the operator and the module.
     """
-    if find_spec("onnxscript") is None:
-        raise MissingExtra(f"onnxscript, by which models of type {model.module.config.model_type!r} are exported,", EXTRA)
+    if not installed():
+        raise MissingExtra(f"{needed(model.module)},", EXTRA)
     with quiet():
         return _to_onnx(model, example, max_length, int8=int8)
 
@@ -71,6 +71,22 @@ def _to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8:
     return onnx_ir.to_proto(program)
 
 
+def installed() -> bool:
+    """Whether onnxscript is, which `to_onnx` takes."""
+    return find_spec("onnxscript") is not None
+
+
+def needed(module: Any) -> str:
+    """What it takes, in words."""
+    return f"onnxscript, by which models of type {module.config.model_type!r} are exported"
+
+
+def wrong_head(module: Any) -> str | None:
+    """Why a model's outputs cannot be read by a predictor; None if they can."""
+    kind = type(module).__name__
+    return None if kind.endswith(HEADS) else f"{kind} has a head that cannot be exported; those of models {', '.join(HEADS)} can"
+
+
 def two_rows(calibration: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What to trace with: two rows, because a dimension of size 1 would be taken for a constant."""
     if not calibration:
@@ -90,6 +106,8 @@ def open_shapes(example: Mapping[str, Any], max_length: int) -> dict[str, Any]:
 def following(model: Model, runtime: str, raised: tuple[type[Exception], ...] = ()) -> Iterator[Any]:
     """Yields a copy to trace, because exporters patch what they are given; what they stumble over becomes one error.
 
+    Weights that are packed are unpacked in it: an export has a format of its own for them.
+
     Args:
         model: left as it is.
         runtime: for the error.
@@ -99,9 +117,13 @@ def following(model: Model, runtime: str, raised: tuple[type[Exception], ...] = 
         InputError: names the operator, and the module that it stands in.
     """
     kind = type(model.module).__name__
-    if not kind.endswith(HEADS):
-        raise InputError(f"{kind} has a head that cannot be exported; those of models {', '.join(HEADS)} can")
+    if reason := wrong_head(model.module):
+        raise InputError(reason)
+    from ..core.packed import unpack_
+
     traced: Any = model.copy().module
+    unpack_(traced)
+    traced.config.use_cache = False  # or what a decoder keeps for its next token comes out too
     everything: tuple[type[Exception], ...] = (*RAISED, *raised)
     try:
         yield traced

@@ -38,6 +38,17 @@ def unavailable() -> str | None:
     return None
 
 
+def obstacle(module: Any) -> str | None:
+    """Why a model cannot be exported, as far as its class tells; None if it can. What tracing finds out is not known here."""
+    from . import _encoder, _traced
+
+    if reason := _traced.wrong_head(module):
+        return reason
+    if _encoder.obstacle(module) and not _traced.installed():
+        return f"{_traced.needed(module)} is not installed; pip install 'multum[{_traced.EXTRA}]'"
+    return None
+
+
 def export(
     model: Model,
     folder: Path,

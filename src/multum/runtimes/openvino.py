@@ -1,4 +1,8 @@
-"""OpenVINO on the CPU: fp32 and int8 (NNCF's post-training quantization), converted by transformers' own exporter."""
+"""OpenVINO on the CPU: fp32, bf16 and int8 (NNCF's post-training quantization), converted by transformers' own exporter.
+
+bf16 is what the processor computes in: on disk the weights are fp16, half the bytes, which round less than bf16 does. A processor
+without bf16 instructions would silently compute in fp32, so that such an export is refused there.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from ._traced import following, open_shapes, quiet, two_rows
 if TYPE_CHECKING:
     from ..core.model import Model
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "bf16", "int8")
 EXTRA: str | None = "openvino"
 GRAPH = "model.xml"
 WEIGHTS = "model.bin"
@@ -67,6 +71,8 @@ def export(
         raise InputError(f"openvino has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
     import openvino
 
+    if precision == "bf16" and not computes_in_bf16():
+        raise InputError("this processor has no bf16 instructions; take int8, which is faster, or fp32, which is exact")
     with quiet():
         graph = _convert(model, calibration, quantize=precision == "int8", max_length=max_length)
     manifest = {
@@ -79,7 +85,7 @@ def export(
         "outputs": [port.get_any_name() for port in graph.outputs],
     }
     with export_folder(model, folder, manifest) as work:
-        openvino.save_model(graph, work / GRAPH, compress_to_fp16=False)
+        openvino.save_model(graph, work / GRAPH, compress_to_fp16=precision == "bf16")
         proof = prove(model, work, open(work), inputs)
         choose_threads(work, open, inputs)
         return proof
@@ -106,6 +112,8 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if manifest["precision"] == "fp32":
         options["INFERENCE_PRECISION_HINT"] = "f32"  # otherwise bf16 where the processor has it, which is not what fp32 says
+    elif manifest["precision"] == "bf16":
+        options["INFERENCE_PRECISION_HINT"] = "bf16"
 
     def load(threads: int) -> Run:
         wanted = options | {"INFERENCE_NUM_THREADS": threads}
@@ -126,6 +134,20 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
 
     files = [folder / name for name in (GRAPH, WEIGHTS, "tokenizer.json", "runtime.json")]
     return open_graph(folder, manifest, load, files, threads or cores())
+
+
+def kernels() -> str:
+    """What it computes with here."""
+    import openvino
+
+    return f"oneDNN ({', '.join(sorted(openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')))})"
+
+
+def computes_in_bf16() -> bool:
+    """Whether OpenVINO finds instructions for bf16 in this processor."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:

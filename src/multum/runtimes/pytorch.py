@@ -1,5 +1,8 @@
 """torch as transformers users run it: the model folder itself, eager, fp32. What the original's latency is measured with.
 
+Where asked for the model is compiled (`torch.compile`, with rows and lengths left open), which takes a C++ compiler and up to a
+minute before the first answer.
+
 It executes models of every task: the head decides how inputs are read and what is made of the outputs (`core/reading`).
 """
 
@@ -7,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.reading import reader_of, together, token_limit
 from ..errors import InputError
-from ._parity import COLUMNS, takes
-from ._predictor import cores
+from ._parity import COLUMNS, takes, torch_items
+from ._predictor import Run, cores
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -30,6 +34,14 @@ def unavailable() -> str | None:
     return None
 
 
+def kernels() -> str:
+    """What it computes with here."""
+    import torch
+
+    found = [name for name, there in (("MKL", torch.backends.mkl), ("oneDNN", torch.backends.mkldnn)) if there.is_available()]
+    return f"{', '.join(found) or 'its own'} ({torch.backends.cpu.get_cpu_capability()})"
+
+
 def export(model: Model, folder: Path, **_: Any) -> dict[str, Any]:
     """Refused: a model folder is what torch runs."""
     raise InputError(f"torch runs the model folder itself; there is nothing to export to {folder}")
@@ -38,7 +50,7 @@ def export(model: Model, folder: Path, **_: Any) -> dict[str, Any]:
 class TorchPredictor:
     """Answers of a model folder by stock transformers."""
 
-    def __init__(self, folder: Path, threads: int | None) -> None:
+    def __init__(self, folder: Path, threads: int | None, compiled: bool = False) -> None:
         import torch
 
         from ..core.model import Model
@@ -48,6 +60,7 @@ class TorchPredictor:
         self.reader = reader_of(folder)
         model = Model.load(folder, auto_class=self.reader.auto_class)
         self.module, self.tokenizer = model.module, model.tokenizer
+        self._forward: Any = torch.compile(model.module, dynamic=True) if compiled else model.module
         config = self.module.config
         self.labels = [str(config.id2label[i]) for i in range(config.num_labels)]
         self.runtime, self.precision = "pytorch", "fp32"
@@ -63,6 +76,30 @@ class TorchPredictor:
     def lengths(self, inputs: Sequence[Any]) -> list[int]:
         """The tokens of every row that the inputs are read in."""
         return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
+
+    def use(self, threads: int) -> None:
+        """Run on so many threads from now on."""
+        self.threads = threads
+        self._torch.set_num_threads(threads)
+
+    def passes(self, threads: int) -> Run:
+        """The model alone on so many threads; there to be timed. Columns that it does not read are passed over."""
+
+        def run(columns: dict[str, np.ndarray]) -> np.ndarray:
+            self.use(threads)
+            with self._torch.inference_mode():
+                batch = takes(self.module, {name: self._torch.from_numpy(column) for name, column in columns.items()})
+                found: np.ndarray = self._forward(**batch)[self.reader.outputs[0]].numpy()
+                return found
+
+        return run
+
+    def items(self, inputs: Sequence[Any]) -> list[np.ndarray]:
+        """The outputs for every row that the inputs are read in, as `_parity.as_items` has them."""
+        with self._torch.inference_mode():
+            return torch_items(
+                SimpleNamespace(module=self._forward, tokenizer=self.tokenizer), self.reader, inputs, self.max_length
+            )
 
     def predict(self, inputs: Sequence[Any], batch_size: int = 32) -> np.ndarray:
         """What the task's reader makes of the outputs (a classifier's logits), float32, (inputs, ...), in the inputs' order."""
@@ -88,7 +125,7 @@ class TorchPredictor:
         parts = []
         for start in range(0, rows, batch_size):  # an input may have several rows
             part = {name: value[start : start + batch_size] for name, value in batch.items()} if rows > batch_size else batch
-            outputs = self.module(**part)
+            outputs = self._forward(**part)
             parts.append([outputs[name].numpy() for name in self.reader.outputs])
         joined = [np.concatenate(values) if len(parts) > 1 else values[0] for values in zip(*parts, strict=True)]
         return list(self.reader.predictions(encoded, dict(zip(self.reader.outputs, joined, strict=True)), inputs))
@@ -101,6 +138,12 @@ def _size(value: Any) -> int:
     return sum(map(_size, value.values() if isinstance(value, dict) else value))
 
 
-def open(folder: str | Path, *, threads: int | None = None) -> TorchPredictor:
-    """Open a model folder."""
-    return TorchPredictor(Path(folder), threads)
+def open(folder: str | Path, *, threads: int | None = None, compiled: bool = False) -> TorchPredictor:
+    """Open a model folder.
+
+    Args:
+        folder: the model folder.
+        threads: to run on; all cores by default.
+        compiled: by torch, when the first input comes.
+    """
+    return TorchPredictor(Path(folder), threads, compiled)

@@ -32,6 +32,7 @@ from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
 from ._answers import answer_loss, kept_answers
 from ._outputs import LANGUAGE_MODELS, kind_of
+from ._private import budget_of, check_accounting, private_problems, with_earlier
 
 EXAMPLE = '--student "{layers: 3}"'
 
@@ -78,6 +79,12 @@ class Distill(Step):
     lora: dict[str, Any] | None = None
     """Train low-rank adapters in the place of the matrices and merge them: `{rank: 16, alpha: 32, targets: [query, value]}`, each
     of which may be left out."""
+    dp_epsilon: float | None = None
+    """Train under differential privacy (by Opacus): ε, how much the model may tell of one training example; 1 to 10 is usual."""
+    dp_delta: float | None = None
+    """δ, the probability that it tells more; by default a tenth of one by the number of examples."""
+    dp_clip: float = 0.1
+    """C, the norm that every example's gradient is cut to where training is private."""
     seed: int = 0
     """Seeds the variants, a new student's weights, the order of the examples and the dropout."""
     cache: str | None = None
@@ -85,7 +92,11 @@ class Distill(Step):
 
     def check(self) -> list[str]:
         problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
-        problems += memory_problems(self.batch_size, self.accumulate, self.lora)
+        problems += memory_problems(self.batch_size, self.accumulate, self.lora) + private_problems(self)
+        if self.dp_epsilon is not None and self.augment:
+            problems.append(
+                "augment: variants of one text would count as examples of their own, so that dp_epsilon is wrong; leave it out"
+            )
         if not self.temperature > 0:
             problems.append(f"temperature must be above 0 (got {self.temperature})")
         if not 0 <= self.alpha <= 1:
@@ -116,6 +127,8 @@ class Distill(Step):
         folder = Path(self.cache) if self.cache else cache_folder()
         variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
         ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, variants)] for each in (model, teacher))
+        private = budget_of(self)
+        earlier = check_accounting(self.name, model, task, len(ours) - len(variants), {"the teacher": teacher}) if private else []
         how = replace(thinning_of(self.sparse_logits), seed=self.seed)
         said = kept_answers(kind, teacher, ours, theirs, folder, self.precision, how, step=self.name)
         rows = [{**row, "index": index} for index, row in enumerate(ours)]
@@ -140,7 +153,9 @@ class Distill(Step):
             accumulate=self.accumulate,
             checkpointing=self.checkpointing,
             lora=self.lora,
+            private=private,
             seed=self.seed,
         )
         model.new_weights = ()
-        return {"training": result, "teacher_outputs": len(rows), "teacher_fingerprint": teacher.fingerprint(), **notes}
+        training = with_earlier(result, earlier)
+        return {"training": training, "teacher_outputs": len(rows), "teacher_fingerprint": teacher.fingerprint(), **notes}

@@ -19,6 +19,7 @@ from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
 from ..core.training import Precision, fit, memory_problems, training_problems
+from ._private import budget_of, check_accounting, private_problems, with_earlier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +45,30 @@ class Finetune(Step):
     lora: dict[str, Any] | None = None
     """Train low-rank adapters in the place of the matrices and merge them: `{rank: 16, alpha: 32, targets: [query, value]}`, each
     of which may be left out."""
+    dp_epsilon: float | None = None
+    """Train under differential privacy (by Opacus): ε, how much the model may tell of one training example; 1 to 10 is usual."""
+    dp_delta: float | None = None
+    """δ, the probability that it tells more; by default a tenth of one by the number of examples."""
+    dp_clip: float = 0.1
+    """C, the norm that every example's gradient is cut to where training is private."""
     seed: int = 0
     """Seeds the order of the examples and the dropout."""
 
     def check(self) -> list[str]:
         problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
-        return problems + memory_problems(self.batch_size, self.accumulate, self.lora)
+        problems += memory_problems(self.batch_size, self.accumulate, self.lora)
+        return problems + private_problems(self)
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             return task.loss(module(**inputs), batch)
 
+        rows, private = list(task.encode(model, "train")), budget_of(self)
+        earlier = check_accounting(self.name, model, task, len(rows), {}) if private else []
         result = fit(
             model,
-            list(task.encode(model, "train")),
+            rows,
             loss,
             epochs=self.epochs,
             learning_rate=self.learning_rate,
@@ -69,7 +79,8 @@ class Finetune(Step):
             accumulate=self.accumulate,
             checkpointing=self.checkpointing,
             lora=self.lora,
+            private=private,
             seed=self.seed,
         )
         model.new_weights = ()
-        return {"training": result}
+        return {"training": with_earlier(result, earlier)}

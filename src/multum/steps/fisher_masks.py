@@ -82,7 +82,9 @@ def search_under(table: LatencyTable, scores: Sequence[Pair], budget: float) -> 
     """
     kept = search(scores, table.total, budget, whole_sublayers=table.unit == "MACs")
     if table.unit == "MACs" or all(
-        bool(units) == (worth.size > 0) for block, pair in zip(kept, scores, strict=True) for units, worth in zip(block, pair, strict=True)
+        bool(units) == (worth.size > 0)
+        for block, pair in zip(kept, scores, strict=True)
+        for units, worth in zip(block, pair, strict=True)
     ):
         return kept
     flat = replace(table, attention_last=table.attention, feed_forward_last=table.feed_forward)

@@ -19,7 +19,7 @@ from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
-from ._sparsity import Account, block_linears, fitting, lowest, lowest_of_groups, parse_pattern, sparsity_problems
+from ._sparsity import SAMPLE, Account, block_linears, fitting, lowest, lowest_of_groups, parse_pattern, sparsity_problems
 
 
 def lowest_of_all(scores: Sequence[torch.Tensor], sparsity: float) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ class PruneWeights(Step):
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         linears, skipped = block_linears(model, self.name)
-        account = Account(model.module, linears)
+        account = Account(model.module, linears, SAMPLE)
         for name, mask in self._masks(linears, skipped).items():
             matrix(linears[name]).masked_fill_(mask, 0.0)
             skipped[name] = "nothing in it was small enough"

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoConfig
 
+from ..core.hub import loading
 from ..core.model import Model
 from ..core.reading import token_limit
 from ..core.task import Batch, Quality, SplitName
@@ -138,7 +139,7 @@ class EncoderTask:
     def _new_head(self, source: str) -> dict[str, Any]:
         """What to tell transformers about the head of a model that has none yet."""
         try:
-            architectures = AutoConfig.from_pretrained(source).architectures or []
+            architectures = AutoConfig.from_pretrained(source, **loading(source)).architectures or []
         except (OSError, ValueError, KeyError):  # Model.load says what is wrong with it, in our words
             architectures = []
         torch.manual_seed(self.seed)  # a new head is drawn while the model is loaded

@@ -124,6 +124,10 @@ class TextClassification(TextTask):
             others={"f1_macro": float(f1)},
         )
 
+    def guessing(self, split: SplitName) -> float:
+        """The accuracy of who always answers with the most frequent label."""
+        return float(np.bincount(self.targets[split]).max() / len(self.targets[split]))
+
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple | np.ndarray)

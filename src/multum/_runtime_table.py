@@ -1,0 +1,217 @@
+"""What `--runtime auto` measured, kept beside the model as `runtimes.json`; reading it and choosing from it takes no torch.
+
+A *form* is a runtime with a precision, a *way* a form on a number of threads. The cost of a way for texts of lengths l_1 ... l_k in
+batches of b is, round by round,
+
+    c_r = Σ_i ms_r(l_i, b) / b   [+ what it takes to get ready / number of texts, where that is asked for]
+
+and the way with the least median is taken if it is faster than the present one, what a plain `open` would run, by more than noise:
+if the interval of the ratio of the two, over the rounds that they were timed in by turns, lies above `WORTH_IT`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._measure import ratio
+from .core.folders import read_json
+from .errors import InputError
+
+TABLE = "runtimes.json"
+AUTO = "auto"
+NEAR, BATCH_NEAR = 1.5, 4.0
+"""A length, and a number of texts above one, stand for those up to so many times smaller or larger."""
+WORTH_IT = 1.02
+"""Times faster than the present way at least; less is noise, whatever the interval says."""
+FEW = 16
+"""Texts that 8-bit forms are calibrated and checked on at least."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A runtime, the precision of its export, and whether torch compiles the model."""
+
+    runtime: str
+    precision: str
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """As tables show it."""
+        return f"{self.runtime} {self.precision}" + (" compiled" if self.compiled else "")
+
+    @property
+    def folder(self) -> str:
+        """Where in the model folder its export stands; torch runs the model folder itself."""
+        return "" if self.runtime == "pytorch" else f"{self.runtime}-{self.precision}"
+
+
+EAGER = Form("pytorch", "fp32")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A form and its threads, and how much faster it is than the present way."""
+
+    form: Form
+    threads: int
+    gain: bool
+    """Whether it is faster than the present way by more than noise; if not it is the present way."""
+    ratio: Mapping[str, Any]
+    """Of the fastest way against the present one, gain or not: `value` and `ci95`."""
+    fastest: str
+    present: str
+    ms: float
+    """Of one text, a mean over the lengths asked for."""
+
+    def line(self) -> str:
+        """In words."""
+        low, high = self.ratio["ci95"]
+        if self.gain:
+            faster = f"{self.ratio['value']:.2f} ({low:.2f} to {high:.2f}) times as fast as {self.present}"
+            return f"Chosen: {_way(self.form.name, self.threads)}, {faster}"
+        if self.fastest == self.present:
+            return f"No gain: {self.present} is the fastest"
+        beside = f"{self.fastest} takes {1 / self.ratio['value']:.2f} of its time ({1 / high:.2f} to {1 / low:.2f})"
+        return f"No gain beyond noise over {self.present}, which stays: {beside}"
+
+
+def kept(folder: Path) -> dict[str, Any] | None:
+    """The table of a model folder, if it has one that can be read."""
+    if not (folder / TABLE).is_file():
+        return None
+    try:
+        table = read_json(folder / TABLE)
+    except InputError:  # it is measured again and written anew
+        return None
+    return table if isinstance(table, dict) and table.get("schema") == 1 else None
+
+
+def fits(
+    table: Mapping[str, Any],
+    about: Mapping[str, Any],
+    *,
+    few: bool,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    threads: int,
+    forms: Sequence[Form],
+) -> bool:
+    """Whether a table answers this question.
+
+    Args:
+        table: as `runtimes.json` has it.
+        about: what has to be the same: machine, versions, model, pairs.
+        few: there are fewer than `FEW` texts now; a table that lacks forms because there were is measured anew once there are more.
+        lengths, batches: to be chosen for.
+        threads: that may be used.
+        forms: to be chosen from; each must have been measured, or left out for a reason.
+    """
+    known = {one["name"] for one in table["forms"]} | set(table["left_out"])
+    return (
+        all(table[key] == value for key, value in about.items())
+        and few >= table["few"]
+        and threads <= table["threads"]
+        and all(form.name in known for form in forms)
+        and all(_near(table["lengths"], length, NEAR) is not None for length in lengths)
+        and all(_near(table["batches"], batch, BATCH_NEAR if batch > 1 else 1.0) is not None for batch in batches)
+    )
+
+
+def pick(
+    table: Mapping[str, Any],
+    *,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    threads: int,
+    precision: str = "",
+    texts: int | None = None,
+    exported: bool = False,
+) -> Choice:
+    """The fastest way, or the present one where none is faster by more than noise.
+
+    Args:
+        table: one that fits.
+        lengths: of texts, all as frequent as each other.
+        batches: of how many texts; the cost is summed over them.
+        threads: that may be used.
+        precision: of the form; any if empty.
+        texts: after so many it is over, and getting ready counts; without it only the pace does.
+        exported: whether it has to be an export, whatever torch would take.
+
+    Raises:
+        InputError: no form of this precision was measured.
+    """
+    cells = [
+        (_near(table["lengths"], length, math.inf), _near(table["batches"], batch, math.inf))
+        for length in lengths
+        for batch in batches
+    ]
+    times = {(row["form"], row["threads"], row["length"], row["batch"]): row["rounds_ms"] for row in table["times"]}
+    ready = {one["name"]: one["ready_s"] * 1e3 / texts if texts else 0.0 for one in table["forms"]}
+    forms = {one["name"]: Form(one["runtime"], one["precision"], one["compiled"]) for one in table["forms"]}
+    present = (table["present"]["form"], table["present"]["threads"])
+    costs: dict[tuple[str, int], list[float]] = {}
+    for way in {(form, count) for form, count, *_ in times}:
+        rounds = [[ms / cell[1] for ms in times.get((*way, *cell), [])] for cell in cells]
+        if all(len(found) == table["rounds"] for found in rounds):
+            costs[way] = [sum(one) / len(cells) + ready[way[0]] for one in zip(*rounds, strict=True)]
+    median = {way: statistics.median(found) for way, found in costs.items()}
+    allowed = [way for way in costs if way[1] <= threads and precision in ("", forms[way[0]].precision)]
+    if exported:
+        allowed = [way for way in allowed if forms[way[0]].folder]
+    if not allowed:
+        raise InputError(f"no {precision or 'exported'} form of this model could be measured", *_reasons(table))
+    best = min(allowed, key=lambda way: (median[way], way))
+    if present not in allowed and not exported:  # fewer threads, or another precision, than it has: torch is what is left
+        present = min((way for way in allowed if way[0] == EAGER.name), key=lambda way: -way[1], default=best)
+    compared = ratio(costs[present], costs[best])
+    gain = best != present and compared["ci95"][0] > 1.0 and compared["value"] >= WORTH_IT
+    form, count = best if gain or exported else present
+    return Choice(forms[form], count, gain, compared, _way(*best), _way(*present), round(median[form, count], 4))
+
+
+def rows(table: Mapping[str, Any]) -> list[list[str]]:
+    """A table for the terminal: a line for every way that was timed to the end, the fastest form first."""
+    cells = sorted({(row["length"], row["batch"]) for row in table["times"]}, key=lambda cell: (cell[1], cell[0]))
+    times = {(row["form"], row["threads"], row["length"], row["batch"]): row["ms"] for row in table["times"]}
+    about = {one["name"]: one for one in table["forms"]}
+    ways = sorted(
+        {way[:2] for way in times}, key=lambda way: (sum(math.log(times.get((*way, *cell), math.inf)) for cell in cells), way)
+    )
+    head = ["", "MB", "agreement", "ready s", *(f"{length} tokens x {batch}, ms" for length, batch in cells)]
+    found = [head]
+    for name, count in ways:
+        one = about[name]
+        figures = [f"{times[name, count, *cell]:.3g}" if (name, count, *cell) in times else "-" for cell in cells]
+        found.append([_way(name, count), f"{one['bytes'] / 1e6:.1f}", _agreement(one["parity"]), f"{one['ready_s']:.1f}", *figures])
+    return found
+
+
+def _reasons(table: Mapping[str, Any]) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in table["left_out"].items()]
+
+
+def _agreement(parity: Mapping[str, Any]) -> str:
+    if "unexplained_variance" in parity:
+        return f"{100 * (1 - parity['unexplained_variance']):.2f} % of variance"
+    return f"{100 * parity['agreement']:.1f} %, KL {parity['kl_nats']:.1g}"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + ("s" if count > 1 else "")
+
+
+def _way(form: str, count: int) -> str:
+    return f"{form} on {_threads(count)}"
+
+
+def _near(known: Sequence[int], asked: int, times: float) -> Any:
+    """The one of these that stands for what is asked; None if none is near enough."""
+    best = min(known, key=lambda one: abs(math.log(one / asked)))
+    return best if abs(math.log(best / asked)) <= math.log(times) + 1e-9 else None

@@ -1,0 +1,251 @@
+r"""Structured pruning while training: L0 masks under a Lagrangian (CoFi: Xia et al. 2022, arXiv:2204.00408).
+
+    min_θ,α max_λ  E_z L(θ; z) + λ₁ (ŝ - t) + λ₂ (ŝ - t)²        (sec. 3.1, the penalty of Wang et al. 2020, arXiv:1910.04732)
+
+z are hard concrete gates on whole attentions, heads, whole feed-forwards and neurons (`_hard_concrete`), ŝ is the sparsity that
+they have on average, a share of the weights of all blocks. λ₁ and λ₂ start at 0 and ascend, α and the weights θ descend, so that ŝ
+is drawn to t, which rises from 0 to the sparsity asked for. L is the task's loss or, with a teacher, α L_KD + (1 - α) L_task.
+
+At the end the most probable units stay, as many as have the weights asked for, the means of their gates are folded into the
+matrices that they leave by, and all others are taken out of the model. Train or distil it afterwards. Two things of the paper are
+left out: masks on the hidden width, which a residual stream normed behind every sum does not let go, and the distillation of
+layers, which `distill_layers` does afterwards. This is for long runs: with few steps the masks cannot tell units apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.factored import refuse_factored
+from ..core.families import blocks_of, family_of, one_stack
+from ..core.gates import gated
+from ..core.linears import is_linear, matrix, shape_of
+from ..core.model import Model
+from ..core.sparse_logits import Thinning
+from ..core.step import Step
+from ..core.surgery import (
+    has,
+    head_size,
+    head_width,
+    heads_and_neurons,
+    keep_blocks,
+    keep_heads,
+    keep_neurons,
+    queries_per_head,
+    rows_of_one,
+)
+from ..core.task import Task
+from ..core.teacher import cache_folder
+from ..core.training import Precision, fit, training_problems
+from ..errors import InputError
+from ._answers import answer_loss, kept_answers
+from ._hard_concrete import Masks
+from ._outputs import kind_of
+
+
+def unit_weights(module: Any) -> list[tuple[int, int]]:
+    """Per block, the weights that one head and one neuron have in its matrices."""
+    family, size, queries = family_of(module), head_size(module), queries_per_head(module)
+    rows, hidden = rows_of_one(family, queries, size), int(module.config.hidden_size)
+    heads = dict.fromkeys((family.query, family.key, family.value, *family.head_matrices))
+    found = []
+    for block in blocks_of(module):
+        of = {path: sum(counts) * _inputs(block, path, hidden) for path, counts in rows.items() if has(block, path)}
+        head = sum(of.get(path, 0) for path in heads) + head_width(module) * hidden
+        found.append((head, sum(count for path, count in of.items() if path not in heads) + hidden))
+    return found
+
+
+def _inputs(block: nn.Module, path: str, hidden: int) -> int:
+    part = block.get_submodule(path)
+    return shape_of(part)[1] if is_linear(part) else hidden
+
+
+class Lagrangian(nn.Module):
+    """λ₁ (ŝ - t) + λ₂ (ŝ - t)²."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.multipliers = nn.Parameter(torch.zeros(2))
+
+    def forward(self, sparsity: torch.Tensor, target: float) -> torch.Tensor:
+        """A scalar."""
+        apart = sparsity - target
+        return self.multipliers[0] * apart + self.multipliers[1] * apart**2
+
+
+class Trained:
+    """Masks and multipliers with their optimizer: one step of theirs behind each of the weights'.
+
+    Args:
+        masks: descend.
+        learning_rate: of both.
+        sparsity: t at the end.
+        rise: steps over which t rises from 0.
+    """
+
+    def __init__(self, masks: Masks, learning_rate: float, sparsity: float, rise: float) -> None:
+        self.masks, self.lagrangian, self.sparsity, self.rise, self.done = masks, Lagrangian(), sparsity, rise, 0
+        ascending = {"params": list(self.lagrangian.parameters()), "maximize": True}
+        groups: list[dict[str, Any]] = [{"params": list(masks.parameters())}, ascending]
+        self.optimizer = torch.optim.Adam(groups, lr=learning_rate)
+
+    @property
+    def target(self) -> float:
+        return self.sparsity * min(1.0, self.done / self.rise) if self.rise else self.sparsity
+
+    def penalty(self) -> torch.Tensor:
+        return self.lagrangian(self.masks.sparsity(), self.target)
+
+    def step(self, _: Any = None) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+
+
+@torch.no_grad()
+def cut(module: Any, kept: list[tuple[list[int], list[int]]], scales: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
+    """Fold the gates into the output matrices, take out all other units, return the numbers of the blocks that are left."""
+    family, size, width = family_of(module), head_size(module), head_width(module)
+    for block, units, scale, counts in zip(blocks_of(module), kept, scales, heads_and_neurons(module), strict=True):
+        for kind, (path, features) in enumerate(((family.attention_output, width), (family.down, 1))):
+            linear = block.get_submodule(path)
+            if is_linear(linear):
+                matrix(linear).mul_(scale[kind].repeat_interleave(features).to(linear.weight))
+        if len(units[0]) < counts[0]:
+            keep_heads(block, family, units[0], size)
+        if len(units[1]) < counts[1]:
+            keep_neurons(block, family, units[1])
+    left = [i for i, (heads, neurons) in enumerate(kept) if heads or neurons]
+    keep_blocks(module, left)
+    return left
+
+
+@dataclass(frozen=True, kw_only=True)
+class L0(Step):
+    """Fine-tune on the training split with masks on heads, neurons and whole sublayers that learn which of them to close."""
+
+    sparsity: float = 0.6
+    """Fraction of the blocks' weights that is taken out, 0 to below 1."""
+    teacher: str | None = None
+    """Folder or Hub id of a trained model whose answers are learned as well; None: labels alone."""
+    alpha: float = 0.9
+    """Weight of the teacher, 0 to 1."""
+    temperature: float = 2.0
+    """That both answers are softened with."""
+    epochs: float = 20
+    """Passes over the training split."""
+    learning_rate: float = 5e-5
+    """The highest learning rate of the weights, reached after the warm-up."""
+    mask_learning_rate: float = 0.1
+    """Of masks and multipliers; 0.01 where there are tens of thousands of steps."""
+    rise: float = 0.2
+    """Share of the training over which the sparsity that is aimed at rises from 0."""
+    batch_size: int = 32
+    """Examples per optimizer step."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, of the weights."""
+    warmup: float = 0.1
+    """Share of all steps over which the learning rate rises from zero."""
+    precision: Precision = "auto"
+    """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
+    seed: int = 0
+    """Seeds the masks, the order of the examples and the dropout."""
+    cache: str | None = None
+    """Folder that keeps the teacher's outputs; by default one of multum's own, shared by all runs."""
+
+    def check(self) -> list[str]:
+        problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
+        if not 0 <= self.sparsity < 1:
+            problems.append(f"sparsity is a fraction, 0 to below 1 (got {self.sparsity})")
+        if not 0 <= self.alpha <= 1:
+            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
+        if not self.temperature > 0:
+            problems.append(f"temperature must be above 0 (got {self.temperature})")
+        if not 0 < self.mask_learning_rate <= 1:
+            problems.append(f"mask_learning_rate must be above 0, at most 1 (got {self.mask_learning_rate}); 0.01 to 0.1 is usual")
+        if not 0 <= self.rise <= 1:
+            problems.append(f"rise is a share of the training, 0 to 1 (got {self.rise})")
+        return problems
+
+    def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        module = model.module
+        one_stack(module, self.name)
+        refuse_factored(module, self.name)
+        before = heads_and_neurons(module)
+        masks = Masks(before, unit_weights(module), self.seed)
+        if not any(heads for heads, _ in before):
+            raise InputError(f"{self.name}: the model has no heads left, so that it reads nothing but single tokens")
+        least = min(costs[0] for costs, (heads, _) in zip(masks.costs, before, strict=True) if heads) / masks.full
+        if least > 1 - self.sparsity:
+            raise InputError(
+                f"{self.name}: sparsity is {self.sparsity}, but a single head has {least:.1%} of the weights; ask for at most "
+                f"{math.floor(1000 * (1 - least)) / 1000}"
+            )
+        rows = [{**row, "index": index} for index, row in enumerate(task.encode(model, "train"))]
+        teaching, notes = self._teaching(model, task, rows)
+        steps = math.ceil(self.epochs * math.ceil(len(rows) / self.batch_size))
+        trained = Trained(masks, self.mask_learning_rate, self.sparsity, self.rise * steps)
+
+        def loss(part: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            index = batch.pop("index")
+            heads, neurons = masks.drawn()
+            with gated(module, heads, neurons):
+                outputs = part(**{name: value for name, value in batch.items() if name != "labels"})
+            value = teaching(outputs, batch, index)
+            return value + trained.penalty().to(value.device)
+
+        result = fit(
+            model,
+            rows,
+            loss,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            precision=self.precision,
+            seed=self.seed,
+            after_step=trained.step,
+        )
+        model.new_weights = ()
+        with torch.no_grad():
+            expected, kept, means = float(masks.sparsity()), masks.kept(self.sparsity), masks.means()
+        inside = set(blocks_of(module).modules())
+        skipped = {name: "only blocks are cut by this step" for name, part in model.linears().items() if part not in inside}
+        left = cut(module, kept, means)
+        return {
+            "blocks": [before, heads_and_neurons(module)],
+            "kept_blocks": left,
+            "sparsity": 1 - masks.size(kept) / masks.full,
+            "expected_sparsity": expected,
+            "training": result,
+            "skipped": skipped,
+            **notes,
+        }
+
+    def _teaching(self, model: Model, task: Task, rows: list[dict[str, Any]]) -> tuple[Callable[..., torch.Tensor], dict[str, Any]]:
+        """(outputs, batch, numbers of its rows) -> L, and what to note."""
+        if self.teacher is None:
+            return lambda outputs, batch, _: task.loss(outputs, batch), {}
+        teacher = task.load(self.teacher)
+        if not task.is_trained(teacher):
+            raise InputError(f"{self.name}: the teacher {self.teacher} has an untrained head; fine-tune it first")
+        teacher.module.eval()
+        theirs = list(task.encode(teacher, "train"))
+        folder = Path(self.cache) if self.cache else cache_folder()
+        kind, how = kind_of(model.module), Thinning(seed=self.seed)
+        said = kept_answers(kind, teacher, rows, theirs, folder, self.precision, how, step=self.name)
+
+        def value(outputs: Any, batch: dict[str, torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+            answers = said(index, batch["input_ids"].shape[1])
+            return answer_loss(task, model.module, outputs, answers, batch, alpha=self.alpha, temperature=self.temperature)
+
+        return value, {"teacher_outputs": len(rows), "teacher_fingerprint": teacher.fingerprint()}
