@@ -100,7 +100,7 @@ class Bench:
 
     def epochs(self, way: str, layers: int, seed: int) -> float:
         """As many as take the seconds that `distill` takes for its own."""
-        return EPOCHS * self._seconds("distill", layers, seed) / self._seconds(way, layers, seed)
+        return EPOCHS * self.pace("distill", layers, seed) / self.pace(way, layers, seed)
 
     def rate(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> float:
         path = self.folder / f"rate-{layers}-{_short(way)}.json"
@@ -113,7 +113,7 @@ class Bench:
     def complete(self, seed: int, layers: list[int]) -> bool:
         return all(self._path(way, number, seed).exists() for way in WAYS for number in layers)
 
-    def _seconds(self, way: str, layers: int, seed: int) -> float:
+    def pace(self, way: str, layers: int, seed: int) -> float:
         """Of training for one epoch."""
         path = self.folder / f"pace-{layers}-{_short(way)}.json"
         if not path.exists():
@@ -169,7 +169,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
         "against labels alone (95 %)",
         "KL to the teacher",
         "epochs",
-        "training, s",
+        "an epoch, s",
         "once before, s",
     ]
     rows, values, teachers = [], {}, []
@@ -179,8 +179,8 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
             plain = [bench.run(LABELS, number, seed, first=seeds[0]) for seed in seeds]
             apart = difference([r["correct"] for r in runs], [r["correct"] for r in plain])
             accuracy = median_with_range([100 * r["accuracy"] for r in runs])
-            seconds, kl = (float(np.mean([r[key] for r in runs])) for key in ("training_s", "kl"))
-            values[f"{number} layers, {way}"] = {"accuracy": accuracy, "difference": apart, "kl": kl, "training_s": seconds}
+            kl, pace = float(np.mean([r["kl"] for r in runs])), bench.pace(way, number, seeds[0])
+            values[f"{number} layers, {way}"] = {"accuracy": accuracy, "difference": apart, "kl": kl, "epoch_s": pace}
             teachers = [100 * r["teacher"] for r in runs]
             rows.append(
                 [
@@ -190,7 +190,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
                     "" if way == LABELS else f"{apart['value']:+.2f} ({apart['ci95'][0]:+.2f} to {apart['ci95'][1]:+.2f})",
                     f"{kl:.3f}",
                     f"{runs[0]['epochs']:.1f}",
-                    f"{seconds:.0f}",
+                    f"{pace:.0f}",
                     f"{bench.once(way, number):.0f}",
                 ]
             )

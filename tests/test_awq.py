@@ -13,8 +13,9 @@ from multum.core.families import stacks_of
 from multum.core.linears import is_linear, shape_of
 from multum.core.model import Model
 from multum.errors import InputError
-from multum.steps._quantization import rounded
-from multum.steps.awq import Awq, fold, places, scales_for, search
+from multum.steps._quantization import grouped, rounded
+from multum.steps._scaling import every_place, fold
+from multum.steps.awq import CLIPS, Awq, clipped, scales_for, search
 from multum.steps.quantize import Quantize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,12 +30,10 @@ def texts(ids: torch.Tensor):
     return Texts()
 
 
-def every_place(module):
+def all_places(module):
     for stack in stacks_of(module):
         for block in stack.blocks:
-            found = places(module, block, stack.family)
-            found += places(module, block, stack.family.cross, cross=True) if stack.family.cross else []
-            yield from ((block, place) for place in found)
+            yield from ((block, place) for place in every_place(module, block, stack.family))
 
 
 def drawn(inputs: int, shared: tuple[int, int, int] | None, made: torch.Generator) -> torch.Tensor:
@@ -45,7 +44,7 @@ def drawn(inputs: int, shared: tuple[int, int, int] | None, made: torch.Generato
 @torch.no_grad()
 def folded(module) -> int:
     made, count = torch.Generator().manual_seed(0), 0
-    for block, place in every_place(module):
+    for block, place in all_places(module):
         parts = [block.get_submodule(path) for path in place.readers]
         norm = not place.norm or hasattr(block.get_submodule(place.norm), "weight")
         if not place.obstacle and norm and all(is_linear(part) for part in parts):
@@ -83,7 +82,7 @@ def test_folding_changes_no_answer_of_an_encoder_decoder(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gemma"])
 def test_with_one_alpha_it_is_rounding(family):
     model, task = tiny.model(family), tiny.task(16, 4, 4)
-    result = Awq(alphas=1, group=16, samples=8)(model, task)
+    result = Awq(alphas=1, clip=False, group=16, samples=8)(model, task)
     assert result.fingerprint() == Quantize(bits=4, group=16, symmetric=False)(model, task).fingerprint()
     assert set(result.history[-1]["alphas"].values()) == {0.0}
 
@@ -117,6 +116,44 @@ def test_the_search_finds_the_least_error_of_all_that_it_tries(seed):
     assert error(alpha) == pytest.approx(min(errors), rel=1e-4)
     assert error(alpha) < 0.5 * errors[0]
     assert torch.equal(s, scales_for(mean, alpha))
+
+
+@pytest.mark.parametrize("packing", [Packing(4, 16, True), Packing(3, 10), Packing(4, 0, True), Packing(3, 40)], ids=repr)
+def test_groups_are_clipped_where_their_own_outputs_miss_it_least(packing):
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 32, generator=made, dtype=torch.double) @ torch.randn(32, 32, generator=made, dtype=torch.double)
+    weight = torch.randn(6, 32, generator=made) ** 3
+    found, width = clipped(weight, packing, x.T @ x), packing.width(32)
+    for row in range(6):
+        for start in range(0, 32, width):
+            w, inputs = weight[row : row + 1, start : start + width], x[:, start : start + width]
+            alone = Packing(packing.bits, 0, packing.zeros)
+            tried = [rounded(w.clamp(-share * w.abs().max(), share * w.abs().max()), alone).weight() for share in CLIPS]
+            errors = [float((inputs @ (each - w).double().T).square().sum()) for each in tried]
+            ours = found.weight()[row : row + 1, start : start + width]
+            error = float((inputs @ (ours - w).double().T).square().sum())
+            assert error == pytest.approx(min(errors), rel=1e-4)
+    assert (grouped(found.weight(), packing) != grouped(rounded(weight, packing).weight(), packing)).any()
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (5, 0), (3, 1)])
+def test_layers_without_weights_are_clipped_like_rounded(shape):
+    weight, packing = torch.ones(shape), Packing(4, 8, True)
+    assert torch.equal(clipped(weight, packing, torch.eye(shape[1]).double()).weight(), rounded(weight, packing).weight())
+
+
+def test_clipping_lessens_the_error_and_leaves_queries_and_keys():
+    model, task = tiny.model("llama", hidden=64, neurons=64), tiny.task(32, 4, 4)
+    with torch.no_grad():
+        for linear in model.linears().values():
+            linear.weight.copy_(linear.weight.sign() * linear.weight.abs() ** 2)  # heavier tails
+    first = [f"model.layers.0.{name}" for name in ("self_attn.v_proj", "self_attn.q_proj", "self_attn.k_proj")]
+    fields = {"bits": 3, "group": 32, "samples": 16, "alphas": 1}
+    ours, plain = (Awq(clip=clip, **fields)(model, task) for clip in (True, False))
+    found, before = (made.history[-1]["relative_errors"] for made in (ours, plain))
+    assert found[first[0]] < 0.95 * before[first[0]]
+    for name in first[1:]:
+        assert torch.equal(ours.module.get_submodule(name).weight, plain.module.get_submodule(name).weight)
 
 
 @torch.no_grad()

@@ -574,6 +574,8 @@ def test_predict_from_the_command_line_and_from_files(places, work):
     lines = call("predict", places[0], *texts).stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == [one["label"] for one in found[0]]
     assert lines[1].endswith("\ta dull story")
+    assert "no further" not in call("predict", places[0], *texts).stderr
+    assert "1 of 2 inputs has 64 tokens or more" in call("predict", places[0], *texts[:1], "film " * 99).stderr
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ CASES: list[tuple[str, str, Any, Any]] = [
     ("deberta-v2", "fp32", taggers.tagger, taggers.tagging),
     ("modernbert", "fp32", tiny.model, tiny.task),
     ("mpnet", "int8", tiny.model, tiny.task),
+    ("gpt2", "fp32", tiny.model, tiny.task),
+    ("llama", "int8", tiny.model, tiny.task),
 ]
 
 

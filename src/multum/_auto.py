@@ -11,7 +11,6 @@ from ._runtime_inputs import Given
 from ._runtime_table import AUTO, TABLE, Choice, rows
 from .commands import progress
 from .errors import InputError
-from .targets import Way
 
 PRECISIONS = ("fp32", "bf16", "int8")
 MANY = 32
@@ -57,11 +56,11 @@ def check(
     return found
 
 
-def ways(folders: Sequence[Path], asked: Mapping[str, Any], task: Any, threads: int | None, seed: int, *, shown: bool) -> list[Way]:
-    """What is executed in each folder, chosen on the task's own texts."""
+def ways(folders: Sequence[Path], asked: Mapping[str, Any], task: Any, threads: int | None, seed: int, *, shown: bool) -> list[Any]:
+    """What is executed in each folder (`targets.Way`), chosen on the task's own texts."""
     from .choose_runtime import choose, ready
 
-    found = []
+    found: list[Any] = []
     for folder in folders:
         choice, table = choose(folder, task, threads=threads, seed=seed, progress=progress(), **asked)
         _show(folder, choice, table, shown)

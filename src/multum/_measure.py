@@ -2,7 +2,8 @@
 
 Every target runs in a process of its own, so that memory is its own and no library disturbs another. All processes are alive
 together and are timed in turns on the same texts, a few at a time: what disturbs the machine then falls on all of them, and the
-ratio of two of them is taken round by round. Times are end to end, from text to logits.
+ratio of two of them is taken round by round. Times are end to end, from text to logits; of what writes from text to text, of a
+causal model so many tokens behind the beginning of a text (`_pace`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from typing import Any
 import numpy as np
 
 from ._pace import figures as pace_figures
+from ._pace import whole_times
 from .core.folders import read_json, write_json
 from .errors import MultumError
 from .targets import Way
 
 WARM_UP = 5
 """Texts that a target answers untimed at the start of every turn, after it has waited for the others."""
+CONTINUED = 3
+"""Texts that a causal model continues in a turn, at most."""
 BUSY = 0.6
 """Spread of the rounds' medians, against their median, that texts of different lengths do not explain."""
 DISTURBED = "something else ran on this machine while it was measured: latencies and speed-ups are not to be trusted"
@@ -73,11 +77,14 @@ def measure(
             worker.columns = task.columns_for(worker.facts["labels"])
         for number, texts in enumerate(turns):
             for worker in workers:
-                worker.ask("time", texts=texts[:WARM_UP])
-                worker.times.append(worker.ask("time", texts=texts))
+                if worker.facts.get("continues"):  # who asks a causal model waits for what it writes
+                    worker.ask("time", texts=texts[:1])
+                    worker.paces.append(worker.ask("pace", texts=texts[:CONTINUED]))
+                    worker.times.append(whole_times(worker.paces[-1]))
+                else:
+                    worker.ask("time", texts=texts[:WARM_UP])
+                    worker.times.append(worker.ask("time", texts=texts))
                 worker.tokenizing += worker.ask("tokenize", texts=texts)
-                if worker.facts.get("continues"):
-                    worker.paces.append(worker.ask("pace", texts=texts[:1]))
             if progress:
                 progress((number + 1) / (rounds + 1))
         for worker in workers:
@@ -167,7 +174,10 @@ def _write(worker: Worker, first: Worker, task: Any, split: str, rounds: int, ba
     facts, lengths = worker.facts, np.array([sum(rows) for rows in worker.lengths])
     model = facts.get("model") or read_json(worker.target / "runtime.json")["model"]
     every = np.concatenate(worker.times)
-    medians, others = ([float(np.median(turn)) for turn in w.times] for w in (worker, first))
+    turns = [pair for pair in zip(worker.times, first.times, strict=True) if all(pair)]
+    if not turns:
+        raise MultumError(f"measuring {worker.target} failed: no text of the split has a token to begin with")
+    medians, others = ([float(np.median(turn)) for turn in side] for side in zip(*turns, strict=True))
     metrics = {
         "schema": 1,
         "task": task.name,

@@ -49,6 +49,11 @@ def paces(predictor: Any, texts: Sequence[Any]) -> list[dict[str, float]]:
     return found
 
 
+def whole_times(found: Sequence[dict[str, float]]) -> list[float]:
+    """Milliseconds from a text to the last token behind it, of what `paces` tells."""
+    return [1e3 * (one["first_s"] + one["rest_s"]) for one in found]
+
+
 def figures(
     rounds: Sequence[Sequence[dict[str, float]]], first: Sequence[Sequence[dict[str, float]]], ratio: Any
 ) -> dict[str, Any]:

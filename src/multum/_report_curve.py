@@ -8,7 +8,7 @@ from typing import Any
 
 from ._report_charts import COLORS, FONT_SIZE, SHAPES, altair, kind, rule, svg, text_width
 from ._report_run import Candidate, Run
-from ._report_words import points, runtime, short
+from ._report_words import amount, runtime, short
 
 LINE = 0.3
 """What it costs a label to cross a thin line, where covering another label or a point costs 1."""
@@ -75,13 +75,13 @@ class _Plot:
         highs = [c.validation.high * run.scale for c in run.candidates]
         floor = self.drop_limit()
         low, high = min([*lows, *([] if floor is None else [floor])]), max(highs)
+        high = max(high, floor or high)
         pad = max((high - low) * 0.08, 0.1)
         self.y = (low - pad, high + pad)
 
     def drop_limit(self) -> float | None:
-        """Lowest quality allowed, in the chart's unit."""
-        most = self.run.budget["max_drop"]
-        return None if most is None or self.run.scale != 100 else self.run.original.validation.value * 100 - most
+        """The worst quality allowed, in the chart's unit."""
+        return self.run.worst
 
     def latency_limits(self) -> list[tuple[float, str]]:
         latency, speedup = self.run.budget["max_latency_ms"], self.run.budget["min_speedup"]
@@ -96,6 +96,7 @@ class _Plot:
             return alt.Axis(values=_log_ticks(*self.x, most=6 if self.narrow else 12), format="~g", grid=False, title=title)
         metric = self.run.original.validation.metric
         name = f"{metric[:1].upper()}{metric[1:]} on validation{',' if self.run.percent else ''}{self.run.percent}"
+        name += ", lower is better" if self.run.grows else ""
         return alt.Axis(tickCount=6, title=name, titleAngle=0, titleAlign="left", titleX=-self.LEFT + 10, titleY=-16, domain=False)
 
     def labels(self) -> Iterator[dict[str, Any]]:
@@ -128,7 +129,8 @@ class _Plot:
         """What the budget's lines are called, and where that may stand: x, y, and whether the text starts there or ends."""
         if (floor := self.drop_limit()) is not None:
             _, y = self.pixel(1, floor)
-            text = f"{points(self.run.budget['max_drop'] or 0)} under the original"
+            most = amount(self.run.budget["max_drop"] or 0, per_cent=self.run.grows)
+            text = f"{most} {'above' if self.run.grows else 'under'} the original"
             yield text, [(x, y + dy, side) for dy in (11, -11) for x, side in ((self.width - 2, False), (4.0, True))]
         for place, text in self.latency_limits():
             x, _ = self.pixel(place, 0)

@@ -12,14 +12,19 @@ from typing import Any
 from . import _report_charts as charts
 from ._report_curve import curve
 from ._report_run import Candidate, Metrics, Run
-from ._report_words import megabytes, milliseconds, points, runtime, sample_input, short, times
+from ._report_words import amount, megabytes, milliseconds, runtime, sample_input, short, times
 
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
+    "text-generation": "AutoModelForCausalLM",
+    "translation": "AutoModelForSeq2SeqLM",
+    "summarization": "AutoModelForSeq2SeqLM",
 }
 """What Transformers calls the class that loads a model for the task."""
+WRITING = ("text-generation", "translation", "summarization")
+"""Tasks whose answers are texts."""
 KEY = (("original", "■", "original"), ("export", "◆", "original, exported"), ("rung", "●", "shrunk"), ("chosen", "●", "chosen"))
 """What the signs in the curve mean."""
 
@@ -41,6 +46,9 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "recipe": recipe,
         "tests": [c for c in run.candidates if c.test],
         "auto_class": AUTO_CLASSES.get(task, "AutoModel"),
+        "writes": task in WRITING,
+        "timed": timed(run),
+        "tokens": tokens,
         "asked": sample_input(task),
         "base_model": _hub_id(str(recipe.get("base") or raw["model"])),
         "served": run.chosen and runtime(run.chosen),
@@ -76,7 +84,7 @@ def verdict(run: Run) -> dict[str, str]:
     headline = (
         "The original stays: nothing else was chosen"
         if best is first
-        else f"{_compared(speed, 'faster', 'slower')}, {_compared(size, 'smaller', 'larger')}, {_moved(drop)} {where}"
+        else f"{_compared(speed, 'faster', 'slower')}, {_compared(size, 'smaller', 'larger')}, {_moved(run, drop)} {where}"
     )
     overlap = "overlap" if before.low <= after.high and after.low <= before.high else "do not overlap"
     evidence = (
@@ -98,10 +106,13 @@ def _compared(ratio: float, more: str, less: str) -> str:
     return f"{times(ratio)} {more}" if ratio >= 1 else f"{times(1 / ratio)} {less}"
 
 
-def _moved(drop: float) -> str:
+def _moved(run: Run, drop: float) -> str:
     if f"{abs(drop):.2f}" == "0.00":
         return "no change in score"
-    return f"{points(abs(drop))} {'lower' if drop > 0 else 'higher'}"
+    much = amount(abs(drop), per_cent=run.grows)
+    if run.grows:
+        return f"{run.original.validation.metric} {much} {'higher' if drop > 0 else 'lower'}"
+    return f"{much} {'lower' if drop > 0 else 'higher'}"
 
 
 def _limits(run: Run) -> list[dict[str, Any]]:
@@ -111,7 +122,7 @@ def _limits(run: Run) -> list[dict[str, Any]]:
         if asked is None:
             continue
         label, wanted = {
-            "max_drop": ("Drop", f"at most {points(asked)}"),
+            "max_drop": ("Drop", f"at most {amount(asked, per_cent=run.grows)}"),
             "max_latency_ms": ("Latency", f"at most {asked:g} ms"),
             "max_size_bytes": ("Size", f"at most {megabytes(asked)}"),
             "min_speedup": ("Speed-up", f"at least {asked:g}×"),
@@ -119,7 +130,7 @@ def _limits(run: Run) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"label": label, "asked": wanted}
         if best:
             reached, held = {
-                "max_drop": (points(best.drop), best.drop <= asked),
+                "max_drop": (amount(best.drop, per_cent=run.grows), best.drop <= asked),
                 "max_latency_ms": (milliseconds(best.validation.p50), best.validation.p50 <= asked),
                 "max_size_bytes": (megabytes(best.validation.size), best.validation.size <= asked),
                 "min_speedup": (times(best.speedup), best.speedup >= asked),
@@ -189,13 +200,42 @@ def _places(run: Run, recipe: Mapping[str, Any]) -> list[int] | None:
         value if isinstance(value, list) else [] for value in (run.raw["candidates"][0].get("steps"), recipe.get("steps"))
     )
     steps = [step for step in steps[len(done) :] if isinstance(step, dict)]
-    records = [step["kept_blocks"] for step in steps if isinstance(step.get("kept_blocks"), list)]
-    for kept in reversed(records):
+    records = [step for step in steps if isinstance(step.get("kept_blocks"), list)]
+    after = len(places)
+    for step in reversed(records):
+        kept, dropped = step["kept_blocks"], step.get("dropped_blocks")
+        if step.get("stack") and isinstance(dropped, list):
+            kept, after = _of_both(kept, len(dropped), after, step["stack"]), after + len(dropped)
         if any(place >= len(kept) or not isinstance(kept[place], int) for place in places):
             return None
         places = [kept[place] for place in places]
     inside = all(0 <= place < before for place in places) and len(set(places)) == len(places)
     return places if inside and (records or not places) else None
+
+
+def _of_both(kept: list[Any], dropped: int, after: int, stack: str) -> list[Any]:
+    """Places before one stack of two was shortened, of all `after` blocks left: the encoder's, then the decoder's."""
+    others = after - len(kept)
+    if stack == "encoder":
+        return [*kept, *range(len(kept) + dropped, len(kept) + dropped + others)]
+    return [*range(others), *(place + others if isinstance(place, int) else place for place in kept)]
+
+
+def timed(run: Run) -> str:
+    """From what to what latency is taken."""
+    speed = run.original.validation.raw.get("speed") if run.candidates else None
+    if str(run.raw["task"]) not in WRITING or not isinstance(speed, dict):
+        return "from text to label scores"
+    if "new_tokens" in speed:
+        return f"from the beginning of a text, {speed.get('prompt_tokens', '?')} tokens, to the last of {speed['new_tokens']} written"
+    return "from a text to the whole text that is written"
+
+
+def tokens(metrics: Metrics) -> str:
+    """How fast a model writes one text, where it writes."""
+    speed = metrics.raw["speed"]
+    found = next((speed[name] for name in ("tokens_per_s", "decode_tokens_per_s") if name in speed), None)
+    return f"{short(found)} tokens/s" if isinstance(found, (int, float)) else ""
 
 
 def interval(run: Run, metrics: Metrics, words: str = "", unit: str = "") -> str:
@@ -205,9 +245,9 @@ def interval(run: Run, metrics: Metrics, words: str = "", unit: str = "") -> str
 
 
 def test_drop(run: Run, candidate: Candidate) -> float:
-    """Points lost on test."""
+    """What was lost on test, in the unit of the budget."""
     first = run.original.test
-    return (first.value - candidate.test.value) * run.scale if first and candidate.test else candidate.drop
+    return run.lost(first, candidate.test) if first and candidate.test else candidate.drop
 
 
 def ratio(run: Run, candidate: Candidate) -> tuple[float, str]:

@@ -11,6 +11,9 @@ from typing import Any
 
 from .errors import InputError
 
+GROWING = ("perplexity",)
+"""Metrics that are higher for worse models."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
@@ -82,7 +85,25 @@ class Run:
     def scale(self) -> float:
         """100 where the metric is a share and is shown in per cent, else 1."""
         seen = [m for c in self.candidates for m in (c.validation, c.test) if m]
-        return 100.0 if all(m.low >= 0 and m.high <= 1 for m in seen) else 1.0
+        return 100.0 if all(m.low >= 0 and m.high <= 1 for m in seen) and not self.grows else 1.0
+
+    @property
+    def grows(self) -> bool:
+        """Whether the metric is higher for worse models; what is lost is then told in per cent of it."""
+        return bool(self.candidates) and self.original.validation.metric in GROWING
+
+    def lost(self, before: Metrics, after: Metrics) -> float:
+        """The drop between two measurements, as a budget states it."""
+        return 100 * (after.value / before.value - 1) if self.grows else (before.value - after.value) * self.scale
+
+    @property
+    def worst(self) -> float | None:
+        """The value of the metric that the drop allowed leads to on validation, in the unit that is shown."""
+        most = self.budget["max_drop"]
+        if most is None or not self.candidates:
+            return None
+        value = self.original.validation.value
+        return value * (1 + most / 100) if self.grows else value * self.scale - most
 
     @property
     def percent(self) -> str:

@@ -58,6 +58,11 @@ def points(value: float) -> str:
     return f"{text} point" + ("" if text == "1" else "s")
 
 
+def amount(value: float, *, per_cent: bool) -> str:
+    """A drop in words, in the unit of the budget: `0.6 points`, `3.2 %`."""
+    return f"{value:.2f}".rstrip("0").rstrip(".") + " %" if per_cent else points(value)
+
+
 def sample_input(task: str) -> dict[str, str]:
     """An input of the task as the shell (`multum predict FOLDER ...`) and as Python take it."""
     first, *second = ASKED.get(task, ("what a film",))

@@ -2,7 +2,8 @@
 
 One run gives the whole quality-versus-speed curve; the budget picks a point on it. Every rung starts from the one above,
 is cut to be about 1.5 times faster by the measured latency table, repaired, taught by the original, exported and measured on
-the validation split. The test split is read once, at the end, for the original and the chosen model.
+the validation split. Models that write text are cut and taught in ways of their own (`descent`). The test split is read once, at
+the end, for the original and the chosen model.
 
 What is on disk is the state: a folder that exists is whole, a candidate in `run.json` is measured. The same call again goes
 on where the last one stopped and comes to the same result.
@@ -18,11 +19,11 @@ from ._report import report
 from .budget import FULL, QUICK, Budget
 from .core.folders import write_json
 from .data import open_task
+from .descent import effort_of, kind_of
 from .errors import BudgetNotMet
 from .ladder import Ladder
 from .progress import Progress
 from .run_folder import RunFolder, check_folder
-from .targets import only_exportable
 
 
 def shrink(
@@ -47,13 +48,13 @@ def shrink(
     """Find the smallest, fastest form of a model that keeps the quality asked for.
 
     Args:
-        model: folder or Hub id, a base encoder or one already fine-tuned.
+        model: folder or Hub id: a base encoder or one already fine-tuned, a causal language model, an encoder-decoder.
         task: as Hugging Face pipelines name it.
         data: csv, jsonl or parquet file, folder of splits, or `hf:owner/name`.
         output: the run folder; the same call again resumes in it.
         columns: task column -> column of the data.
         unlabelled: file of further texts, for the original to label when it teaches: as the data, or .txt with one text a line.
-        max_drop: points of the task's metric that may be lost, on validation.
+        max_drop: points of the task's metric that may be lost, on validation; of perplexity per cent that it may grow.
         max_latency_ms, max_size_bytes, min_speedup: further limits on the chosen model.
         time_limit_s: no new rung is begun that would end after this many seconds.
         seed: of splits, training and sampling.
@@ -83,12 +84,14 @@ def shrink(
     budget = Budget(max_drop=max_drop, max_latency_ms=max_latency_ms, max_size_bytes=max_size_bytes, min_speedup=min_speedup)
     check_folder(output, arguments)
     opened = open_task(task, data, columns=columns, unlabelled=unlabelled, seed=seed)
-    only_exportable(opened, "shrink")
+    kind = kind_of(opened)
     run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s)
-    ladder = Ladder(run, opened, QUICK if quick else FULL, progress, trust_remote_code=trust_remote_code)
+    effort = effort_of(kind, QUICK if quick else FULL, quick=quick)
+    ladder = Ladder(run, opened, effort, progress, kind=kind, trust_remote_code=trust_remote_code)
     ladder.original()
     ladder.vocabulary()
     ladder.rungs()
+    ladder.packed()
     best = ladder.ship()
     ladder.test(best)
     return _conclude(run, best)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import runtimes
 from ._measure import DISTURBED, measure, unsteady
+from ._pace import NEW, PROMPT
+from .core.depth import DepthTable
+from .core.families import stacks_of
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
+from .core.sentences import written
 from .core.surgery import heads_and_neurons
+from .core.writing import prompt_of
 from .errors import InputError, ParityError
 from .progress import Progress
 from .run_folder import RunFolder
 from .targets import export_model, fingerprint
+
+WRITING_ROUNDS = 8
+"""Of the table of a causal model, in which every pass writes a text."""
 
 
 class Bench:
@@ -26,10 +35,12 @@ class Bench:
         task: the task on its data.
         rounds: of every measurement.
         progress: is told every stage.
+        texts_per_round: timed in each of them.
     """
 
-    def __init__(self, run: RunFolder, task: Any, rounds: int, progress: Progress) -> None:
+    def __init__(self, run: RunFolder, task: Any, rounds: int, progress: Progress, texts_per_round: int = 50) -> None:
         self.run, self.task, self.rounds, self.progress = run, task, rounds, progress
+        self.texts_per_round = texts_per_round
         self.folder, self.seed, self.threads = run.path, run.values["seed"], run.values["threads"]
 
     def export(self, model: Model, folder: Path, wanted: Sequence[tuple[str, str]]) -> list[Path]:
@@ -57,7 +68,8 @@ class Bench:
 
     def measure(self, targets: Sequence[Path], split: str = "validation", rounds: int | None = None) -> list[dict[str, Any]]:
         """Measure targets, and say so where the machine was too busy for the figures to be trusted."""
-        found = measure(targets, self.task, split=split, threads=self.threads, rounds=rounds or self.rounds)
+        how = {"rounds": rounds or self.rounds, "texts_per_round": self.texts_per_round}
+        found = measure(targets, self.task, split=split, threads=self.threads, **how)
         if any(map(unsteady, found)):
             self.run.warn(DISTURBED)
         return found
@@ -118,6 +130,17 @@ class Bench:
         self.run.values["latency_table"] = read_json(path)
         return LatencyTable.load(path)
 
+    def writing_table(self, model: Model) -> LatencyTable | DepthTable:
+        """What the parts of a model that writes cost in torch; of an encoder-decoder its blocks."""
+        path, kind = self.folder / "latency.json", DepthTable if model.module.config.is_encoder_decoder else LatencyTable
+        if not path.exists():
+            threads = self.run.strongest()["validation"]["speed"]["threads"]
+            measured = measured_depths if kind is DepthTable else measured_writing
+            with self.progress.stage("measure the latency table"):
+                measured(model, self.task, threads=threads, rounds=self.rounds).save(path)
+        self.run.values["latency_table"] = read_json(path)
+        return kind.load(path)
+
     def keep(self) -> None:
         """Write the run down: its candidates, and how long every stage took."""
         self.run.values["stages"] = self.progress.stages()
@@ -141,6 +164,34 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
         rounds=rounds,
         about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
         every_token=every_token,
+    )
+
+
+def measured_writing(model: Model, task: Any, *, threads: int, rounds: int) -> LatencyTable:
+    """What heads, neurons and blocks of a causal model cost while it reads the beginning of a text and writes on, in torch."""
+    texts = [text if isinstance(text, str) else written(text, model.tokenizer) for text in task.inputs("validation")[:200]]
+    prompt = min(PROMPT, max(1, int(statistics.median(len(prompt_of(model.tokenizer, text)) for text in texts))))
+    heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
+    return LatencyTable.measure(
+        runtimes.find("pytorch").stacks(model, prompt=prompt, new=NEW, threads=threads),
+        heads=heads,
+        neurons=neurons,
+        rounds=min(rounds, WRITING_ROUNDS),
+        about={"runtime": "pytorch", "precision": "fp32", "prompt": prompt, "new": NEW, "threads": threads},
+        every_token=True,
+    )
+
+
+def measured_depths(model: Model, task: Any, *, threads: int, rounds: int) -> DepthTable:
+    """What the blocks of an encoder-decoder cost in torch, at the median lengths of the task's own texts."""
+    rows = task.encode(model, "validation")
+    read, write = (int(statistics.median(map(len, rows[name]))) for name in ("input_ids", "labels"))
+    encoder, decoder = (len(stack.blocks) for stack in stacks_of(model.module))
+    return DepthTable.measure(
+        runtimes.find("pytorch").depths(model, read=read, new=write, threads=threads),
+        (encoder, decoder),
+        rounds=rounds,
+        about={"runtime": "pytorch", "precision": "fp32", "read": read, "written": write, "threads": threads},
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .errors import InputError
@@ -14,7 +14,7 @@ class Budget:
     """What the chosen model must keep to, on the validation split. Limits that are None do not count."""
 
     max_drop: float = 1.0
-    """In the task's unit: points for accuracy."""
+    """In the task's unit: points for accuracy, BLEU and ROUGE, per cent of perplexity."""
     max_latency_ms: float | None = None
     max_size_bytes: int | None = None
     min_speedup: float | None = None
@@ -59,6 +59,8 @@ class Effort:
     what they lack is taught further down. If the first taught rung fails, the walk goes back up and teaches those above."""
     retry: int
     """How many more times a rung that dropped too much is taught, as long as each lessens the drop; 0 for not at all."""
+    texts_per_round: int = 50
+    """Of every measurement: texts that are timed one by one. Few where an answer is a text, which takes long to write."""
 
 
 FULL = Effort(
@@ -75,5 +77,33 @@ QUICK = Effort(
     prune={"samples": 256},
     rounds=12,
     teach_below=0.3,
+    retry=0,
+)
+LANGUAGE = Effort(
+    finetune={"epochs": 1, "learning_rate": 1e-4, "batch_size": 8},
+    distill={"epochs": 2, "learning_rate": 1e-4, "batch_size": 4, "alpha": 0.9},
+    prune={"samples": 16},
+    rounds=20,
+    teach_below=1.0,
+    retry=2,
+    texts_per_round=3,
+)
+"""For causal language models, whose training texts are blocks of hundreds of tokens."""
+LANGUAGE_QUICK = replace(LANGUAGE, distill={**LANGUAGE.distill, "epochs": 0.5}, prune={"samples": 4}, rounds=8, retry=0)
+TRANSLATORS = Effort(
+    finetune={"epochs": 10, "learning_rate": 7e-4, "batch_size": 64},
+    distill={"beams": 4, "epochs": 3, "learning_rate": 5e-4, "batch_size": 64},
+    prune={},
+    rounds=20,
+    teach_below=1.0,
+    retry=2,
+    texts_per_round=10,
+)
+"""For encoder-decoders: the teacher writes every training text once, whatever the rungs."""
+TRANSLATORS_QUICK = replace(
+    TRANSLATORS,
+    finetune={**TRANSLATORS.finetune, "epochs": 3},
+    distill={**TRANSLATORS.distill, "beams": 2, "epochs": 1},
+    rounds=8,
     retry=0,
 )

@@ -225,7 +225,13 @@ def predict_and_show(
         raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
     reader = reader_of(folder)
     inputs = inputs_of(texts, pairs, source, columns, reader.columns)
-    found = answers(_predictor(folder, inputs, runtime, threads), inputs)
+    predictor = _predictor(folder, inputs, runtime, threads)
+    if count := _cut(predictor, inputs):
+        terminal.say(
+            f"{count} of {len(inputs)} inputs {'has' if count == 1 else 'have'} {predictor.max_length} tokens or more: the model reads "
+            "no further"
+        )
+    found = answers(predictor, inputs)
     if as_json:
         terminal.print_json(list(found))
     else:
@@ -242,6 +248,14 @@ def _predictor(folder: Path, inputs: Sequence[Any], runtime: str, threads: int |
     if runtime.partition("-")[0] == "pytorch":  # whatever the folder ships
         return runtimes.find("pytorch").open(folder, threads=threads)
     return runtimes.open(targets_of([folder], runtime)[0] if runtime else folder, threads=threads)
+
+
+def _cut(predictor: Any, inputs: Sequence[Any]) -> int:
+    """How many inputs fill what the model reads, where it leaves the rest unread."""
+    if not predictor.reader.cuts:
+        return 0
+    parts = (predictor.lengths(inputs[start : start + AT_ONCE]) for start in range(0, len(inputs), AT_ONCE))
+    return sum(length >= predictor.max_length for lengths in parts for length in lengths)
 
 
 def answers(predictor: Any, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:

@@ -16,14 +16,18 @@ from .core.packed import refuse_packed
 from .core.step import make
 from .core.surgery import heads_and_neurons
 from .data import cut
+from .descent import Descent, Steps
 from .errors import InputError, MultumError
-from .plan import LAST, Stages, ahead, pace, rung, teaching
+from .plan import MEASURE, Stages, ahead, last, pace, rung, teaching
 from .progress import Progress
 from .run_folder import RunFolder
 
 STEP = 1.5
 """How much faster the next rung is meant to be."""
 MAX_RUNGS = 16
+PACKED = {8: "weights in 8 bits", 4: "weights in 4 bits"}
+PACKED_TRIES = 2
+"""Models that are packed in each precision until one keeps the drop, the fastest first."""
 FAR_SLOWER = 1.5
 """A runtime that took so much longer than the fastest on the original is not tried on what ships."""
 
@@ -36,15 +40,24 @@ class Ladder:
         task: the task on its data.
         effort: how much is trained and measured.
         progress: is told every stage.
+        kind: how rungs are cut and taught.
         trust_remote_code: run code that comes with the model.
     """
 
-    def __init__(self, run: RunFolder, task: Any, effort: Effort, progress: Progress, *, trust_remote_code: bool) -> None:
+    step, number, first = STEP, Descent.number, Descent.first
+    measuring = MEASURE
+    """Seconds that measuring a rung takes."""
+
+    def __init__(
+        self, run: RunFolder, task: Any, effort: Effort, progress: Progress, *, kind: type[Descent], trust_remote_code: bool
+    ) -> None:
         self.run, self.task, self.effort, self.progress = run, task, effort, progress
         self.trust_remote_code = trust_remote_code
-        self.bench = bench.Bench(run, task, effort.rounds, progress)
+        self.bench = bench.Bench(run, task, effort.rounds, progress, effort.texts_per_round)
         self.folder, self.seed = run.path, run.values["seed"]
-        self.pace = 0.0
+        self.descent = kind(folder=run.path, effort=effort, seed=self.seed)
+        self.step, self.number, self.first = kind.step, kind.number, kind.first
+        self.pace, self.rows = 0.0, 0
         progress.recall(run.values["stages"])
 
     def original(self) -> None:
@@ -53,16 +66,16 @@ class Ladder:
         if not folder.exists():
             model = self.task.load(self.run.values["model"], trust_remote_code=self.trust_remote_code)
             self._check(model)
-            self.pace = pace(model, self.task)
+            self._look_at(model)
             self._expect(0)
             if not self.task.is_trained(model):
                 model = self._step("fine-tune the original", "finetune", model, **self.effort.finetune, seed=self.seed)
             self._save(model, folder)
         model = self.task.load(str(folder))
-        self.pace = self.pace or pace(model, self.task)
+        self._look_at(model)
         self._expect(0)
-        targets = [folder, *self.bench.export(model, folder, bench.offers())]
-        if len(targets) == 1:
+        targets = [folder, *self.bench.export(model, folder, self._offers())]
+        if len(targets) == 1 and self.descent.exports:
             raise InputError(f"{model.source} cannot be exported to any runtime here", *self.run.values["data"]["notes"])
         if self.run.find("original") is None:
             with self.progress.stage("measure the original"):
@@ -74,10 +87,12 @@ class Ladder:
                 self.bench.add(name, folder, target, technique, model, metrics)
             self.bench.doubt(found[0])
             self.bench.keep()
-        self.table = self.bench.latency_table(model)
+        self.descent.begin(self.bench, model)
 
     def vocabulary(self) -> None:
-        """Rung 1 costs nothing: the tokens that the data never uses go."""
+        """Rung 1 costs nothing: the tokens that the data never uses go. Not where tokens are what is foretold or written."""
+        if self.first != "rung-01":
+            return
         folder = self.folder / "rung-01"
         if not folder.exists():
             model = self.task.load(str(self.folder / "original"))
@@ -87,9 +102,9 @@ class Ladder:
 
     def rungs(self) -> None:
         """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry and half a step."""
-        above, step = ["rung-01"], STEP
-        for number in range(2, MAX_RUNGS + 1):
-            self._expect(number - 1)
+        above, step = [self.first], self.step
+        for number in range(self.number, MAX_RUNGS + 1):
+            self._expect(number - self.number + 1)
             name = self._name(number, above[-1], step)
             if not self._rung(name, above[-1], step):
                 if not self._holds(above[-1]) and not self._taught(above[-1]):
@@ -101,8 +116,8 @@ class Ladder:
                 elif not self._holds(above[-1]):
                     self._go_back(above)
                     return
-                elif step == STEP:
-                    step = STEP**0.5
+                elif step == self.step:
+                    step = self.step**0.5
                     continue
                 else:
                     return
@@ -126,6 +141,25 @@ class Ladder:
             before = longer
         return None
 
+    def packed(self) -> None:
+        """The weights of the fastest models within the drop in 8 and in 4 bits: fewer bytes, no less time."""
+        floats = [c for c in self.run.candidates if c["drop"] <= self.run.budget.max_drop and c["technique"] not in PACKED.values()]
+        for bits, technique in PACKED.items():
+            steps = self.descent.packing(bits)
+            for source in sorted(floats, key=lambda c: -c["speedup"])[: PACKED_TRIES if steps else 0]:
+                if self._pack(f"{source['folder']}-int{bits}", source["folder"], steps, technique):
+                    break
+
+    def _pack(self, name: str, source: str, steps: Steps, technique: str) -> bool:
+        """Pack a model that is there already, under a new name. True when it then keeps the drop."""
+        if not (self.folder / name).exists():
+            if not self._time_for(name, [(f"{name}: measure", self.measuring)]):
+                return False
+            model = self.task.load(str(self.folder / source))
+            self._save(self._steps(f"{name}: pack", steps, model), self.folder / name)
+        self._enter(name, technique, source)
+        return self._holds(name)
+
     def ship(self) -> dict[str, Any]:
         """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
         self.progress.plan([("choose a runtime", 8), ("measure on the test split", 12)])
@@ -134,6 +168,7 @@ class Ladder:
         model = self.task.load(str(source))
         walked = self.run.find(best["folder"]) or best
         wanted = [offer for offer in self._worth_trying() if offer[1] == walked["precision"] or offer == ("onnxruntime", "int8")]
+        wanted = wanted if self.descent.exports else []
         targets = self.bench.export(model, source, wanted)
         known = {candidate["target"] for candidate in self.run.candidates}
         if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
@@ -191,22 +226,26 @@ class Ladder:
         folder = self.folder / name
         if not folder.exists():
             model = self.task.load(str(self.folder / above))
-            if not self._room_below(model, step):
+            if not self.descent.room(model, step) or self._is_known(model, step):
                 return False
-            if not self._time_for(name, rung(name, *self._work(self._share(model) / step), taught=self._has_teacher())):
+            if not self._time_for(name, rung(name, *self._work(self._share(model) / step), **self._costs())):
                 return False
-            options = {"speedup": step, "latency_table": str(self.folder / "latency.json"), "seed": self.seed}
-            model = self._step(f"{name}: prune and repair", "prune_structured", model, **options, **self.effort.prune)
+            model = self._steps(f"{name}: {self.descent.cutting[0]}", self.descent.cut(model, step), model)
             if self._share(model) <= self.effort.teach_below:
                 model = self._teach(name, model)
             self._save(model, folder, rung=[above, step])
-        return self._enter(name, "heads, neurons, layers pruned; " + ("distilled" if self._taught(name) else "repaired"), above)
+        did = self.descent.did(read_json(folder / "recipe.json")["steps"])
+        return self._enter(name, f"{did}; {'distilled' if self._taught(name) else 'repaired'}", above)
+
+    def _is_known(self, model: Model, step: float) -> bool:
+        """Whether half a step takes away just what a whole one did, because layers come one by one."""
+        return step < self.step and self.descent.cut(model, step) == self.descent.cut(model, self.step)
 
     def _teach_again(self, name: str, source: str) -> bool:
         """Teach a rung that is there already, under a new name. True when it then keeps the drop."""
         if not (self.folder / name).exists():
             model = self.task.load(str(self.folder / source))
-            stages = teaching(name, *self._work(self._share(model)), taught=self._has_teacher())
+            stages = teaching(name, *self._work(self._share(model)), **self._costs())
             if not self._time_for(name, stages):
                 return False
             self._save(self._teach(name, model), self.folder / name)
@@ -214,19 +253,14 @@ class Ladder:
         return self._holds(name)
 
     def _teach(self, name: str, model: Model) -> Model:
-        teacher, cache = str(self.folder / "rung-01"), str(self.folder / "teacher")
-        return self._step(f"{name}: distil", "distill", model, teacher=teacher, cache=cache, seed=self.seed, **self.effort.distill)
-
-    def _room_below(self, model: Model, step: float) -> bool:
-        """Whether a rung faster than this one by a step still has room for a head."""
-        return self.table.total(heads_and_neurons(model.module)) / step > self.table.total([(1, 0)])
+        return self._step(f"{name}: distil", self.descent.teaches, model, **self.descent.teaching())
 
     def _share(self, model: Model) -> float:
         """The predicted latency against the original's."""
-        return self.table.total(heads_and_neurons(model.module)) / self.table.total(self.run.candidates[0]["blocks"])
+        return self.descent.cost(model) / self.descent.full
 
     def _taught(self, name: str) -> bool:
-        return bool(read_json(self.folder / name / "recipe.json")["steps"][-1]["step"] == "distill")
+        return [step["step"] for step in read_json(self.folder / name / "recipe.json")["steps"]][-1:] == [self.descent.teaches]
 
     def _holds(self, name: str) -> bool:
         """Whether a rung keeps the drop; the other limits say nothing about how far down to go."""
@@ -240,8 +274,14 @@ class Ladder:
     # -- what every leg uses -------------------------------------------------------------------------------------------------
 
     def _step(self, stage: str, step: str, model: Model, **fields: Any) -> Model:
+        return self._steps(stage, [(step, fields)], model)
+
+    def _steps(self, stage: str, steps: Steps, model: Model) -> Model:
+        """Several steps that are one stage."""
         with self.progress.stage(stage):
-            return make(step, fields)(model, self.task)
+            for step, fields in steps:
+                model = make(step, fields)(model, self.task)
+            return model
 
     def _save(self, model: Model, folder: Path, **extra: Any) -> None:
         data = self.run.values["data"]
@@ -255,7 +295,8 @@ class Ladder:
             return True
         folder, strongest = self.folder / name, self.run.strongest()
         model = self.task.load(str(folder))
-        targets = self.bench.export(model, folder, [(strongest["runtime"], strongest["precision"])])
+        form = (strongest["runtime"], strongest["precision"])
+        targets = self.bench.export(model, folder, [form]) if self.descent.exports else [folder]
         if not targets:
             return False
         with self.progress.stage(f"{name}: measure"):
@@ -265,25 +306,39 @@ class Ladder:
         return True
 
     def _expect(self, rungs_done: int) -> None:
-        work = self.effort, len(self.task.inputs("train")), self.pace
-        more, taught = len(self.task.unlabelled), self._has_teacher()
-        stages = ahead(*work, bench.offers(), rungs_done, step=STEP, taught=taught, unlabelled=more)
+        costs = {"step": self.step, "first": self.number, **self._costs()}
+        stages = ahead(self.effort, self.rows, self.pace, self._offers(), rungs_done, **costs)
         done = {stage["name"] for stage in self.progress.stages()}
         self.progress.plan(stage for stage in stages if stage[0] not in done)
 
     def _work(self, share: float) -> tuple[Effort, int, float, float]:
         """What the time of a rung is reckoned from: the teacher labels the unlabelled texts too."""
-        return self.effort, len(self.task.inputs("train")) + len(self.task.unlabelled), self.pace, share
+        return self.effort, self.rows, self.pace, share
 
-    def _has_teacher(self) -> bool:
-        return (self.folder / "teacher").exists()
+    def _costs(self) -> dict[str, Any]:
+        """What else that depends on."""
+        known = {"taught": (self.folder / "teacher").exists(), "measure": self.measuring}
+        return {**known, "cutting": self.descent.cutting, "teacher_passes": self.descent.teacher_passes}
+
+    def _offers(self) -> list[tuple[str, str]]:
+        return bench.offers() if self.descent.exports else []
+
+    def _look_at(self, model: Model) -> None:
+        """What the time of everything is reckoned from."""
+        if self.pace:
+            return
+        self.pace, self.rows = pace(model, self.task, self.descent.paced), self.descent.rows(self.task, model)
+        if not self.descent.exports:
+            passes = self.descent.teacher_passes * len(self.task.inputs("validation"))
+            done = [stage["seconds"] for stage in self.progress.stages() if stage["name"] == "measure the original"]
+            self.measuring = 2 * done[0] if done else MEASURE + 2 * passes * self.pace
 
     def _check(self, model: Model) -> None:
         """What this model cannot do is said before the first hour, and what will be cut off its texts with it."""
         refuse_packed(model.module, "shrink")
         if not heads_and_neurons(model.module):
             raise InputError(f"{model.source} has no layers left, so that there is nothing to make smaller")
-        if not model.tokenizer.is_fast:
+        if not model.tokenizer.is_fast and self.descent.exports:
             raise InputError(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need")
         for sentence in cut(self.task, model):
             self.run.note(sentence)
@@ -291,7 +346,7 @@ class Ladder:
     def _time_for(self, name: str, stages: Stages) -> bool:
         """Whether these stages, and those after the walk, end within the time limit if they keep to the run's own pace."""
         limit = self.run.values["time_limit_s"]
-        seconds = sum(seconds for _, seconds in [*stages, *LAST]) * self.progress.lag()
+        seconds = sum(seconds for _, seconds in [*stages, *last(self.measuring)]) * self.progress.lag()
         if limit is None or self.run.elapsed() + seconds <= limit:
             return True
         self.run.note(f"stopped before {name}: it would have ended after the time limit of {limit:g} s")

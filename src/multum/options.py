@@ -69,7 +69,8 @@ Precision = Annotated[
     typer.Option(
         "--precision",
         metavar="P",
-        help="int8 (the default; of auto any) or fp32; of openvino bf16 too; of llamacpp f16, q8_0, q4_0, q4_k or f32.",
+        help="int8 (the default; of auto any) or fp32; of openvino bf16 too; of onnxruntime also int8-minmax, int8-percentile and "
+        "int8-mse, whose ranges of activations are taken from training texts; of llamacpp f16, q8_0, q4_0, q4_k or f32.",
     ),
 ]
 Lengths = Annotated[

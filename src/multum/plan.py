@@ -22,8 +22,15 @@ EXPORT, MEASURE, TABLE, VOCABULARY = 4.0, 5.0, 10.0, 5.0
 """Seconds; they hardly depend on the model."""
 
 Stages = list[tuple[str, float]]
-LAST: Stages = [("choose a runtime", 8.0), ("measure on the test split", 3 * MEASURE)]
-"""What comes after the walk."""
+
+
+def last(measure: float = MEASURE) -> Stages:
+    """What comes after the walk, where measuring a rung takes so many seconds."""
+    return [("choose a runtime", 8.0), ("measure on the test split", 3 * measure)]
+
+
+LAST = last()
+"""The same for an encoder."""
 
 
 def ahead(
@@ -36,6 +43,10 @@ def ahead(
     step: float,
     taught: bool,
     unlabelled: int = 0,
+    measure: float = MEASURE,
+    first: int = 2,
+    cutting: tuple[str, float] = ("prune and repair", PRUNING),
+    teacher_passes: float = 1.0,
 ) -> Stages:
     """The stages still to come and their seconds.
 
@@ -48,40 +59,68 @@ def ahead(
         step: how much faster each rung is than the one above it.
         taught: the teacher's outputs are on disk already.
         unlabelled: texts that the teacher labels beside the training texts.
+        measure: seconds that measuring a rung takes.
+        first: number of the first rung that is cut; 2 where the vocabulary makes one before.
+        cutting: what cutting a rung is called, and the forward passes of every calibration text that it takes.
+        teacher_passes: forward passes that the teacher's answer to a text costs; more where it writes.
     """
     stages: Stages = []
     if rungs_done == 0:
         stages.append(("fine-tune the original", TRAINING * effort.finetune["epochs"] * texts * pace))
         stages += [(f"original: export to {runtime} {precision}", EXPORT) for runtime, precision in offers]
-        stages += [("measure the original", 3 * MEASURE), ("measure the latency table", TABLE)]
-        stages.append(("rung-01: trim the vocabulary", VOCABULARY))
+        stages += [("measure the original", 3 * measure), ("measure the latency table", TABLE)]
+        stages += [("rung-01: trim the vocabulary", VOCABULARY)] if first == 2 else []
     next_rung = max(2, rungs_done + 1)
     for number in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
-        share = step ** (1 - number)
-        stages += rung(f"rung-{number:02d}", effort, texts + unlabelled, pace, share, taught=taught)
+        share, name = step ** (1 - number), f"rung-{number - 2 + first:02d}"
+        work = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
+        stages += rung(name, effort, texts + unlabelled, pace, share, cutting=cutting, **work)
         taught = taught or share <= effort.teach_below
-    return [*stages, *LAST]
+    return [*stages, *last(measure)]
 
 
-def rung(name: str, effort: Effort, texts: int, pace: float, share: float, *, taught: bool) -> Stages:
+def rung(
+    name: str,
+    effort: Effort,
+    texts: int,
+    pace: float,
+    share: float,
+    *,
+    taught: bool,
+    cutting: tuple[str, float] = ("prune and repair", PRUNING),
+    measure: float = MEASURE,
+    teacher_passes: float = 1.0,
+) -> Stages:
     """One rung that takes the share `share` of the original's time."""
-    pruning = (f"{name}: prune and repair", PRUNING * effort.prune["samples"] * pace * share)
+    stage, passes = cutting
+    pruning = (f"{name}: {stage}", passes * effort.prune.get("samples", 0) * pace * share)
     if share <= effort.teach_below:
-        return [pruning, *teaching(name, effort, texts, pace, share, taught=taught)]
-    return [pruning, (f"{name}: measure", MEASURE)]
+        work = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
+        return [pruning, *teaching(name, effort, texts, pace, share, **work)]
+    return [pruning, (f"{name}: measure", measure)]
 
 
-def teaching(name: str, effort: Effort, texts: int, pace: float, share: float, *, taught: bool) -> Stages:
+def teaching(
+    name: str,
+    effort: Effort,
+    texts: int,
+    pace: float,
+    share: float,
+    *,
+    taught: bool,
+    measure: float = MEASURE,
+    teacher_passes: float = 1.0,
+) -> Stages:
     """Teaching a rung and measuring it. The first has to wait for the teacher's outputs."""
-    passes = texts * (1 + effort.distill["augment"]) * pace
+    passes = texts * (1 + effort.distill.get("augment", 0)) * pace
     seconds = TRAINING * effort.distill["epochs"] * passes * share
-    return [(f"{name}: distil", seconds + (0 if taught else passes)), (f"{name}: measure", MEASURE)]
+    return [(f"{name}: distil", seconds + (0 if taught else teacher_passes * passes)), (f"{name}: measure", measure)]
 
 
 @torch.no_grad()
-def pace(model: Model, task: Any) -> float:
-    """Seconds that one example takes in a forward pass."""
-    batches = task.calibration(model, 64)
+def pace(model: Model, task: Any, samples: int = 64) -> float:
+    """Seconds that one example takes in a forward pass, told by so many of them."""
+    batches = task.calibration(model, samples)
     with autocast("auto"):
         model.module(**batches[0])
         started = time.perf_counter()

@@ -81,8 +81,12 @@ class RunFolder:
         return candidate
 
     def strongest(self) -> dict[str, Any]:
-        """The fastest form of the unchanged original that keeps the quality: what every rung is compared with."""
-        forms = [c for c in self.candidates if c["folder"] == "original" and c["target"] != "original"]
+        """The fastest form of the unchanged original that keeps the quality: what every rung is compared with.
+
+        The original in torch where there is no other form.
+        """
+        originals = [c for c in self.candidates if c["folder"] == "original"]
+        forms = [c for c in originals if c["target"] != "original"] or originals
         holding = [c for c in forms if c["drop"] <= self.budget.max_drop] or forms
         return min(holding, key=_latency)
 

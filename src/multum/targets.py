@@ -151,8 +151,9 @@ def exporter(runtime: str, precision: str) -> Any:
         raise InputError(f"--to: cannot export to {runtime!r}; there are: {', '.join(others)}")
     module = runtimes.find(runtime)
     problems = [reason] if (reason := module.unavailable()) else []
-    if precision not in module.PRECISIONS:
-        problems.append(f"--precision: {runtime} has no {precision!r}; it has: {', '.join(module.PRECISIONS)}")
+    taken = (*module.PRECISIONS, *getattr(module, "CALIBRATED", ()))
+    if precision not in taken:
+        problems.append(f"--precision: {runtime} has no {precision!r}; it has: {', '.join(taken)}")
     if problems:
         raise InputError(*problems)
     return module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -82,7 +83,12 @@ class Block:
                 handle.remove()
         return seen
 
-    def sums(self, paths: Sequence[str], measure: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    def sums(
+        self,
+        paths: Sequence[str],
+        measure: Callable[[torch.Tensor], torch.Tensor],
+        join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.Tensor.add_,
+    ) -> dict[str, torch.Tensor]:
         """Σ over the batches of `measure(x)`, where x (tokens, features) is what flows into each part, padding left out.
 
         One x at a time is in memory. Parts that read one tensor in turn (query, key and value) get one sum, the same object. A part
@@ -91,6 +97,7 @@ class Block:
         Args:
             paths: of the parts.
             measure: gives a new tensor, the same shape for every batch.
+            join: what stands in the place of the sum; it may write into its first argument.
         """
         totals: dict[tuple[str, int], torch.Tensor] = {}  # of what was read first by a part, the first or a later time in a batch
         reads: dict[str, list[tuple[str, int]]] = {}
@@ -102,7 +109,7 @@ class Block:
                 nonlocal last
                 if inputs[0] is not last[0]:
                     part, key = measure(of_tokens(inputs[0], self.mask(batch, path)).detach()), (path, len(reads.get(path, ())))
-                    totals[key] = totals[key].add_(part) if key in totals else part
+                    totals[key] = join(totals[key], part) if key in totals else part
                     last = (inputs[0], key)
                 reads.setdefault(path, []).append(last[1])
 
@@ -117,8 +124,13 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-        whole = {tuple(keys): totals[keys[0]] if len(keys) == 1 else sum(totals[key] for key in keys) for keys in reads.values()}
-        return {path: whole[tuple(keys)] for path, keys in reads.items()}  # type: ignore[misc]
+        whole = {
+            tuple(keys): totals[keys[0]]
+            if len(keys) == 1
+            else reduce(join, (totals[key] for key in keys[1:]), totals[keys[0]].clone())
+            for keys in reads.values()
+        }
+        return {path: whole[tuple(keys)] for path, keys in reads.items()}
 
     def run(self, batch: int) -> torch.Tensor:
         """The block's output on one batch, (batch, tokens, hidden)."""

@@ -12,6 +12,7 @@ caches of keys and values are left out, because a block is run more than once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
@@ -26,7 +27,7 @@ from .block import Block as Block
 from .block import Flow as Flow
 from .block import of_tokens as of_tokens
 from .block import state_of
-from .families import Stack, base_of, one_stack, stacks_of
+from .families import Stack, base_of, stacks_of
 from .family import Family
 from .surgery import swap
 from .task import Batch
@@ -122,7 +123,7 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
     """
     batches, begin = [beside(module, batch) for batch in batches], 0
     for stack in stacks_of(module):
-        masks = [_mask(batch, stack) for batch in batches]
+        masks = [_mask(module, batch, stack) for batch in batches]
         sources = [batch["attention_mask"].bool() for batch in batches]
         paths = (stack.family.cross.key, stack.family.cross.value) if stack.family.cross else ()
         every = block_calls(module, batches, stack) if len(stack.blocks) else []
@@ -136,7 +137,7 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
         begin += len(stack.blocks)
 
 
-def _mask(batch: Batch, stack: Stack) -> torch.Tensor:
+def _mask(module: Any, batch: Batch, stack: Stack) -> torch.Tensor:
     """True for real tokens of what a stack reads."""
     if stack.name != "decoder":
         return batch["attention_mask"].bool()
@@ -146,7 +147,15 @@ def _mask(batch: Batch, stack: Stack) -> torch.Tensor:
         return batch["labels"] != -100
     if "decoder_input_ids" not in batch:
         raise InputError("an encoder-decoder's calibration texts need decoder_input_ids (or labels), what its decoder is to read")
-    return torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool)
+    real = batch["decoder_input_ids"] != module.config.pad_token_id  # but the first token, which may be that for padding
+    after = real.flip(1).cummax(1).values.flip(1)
+    return after.index_fill(1, torch.zeros(1, dtype=torch.long, device=after.device), True)
+
+
+def mean_lengths(module: nn.Module, batches: Sequence[Batch]) -> list[int]:
+    """For every stack, how many tokens of an example it reads on average."""
+    of = [torch.cat([_mask(module, batch, stack).sum(1) for batch in batches]) for stack in stacks_of(module)]
+    return [round(float(lengths.double().mean())) for lengths in of]
 
 
 def _handed_on(family: Family, outputs: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -173,12 +182,13 @@ def each_output(
         numbers: which of the batches to take.
         before: the part at which to end: what flows into it, (real tokens, features), instead of the logits.
     """
-    one_stack(module)
+    stack = stacks_of(module)[-1]
     for number in numbers:
         batch = beside(module, batches[number])
-        mask = batch["attention_mask"].bool()
-        with _begin_at(module, block, number):
-            result = _answers(module(**batch), mask) if before is None else _flowing_into(before, module, batch)
+        mask = _mask(module, batch, stack)
+        with _begin_at(module, block, number) as more:
+            inputs = {**batch, **more}
+            result = _answers(module(**inputs), mask) if before is None else _flowing_into(before, module, inputs)
         yield of_tokens(result, mask) if result.dim() == 3 else result
 
 
@@ -206,21 +216,36 @@ def _flowing_into(part: nn.Module, module: nn.Module, batch: Batch) -> torch.Ten
 
 
 @contextmanager
-def _begin_at(module: nn.Module, block: Block | None, number: int) -> Iterator[None]:
-    """The model with stand-ins for the blocks before `block`, which is given its stored inputs of one batch."""
+def _begin_at(module: nn.Module, block: Block | None, number: int) -> Iterator[dict[str, Any]]:
+    """The model with stand-ins for the blocks before `block`, which is given its stored inputs of one batch.
+
+    Yields:
+        What the model is to be called with as well: behind an encoder, what that wrote.
+    """
     if block is None:
-        yield
+        yield {}
         return
+    stacks = stacks_of(module)
+    stack = next(each for each in stacks if block.module in set(each.blocks))
+    begin = sum(len(each.blocks) for each in stacks[: stacks.index(stack)])
+    stored, places = block.calls[number][0], {0, *(place for _, place in stack.family.handed_on)}
 
     def from_store(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (block.calls[number][0][0], *args[1:]), kwargs
+        return tuple(stored[i] if i in places else arg for i, arg in enumerate(args)), kwargs
 
     handle = block.module.register_forward_pre_hook(from_store, with_kwargs=True)
     try:
-        with _stand_ins(module, stacks_of(module)[0], block.index):
-            yield
+        with _stand_ins(module, stack, block.index - begin):
+            yield {"encoder_outputs": (_source(block, number),)} if len(stacks) > 1 and stack is stacks[-1] else {}
     finally:
         handle.remove()
+
+
+def _source(block: Block, number: int) -> torch.Tensor:
+    """What the encoder wrote, by what a decoder's block is called with."""
+    args, kwargs = block.calls[number]
+    found: torch.Tensor = inspect.signature(block.module.forward).bind(*args, **kwargs).arguments["encoder_hidden_states"]
+    return found
 
 
 def outputs_from(module: Any, block: Block | None, batches: Sequence[Batch], numbers: Sequence[int]) -> torch.Tensor:

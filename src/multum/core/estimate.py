@@ -2,8 +2,8 @@
 
     memory = weights + gradients + AdamW's two moments of what is trained + what autograd keeps of a batch of the longest examples
 
-What autograd keeps is counted, storage by storage; it grows with the number of examples. Time is that of a few examples of middle
-length, by their tokens. Neither knows what a loss does beside the model: a teacher that runs along comes on top.
+What autograd keeps is counted, storage by storage; it grows with the number of examples. Time is that of a batch of examples of
+middle length, by its tokens. Neither knows what a loss does beside the model: a teacher that runs along comes on top.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import nn
 
 WORTH = 1e12
 """Multiplications below which training is over before anybody asks."""
-EXAMPLES = 4
+WARM_S = 2.0
+"""A first pass that took longer than this stands for the others; in a shorter one preparing the kernels counts too much."""
 READ = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids", "decoder_attention_mask")
 """What of a row a model reads; the rest is for the loss."""
 Row = Mapping[str, Any]
@@ -64,15 +65,17 @@ def estimate(module: nn.Module, rows: Sequence[Row], pad: Callable[[Any], Batch]
     """
     ordered = sorted(rows, key=_length)
     middle = len(ordered) // 2
-    few = ordered[max(middle - EXAMPLES // 2, 0) :][:EXAMPLES]
+    usual = ordered[max(middle - at_once // 2, 0) :][:at_once]
     kept, _ = _try(module, pad(ordered[-1:]))
-    _, seconds = _try(module, pad(few))
+    _, seconds = _try(module, pad(usual))
+    if seconds < WARM_S:
+        _, seconds = _try(module, pad(usual))
     every = {id(parameter): parameter for parameter in module.parameters()}.values()
     weights = sum(parameter.nbytes for parameter in every)
     trained = sum(parameter.nbytes for parameter in every if parameter.requires_grad)
     tokens = examples * sum(map(_length, rows)) / len(rows)
     return Estimate(
-        seconds=seconds * tokens / max(sum(map(_length, few)), 1),
+        seconds=seconds * tokens / max(sum(map(_length, usual)), 1),
         bytes=weights + 3 * trained + kept * at_once,
         free=weights + _free(next(module.parameters()).device),
     )

@@ -12,7 +12,7 @@ unit (`surgery`), gate 1 changes no bit, and the gates are differentiable: |dL/d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from .blocks import beside
 from .families import blocks_of, family_of
+from .sublayers import places_of
 from .surgery import heads_and_neurons
 from .task import Batch
 
@@ -105,7 +106,7 @@ def gate_gradients(module: nn.Module, batches: Iterable[Batch], loss: Loss) -> l
     The weights get no gradients. The model should be in eval mode.
 
     Args:
-        module: a transformers model with a row in `families`.
+        module: a transformers model with a row in `families`, of one stack of blocks.
         batches: with labels where `loss` reads them; they are not given to the model.
         loss: of one batch.
 
@@ -113,18 +114,34 @@ def gate_gradients(module: nn.Module, batches: Iterable[Batch], loss: Loss) -> l
         Per batch, per block: (heads,) and (neurons,), in double precision on the processor.
     """
     heads, neurons = open_gates(module)
-    gates, found = [*heads, *neurons], []
+    found = _slopes(module, [*heads, *neurons], gated(module, heads, neurons), batches, loss)
+    return [(slopes[: len(heads)], slopes[len(heads) :]) for slopes in found]
+
+
+def place_gradients(module: nn.Module, batches: Iterable[Batch], loss: Loss) -> list[list[torch.Tensor]]:
+    """The same for models of one stack or two: per batch, for every sublayer of `places_of`, (units,)."""
+    places = places_of(module)
+    gates = [torch.ones(place.size, requires_grad=True) for place in places]
+    with ExitStack() as stack:
+        for place, gate in zip(places, gates, strict=True):
+            stack.enter_context(input_gated(place.block, place.sublayer.path, gate))
+        return _slopes(module, gates, nullcontext(), batches, loss)
+
+
+def _slopes(
+    module: nn.Module, gates: list[torch.Tensor], inside: AbstractContextManager[None], batches: Iterable[Batch], loss: Loss
+) -> list[list[torch.Tensor]]:
+    found = []
     frozen = [parameter for parameter in module.parameters() if parameter.requires_grad]
     try:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        with gated(module, heads, neurons), torch.enable_grad():
+        with inside, torch.enable_grad():
             for batch in batches:
                 batch = beside(module, batch)
                 outputs = module(**{name: value for name, value in batch.items() if name != "labels"})
                 slopes = torch.autograd.grad(loss(outputs, batch), gates, allow_unused=True, materialize_grads=True)
-                doubles = [slope.double() for slope in slopes]
-                found.append((doubles[: len(heads)], doubles[len(heads) :]))
+                found.append([slope.double().cpu() for slope in slopes])
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -55,10 +55,12 @@ def _to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxruntime.quantization import QuantType
     from transformers.exporters import exporter_onnx
+    from transformers.pytorch_utils import Conv1D
 
     library: Any = transformers.exporters
     exporter: Any = exporter_onnx
-    options: dict[str, Any] = {"ort_fusions": "cpu"}
+    flat = any(isinstance(part, Conv1D) for part in model.module.modules())  # GPT-2's (tokens, in) products are fused wrongly
+    options: dict[str, Any] = {} if flat else {"ort_fusions": "cpu"}
     if int8:
         dynamic = library.OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8)
         options = {"quantizer": library.OnnxRuntimeQuantizer(dynamic)}

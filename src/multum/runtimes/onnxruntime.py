@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU: fp32 and int8, word embeddings included in the int8."""
+"""onnxruntime on the CPU: fp32 and int8, word embeddings included in the int8; ranges of activations as they come, or calibrated."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ..core.model import Model
 
 PRECISIONS = ("fp32", "int8")
+CALIBRATED = ("int8-minmax", "int8-percentile", "int8-mse")
+"""Precisions that are made when asked for: 8 bits with fixed ranges (`_static`), named by how these are found."""
 EXTRA: str | None = None
 GRAPH = "model.onnx"
 OPENING_ERRORS: tuple[type[Exception], ...] = (
@@ -66,11 +68,11 @@ def export(
         model: for sequence classification, token classification or question answering. Its graph is written directly where the
             families table says how, else traced.
         folder: replaced if it exists; whole or not at all.
-        precision: one of `PRECISIONS`.
+        precision: one of `PRECISIONS` or `CALIBRATED`.
         inputs: real inputs on which the export must answer as torch does.
         max_length: tokens after which a text is cut.
         pairs: inputs are pairs of texts.
-        calibration: padded batches; what is traced is traced with two rows of them.
+        calibration: padded batches; what is traced is traced with two rows of them, fixed ranges are those of all of them.
         task: by name, for `measure`.
 
     Returns:
@@ -81,8 +83,8 @@ def export(
         InputError: unknown precision, or a model that cannot be exported.
         ParityError: the answers differ.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, *CALIBRATED):
+        raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join((*PRECISIONS, *CALIBRATED))}")
     graph = _graph(model, precision, max_length, pairs=pairs, calibration=calibration)
     manifest = {
         "runtime": "onnxruntime",
@@ -103,8 +105,11 @@ def export(
 def _graph(
     model: Model, precision: str, max_length: int, *, pairs: bool, calibration: Sequence[Mapping[str, Any]]
 ) -> onnx.ModelProto:
-    from . import _encoder, _encoder_graph, _traced
+    from . import _encoder, _encoder_graph, _static, _traced
 
+    if precision in CALIBRATED:
+        dynamic = _graph(model, "int8", max_length, pairs=pairs, calibration=calibration)
+        return _static.static(dynamic, calibration, precision.removeprefix("int8-"))
     if _encoder.obstacle(model.module):
         traced: onnx.ModelProto = _traced.to_onnx(model, _traced.two_rows(calibration), max_length, int8=precision == "int8")
         return traced

@@ -8,7 +8,9 @@ It executes models of every task: the head decides how inputs are read and what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ from ._parity import COLUMNS, takes, torch_items
 from ._predictor import Run, cores
 
 if TYPE_CHECKING:
+    from ..core.latency import Blocks, Timer
     from ..core.model import Model
 
 PRECISIONS = ("fp32",)
@@ -129,6 +132,88 @@ class TorchPredictor:
             parts.append([outputs[name].numpy() for name in self.reader.outputs])
         joined = [np.concatenate(values) if len(parts) > 1 else values[0] for values in zip(*parts, strict=True)]
         return list(self.reader.predictions(encoded, dict(zip(self.reader.outputs, joined, strict=True)), inputs))
+
+
+def stacks(model: Model, *, prompt: int, new: int, threads: int) -> Callable[[Blocks], Timer]:
+    """What the latency table of a causal model is measured with: a maker of timers of blocks.
+
+    Args:
+        model: its embeddings, its head and copies of its first block, cut, make up what is timed.
+        prompt: tokens that are read.
+        new: tokens that are written behind them.
+        threads: to run on.
+
+    Returns:
+        Blocks, (heads, neurons) each -> a function that writes one text and returns the milliseconds. Blocks with attention stand
+        first, because caches count their tokens in the first block.
+    """
+    from ..core.families import blocks_of, family_of
+    from ..core.surgery import head_size, heads_and_neurons, keep_heads, keep_neurons
+    from ..core.writing import Decoding, TorchWriter
+
+    (heads, neurons), family, size = heads_and_neurons(model.module)[0], family_of(model.module), head_size(model.module)
+
+    def timer(blocks: Blocks) -> Timer:
+        module = _shallow(model.module, [("", [0] * len(blocks))])
+        for block, (h, n) in zip(blocks_of(module), sorted(blocks, key=lambda counts: counts[0] == 0), strict=True):
+            if h < heads:
+                keep_heads(block, family, list(range(h)), size)
+            if n < neurons:
+                keep_neurons(block, family, list(range(n)))
+        writer, ids = TorchWriter(module, model.tokenizer), [1] * prompt
+        return _timed(lambda: writer.continued([ids], Decoding(max_new_tokens=new), forced=True), threads)
+
+    return timer
+
+
+def depths(model: Model, *, read: int, new: int, threads: int) -> Callable[[tuple[int, int]], Timer]:
+    """The same for an encoder-decoder: of so many blocks in its encoder and its decoder, the first ones of each.
+
+    Args:
+        model: searches as its settings say.
+        read: tokens of a source.
+        new: tokens that are written for it.
+        threads: to run on.
+    """
+    import torch
+
+    ids = torch.ones(1, read, dtype=torch.long)
+
+    def timer(depth: tuple[int, int]) -> Timer:
+        # The decoder's first, because T5 wants no fewer blocks in its encoder.
+        module = _shallow(model.module, [("decoder", list(range(depth[1]))), ("encoder", list(range(depth[0])))])
+        how = {"min_new_tokens": new, "max_new_tokens": new, "use_cache": True}
+        return _timed(lambda: module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how), threads)
+
+    return timer
+
+
+def _shallow(module: Any, kept: Sequence[tuple[str, Sequence[int]]]) -> Any:
+    """A copy with these blocks, which may be given more than once, that shares all parameters with the model."""
+    from ..core.families import stacks_of
+    from ..core.surgery import keep_blocks
+
+    same = {id(parameter): parameter for parameter in module.parameters()}
+    made = copy.deepcopy(module, dict(same)).eval()
+    for name, numbers in kept:
+        stack = next(stack for stack in stacks_of(made) if stack.name == name)
+        for number in numbers:
+            stack.blocks.append(copy.deepcopy(stack.blocks[number], dict(same)))
+        keep_blocks(made, range(len(stack.blocks) - len(numbers), len(stack.blocks)), name)
+    return made
+
+
+def _timed(call: Callable[[], Any], threads: int) -> Timer:
+    import torch
+
+    def once() -> float:
+        torch.set_num_threads(threads)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            call()
+        return 1e3 * (time.perf_counter() - started)
+
+    return once
 
 
 def _size(value: Any) -> int:

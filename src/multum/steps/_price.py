@@ -48,6 +48,7 @@ class Price:
     def __init__(self, module: Any, batches: Sequence[Batch]) -> None:
         self.module, self.batches, self.numbers = module, batches, range(0, len(batches), 2)
         self.head = module.get_output_embeddings()
+        self.bias = getattr(module, "final_logits_bias", 0.0)  # BART adds it behind its head
         self.whole = [] if self.head is None else list(self._states(None))
         self.distance = distance(kind_of(module)) if self.head is None else kl
         self.outputs = outputs_from(module, None, batches, self.numbers) if self.head is None else torch.empty(0)
@@ -59,7 +60,7 @@ class Price:
         total = 0.0
         for whole, reduced in zip(self.whole, self._states(block), strict=True):
             for p, q in zip(whole.split(ROWS), reduced.split(ROWS), strict=True):
-                log_p, log_q = (F.log_softmax(self.head(states).float(), -1) for states in (p, q))
+                log_p, log_q = (F.log_softmax(self.head(states).float() + self.bias, -1) for states in (p, q))
                 total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         return total / sum(map(len, self.whole))
 

@@ -145,14 +145,15 @@ def walk(
     step: str,
     linears: Mapping[str, Linear],
     measure: Callable[[torch.Tensor], torch.Tensor],
+    join: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.Tensor.add_,
 ) -> Iterator[tuple[Block, dict[str, str], dict[str, torch.Tensor]]]:
     """Block by block, each fed by those before as they are by then, what flows into its layers.
 
     Put `torch.no_grad()` around the loop.
 
     Yields:
-        The block; path in it -> name of the layer; path -> Σ over the batches of `measure(x)`, x (tokens, inputs), for every layer
-        that a text reaches.
+        The block; path in it -> name of the layer; path -> Σ over the batches (or what `join` makes of them) of `measure(x)`,
+        x (tokens, inputs), for every layer that a text reaches.
 
     Raises:
         InputError: a sum is not finite.
@@ -161,7 +162,7 @@ def walk(
     with on_accelerator(model.module.eval()):
         for block in walk_blocks(model.module, batches):
             names = {path: chosen[id(part)] for path, part in block.module.named_modules() if id(part) in chosen}
-            sums = block.sums(list(names), measure)
+            sums = block.sums(list(names), measure, join)
             for path, total in sums.items():
                 if not bool(torch.isfinite(total).all()):
                     raise InputError(f"{step}: what flows into {names[path]} has numbers that are not finite")

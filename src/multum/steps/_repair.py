@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ..core.blocks import Block, Flow, walk_blocks
-from ..core.families import family_of, is_pre_norm
 from ..core.linears import matrix, shape_of
 from ..core.second_order import Repair
+from ..core.sublayers import places_of
 from ..core.task import Batch
 
 
@@ -39,20 +39,18 @@ def repair(
         whole: the model before the cut, of the same family and width.
         module: the cut model, changed in place.
         batches: calibration texts.
-        kept: for every block of `module`, its number in `whole`, ascending.
+        kept: for every block of `module`, its number in `whole`, ascending; a decoder's blocks go on from its encoder's.
         whole_batches: the same texts as `whole` reads them; None: in the same ids.
         damping: ε as a share of the mean of diag(C Cᵀ).
         keep_zeros: leave weights that are zero at zero: each row is solved on the features that it still has.
     """
-    family = family_of(module)
-    # Where the stream can be seen: it flows into a norm, and where the next block has that norm, out of this block.
-    norms = (family.feed_forward_norm, "") if is_pre_norm(module) else (family.attention_norm, family.feed_forward_norm)
-    cut_walk = walk_blocks(module, batches)
+    places, cut_walk = places_of(module), walk_blocks(module, batches)
     for reference in walk_blocks(whole, batches if whole_batches is None else whole_batches):
         if reference.index in kept:
             block = next(cut_walk)
-            for path, norm in zip((family.attention_output, family.down), norms, strict=True):
-                _repair_sublayer(reference, block, path, norm, damping=damping, keep_zeros=keep_zeros)
+            for place in (place for place in places if place.block is block.module):
+                part = place.sublayer
+                _repair_sublayer(reference, block, part.path, part.seen, damping=damping, keep_zeros=keep_zeros)
 
 
 def _repair_sublayer(

@@ -4,14 +4,14 @@ r"""AWQ: before rounding, large inputs are made smaller and their weights larger
     α* = argmin ‖(Q(W diag(s)) diag(1/s) - W) X‖²        over `alphas` values from 0 on, below 1
 
 Q rounds to the grid of `quantize`, X is what flows in on calibration texts. One α serves all matrices that read the same x, and
-1/s is put where x comes from, so that nothing is left to compute:
+1/s is put where x comes from, where there is such a place (`_scaling`); elsewhere layers are rounded as they are. With α = 0 alone
+and without clipping it is round-to-nearest.
 
-    the norm before attention or feed-forward, in models whose norms stand before their sublayers       its gain (and shift) / s
-    the value matrix, for the attention's output matrix; queries that share a value share s             its rows (and bias) / s
-    the matrix beside the gate, for the second feed-forward matrix of gated models                      its rows (and bias) / s
+Then every group w_g of a row is clipped, but for queries and keys (section 4 of the authors' code, github.com/mit-han-lab/llm-awq):
 
-Elsewhere (a norm that also feeds the residual stream, a matrix behind an activation) there is no such place, and layers are
-rounded as they are. With α = 0 alone it is round-to-nearest. Clipping, the paper's second search, is not done.
+    m* = argmin over m in max|w_g| · {1, 0.95, ..., 0.55} of ‖(Q(clamp(w_g, -m, m)) - w_g) X_g‖²
+
+which coarsens the few largest weights and refines all others.
 
 Blocks are quantized one after the other, each fed by those already quantized. Bytes fall; time does not, because torch unpacks the
 weights each time.
@@ -26,17 +26,21 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from ..core.codes import Packing
-from ..core.families import is_pre_norm, stacks_of
+from ..core.codes import Packing, Quantized
+from ..core.families import stacks_of
 from ..core.family import Family
-from ..core.linears import Linear, is_linear, matrix, shape_of
+from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.packed import PackedLinear
 from ..core.second_order import double, gram
 from ..core.step import Step
-from ..core.surgery import has, head_size, queries_per_head, rows_of_one, swap
+from ..core.surgery import swap
 from ..core.task import Task
-from ._quantization import calibration, float_matrices, grid_problems, output_error, rounded, summary, walk
+from ._quantization import calibration, float_matrices, grid_problems, grouped, output_error, rounded, summary, walk
+from ._scaling import every_place, fold, unfit
+
+CLIPS = tuple(1 - number / 20 for number in range(10))
+"""Shares of the largest weight of a group at which it is clipped, 1 first."""
 
 
 def flow(x: torch.Tensor) -> torch.Tensor:
@@ -78,81 +82,32 @@ def search(
     return best[1], best[2]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Matrices of a block that read the same, and where a factor on what they read can go."""
+def clipped(weight: torch.Tensor, packing: Packing, h: torch.Tensor) -> Quantized:
+    """W rounded with its groups clipped where that hurts least; no group errs more than by rounding alone.
 
-    readers: tuple[str, ...]
-    norm: str = ""
-    """The norm that gives it; or"""
-    source: str = ""
-    """the matrix whose rows do: the last `rows` of it,"""
-    rows: int = 0
-    shared: tuple[int, int, int] | None = None
-    """as heads, queries of each that share a value, features."""
-    obstacle: str = ""
-    """Why there is none."""
-
-
-def places(module: Any, block: nn.Module, family: Family, *, cross: bool = False) -> list[Place]:
-    """Those of one attention and, unless it is the one that reads an encoder, of the feed-forward."""
-    pre_norm, residual = is_pre_norm(module), "its norm also feeds the residual stream"
-    no_norm = "" if pre_norm else residual
-    readers = (family.query,) if cross else tuple(dict.fromkeys((family.query, family.key, family.value)))
-    found = [Place(readers, norm=family.attention_norm, obstacle=no_norm)]
-    if cross:
-        found.append(Place((family.key, family.value), obstacle="what it reads is read by other blocks too"))
-    queries, size = queries_per_head(module), head_size(module, family)
-    features = shape_of(block.get_submodule(family.attention_output))[1]
-    heads, source = features // (queries * size), family.value
-    per_head = sum(rows_of_one(family, queries, size)[source])
-    there = is_linear(block.get_submodule(source)) and shape_of(block.get_submodule(source))[0] == heads * per_head
-    why = "" if there else "its values come from no matrix with a row for each"
-    found.append(Place((family.attention_output,), source=source, rows=heads * size, shared=(heads, queries, size), obstacle=why))
-    if cross:
-        return found
-    found.append(
-        Place(tuple(dict.fromkeys(p for p in (family.gate, family.up) if p)), norm=family.feed_forward_norm, obstacle=no_norm)
-    )
-    neurons = shape_of(block.get_submodule(family.down))[1]
-    why = "" if family.gate and is_linear(block.get_submodule(family.up)) else "an activation stands before it"
-    found.append(Place((family.down,), source=family.up, rows=neurons, obstacle=why))
-    return found
+    Args:
+        weight: W, (out, in).
+        packing: the grid.
+        h: Σ x xᵀ, (in, in), of which the blocks of the groups count.
+    """
+    w = grouped(weight, packing)
+    groups, width = w.shape[1:]
+    pad = groups * width - len(h)
+    square = torch.nn.functional.pad(h.float(), (0, pad, 0, pad)).view(groups, width, groups, width)
+    blocks = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (groups, width, width)
+    largest = limits = w.abs().amax(-1)
+    least = torch.full_like(largest, float("inf"))
+    for share in CLIPS:
+        delta = (grouped(rounded(_clamp(weight, share * largest, packing), packing).weight(), packing) - w).transpose(0, 1)
+        lost = ((delta @ blocks) * delta).sum(-1).T
+        limits = torch.where(lost < least, share * largest, limits)
+        least = torch.minimum(lost, least)
+    return rounded(_clamp(weight, limits, packing), packing)
 
 
-def fold(block: nn.Module, place: Place, s: torch.Tensor) -> None:
-    """Multiply the columns of the readers by s, (in,), and divide what they read by it, where that comes from."""
-    for path in place.readers:
-        weight = matrix(cast(Linear, block.get_submodule(path)))
-        weight.mul_(s.to(weight))
-    if place.norm:
-        _divide_norm(block.get_submodule(place.norm), s)
-        return
-    source = cast(Linear, block.get_submodule(place.source))
-    if place.shared:
-        heads, queries, size = place.shared
-        s = s.view(heads, queries, size)[:, 0].flatten()
-    weight = matrix(source)[len(matrix(source)) - place.rows :]
-    weight.div_(s.to(weight)[:, None])
-    if source.bias is not None:
-        bias = source.bias[len(source.bias) - place.rows :]
-        bias.div_(s.to(bias))
-
-
-def _divide_norm(norm: Any, s: torch.Tensor) -> None:
-    one = 1.0 if _adds_one(norm) else 0.0
-    norm.weight.copy_((norm.weight + one) / s.to(norm.weight) - one)
-    if getattr(norm, "bias", None) is not None:
-        norm.bias.div_(s.to(norm.bias))
-
-
-def _adds_one(norm: Any) -> bool:
-    """Whether the gain of a norm is 1 + its weight, as Gemma's: told by what a weight of 0 leaves of an input."""
-    kept, x = norm.weight.clone(), torch.linspace(-1, 1, len(norm.weight)).to(norm.weight)
-    norm.weight.zero_()
-    left = norm(x) - (norm.bias if getattr(norm, "bias", None) is not None else 0.0)
-    norm.weight.copy_(kept)
-    return bool(left.abs().max() > 0)
+def _clamp(weight: torch.Tensor, limits: torch.Tensor, packing: Packing) -> torch.Tensor:
+    most = limits[..., None]
+    return grouped(weight, packing).clamp(-most, most).flatten(1)[:, : weight.shape[1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +121,9 @@ class Awq(Step):
     symmetric: bool = False
     """Whether the grid has its middle at 0; if not, every group has a zero point of its own, which takes 2 bytes."""
     alphas: int = 20
-    """How many exponents to try, from 0 on; 1 is round-to-nearest."""
+    """How many exponents to try, from 0 on; 1 leaves the inputs as they are."""
+    clip: bool = True
+    """Clip the weights of every group where that lessens the error; queries and keys are never clipped."""
     keep: tuple[str, ...] = ()
     """Layers that stay in float: names, with * for anything, such as *.down_proj."""
     samples: int = 128
@@ -190,14 +147,19 @@ class Awq(Step):
         packing, packed = Packing(self.bits, self.group, not self.symmetric), {}
         notes: dict[str, dict[str, Any]] = {"alphas": {}, "not_scaled": {}, "relative_errors": {}}
         for block, names, sums in walk(model, batches, self.name, linears, flow):
-            factors = self._scale(model.module, block.module, families[id(block.module)], names, sums, notes)
+            family = families[id(block.module)]
+            factors = self._scale(model.module, block.module, family, names, sums, notes)
+            scored = {path for row in (family, family.cross) if row for path in (row.query, row.key)}
             for path, name in names.items():
                 linear = cast(Linear, block.module.get_submodule(path))
-                quantized = rounded(matrix(linear), packing)
                 if path in sums:
                     s = factors.get(path, torch.ones(()).to(sums[path]))
                     h = (sums[path][:-1] / s).T / s
+                    clip = self.clip and path not in scored
+                    quantized = clipped(matrix(linear), packing, h) if clip else rounded(matrix(linear), packing)
                     notes["relative_errors"][name] = output_error(matrix(linear), quantized, h)
+                else:
+                    quantized = rounded(matrix(linear), packing)
                 packed[name] = PackedLinear.of(linear, quantized)
                 swap(block.module, path, packed[name])
         return {
@@ -217,12 +179,10 @@ class Awq(Step):
         notes: Mapping[str, dict[str, Any]],
     ) -> dict[str, torch.Tensor]:
         """Find and fold in the factors of one block: path of a matrix -> s of its inputs, where that is not 1."""
-        found = places(module, block, family)
-        found += places(module, block, family.cross, cross=True) if family.cross else []
         factors: dict[str, torch.Tensor] = {}
         packing = Packing(self.bits, self.group, not self.symmetric)
-        for place in found:
-            why = place.obstacle or _unfit(block, place, names, sums)
+        for place in every_place(module, block, family):
+            why = place.obstacle or unfit(block, place, names, sums)
             if why:
                 notes["not_scaled"].update({names[path]: why for path in place.readers if path in names})
                 continue
@@ -237,14 +197,3 @@ class Awq(Step):
                 factors |= dict.fromkeys(place.readers, s)
             notes["alphas"].update({names[path]: alpha for path in place.readers})
         return factors
-
-
-def _unfit(block: nn.Module, place: Place, names: Mapping[str, str], sums: Mapping[str, torch.Tensor]) -> str:
-    """Why the readers cannot be scaled as things are; empty if they can."""
-    if any(path not in names for path in place.readers):
-        return "not all that read the same are whole matrices to be quantized"
-    if any(path not in sums for path in place.readers):
-        return "no text reaches it"
-    if place.norm and (not has(block, place.norm) or getattr(block.get_submodule(place.norm), "weight", None) is None):
-        return "no norm stands before it"
-    return ""

@@ -17,12 +17,15 @@ over calibration tokens x and M the features of one structure (a head, a neuron)
    output plus what the residual stream has lost so far. No label is used anywhere.
 
 Where queries share keys and values, a head is a key/value head with all its queries.
+
+Of an encoder-decoder both stacks are cut, cross-attentions as sublayers of their own, under multiply-accumulates (`_units`), and
+blocks that are emptied stay as the biases they have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,27 +37,20 @@ from torch import nn
 
 from ..core.blocks import walk_blocks
 from ..core.factored import refuse_factored
-from ..core.families import blocks_of, family_of, one_stack
+from ..core.families import every_block, family_of, stacks_of
 from ..core.latency import LatencyTable
 from ..core.linears import Linear, is_linear, matrix, shape_of
 from ..core.model import Model
 from ..core.second_order import Order, adapted, gram, removal_order
 from ..core.step import Step
-from ..core.surgery import (
-    head_features,
-    head_size,
-    head_width,
-    heads_and_neurons,
-    keep_blocks,
-    keep_heads,
-    keep_neurons,
-    queries_per_head,
-)
+from ..core.sublayers import NEURONS, places_of, units_of
+from ..core.surgery import head_size, heads_and_neurons, keep_blocks, queries_per_head
 from ..core.task import Batch, Task
 from ..core.training import autocast, on_accelerator
 from ..errors import InputError
 from ._price import Price
 from ._repair import repair
+from ._units import cheapest, costs_of
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
 """Shares of a sublayer's units at which the price is measured; counts between are interpolated."""
@@ -158,25 +154,33 @@ class PruneStructured(Step):
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module.eval()
-        one_stack(module, self.name)
         refuse_factored(module, self.name)
+        two = len(stacks_of(module)) > 1
+        if two and self.latency_table is not None:
+            raise InputError(f"{self.name}: a latency table holds for models of one stack; leave latency_table out")
         batches = task.calibration(model, self.samples, seed=self.seed)
-        table = self._table(module, batches)
-        before = heads_and_neurons(module)
-        budget = table.total(before) / self.speedup
+        before, costs = units_of(module), costs_of(module, batches) if two else None
+        table = None if two else self._table(module, batches)
+        total = cast(Callable[[Any], float], (costs.of if costs else table.total))  # type: ignore[union-attr]
+        room = costs.room(self.speedup, self.name) if costs else 0.0
         with on_accelerator(module):
             whole = model.copy().module
+            after: Sequence[tuple[int, ...]] = before
             sublayers = price_sublayers(module, batches, self.neuron_group)
-            after = choose([(a.prices, f.prices) for a, f in sublayers], table, budget) if self.speedup > 1 else before
+            if self.speedup > 1 and table is not None:
+                after = choose([(a.prices, f.prices) for a, f in sublayers], table, total(before) / self.speedup)
+            elif self.speedup > 1 and costs is not None:
+                chosen = iter(cheapest([each.prices for block in sublayers for each in block], costs.units, room))
+                after = [tuple(next(chosen) for _ in block) for block in sublayers]
             kept = cut(module, sublayers, after)
             if self.repair:
                 repair(whole, module, batches, kept)
-        inside = set(blocks_of(module).modules())
+        inside = {part for block in every_block(module) for part in block.modules()}
         return {
             "blocks": [before, [after[i] for i in kept]],
             "kept_blocks": kept,
-            "predicted": [table.total(before), table.total([after[i] for i in kept])],
-            "unit": table.unit,
+            "predicted": [total(before), total([after[i] for i in kept])],
+            "unit": table.unit if table else "MACs",
             "skipped": {
                 name: "embeddings and head are not cut by this step"
                 for name, linear in model.linears().items()
@@ -203,40 +207,41 @@ class PruneStructured(Step):
         )
 
 
-def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: int) -> list[tuple[Sublayer, Sublayer]]:
-    """Removal order and prices of every block's attention and feed-forward. The model is left as it was."""
-    family, size = family_of(module), head_width(module)
-    result = []
+def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: int) -> list[tuple[Sublayer, ...]]:
+    """Removal order and prices of every sublayer of every block, in the order of `units_of`. The model is left as it was."""
+    places, result = places_of(module), []
     with autocast("auto"):
         price = Price(module, batches)
     for block in walk_blocks(module, batches):
-        grams = block.sums((family.attention_output, family.down), gram)
-        pair = []
-        for path, width, group in ((family.attention_output, size, 1), (family.down, 1, neuron_group)):
-            linear = block.module.get_submodule(path)
+        parts = [place.sublayer for place in places if place.block is block.module]
+        grams = block.sums([part.path for part in parts], gram)
+        found = []
+        for part in parts:
+            linear = block.module.get_submodule(part.path)
             if not is_linear(linear):
-                pair.append(Sublayer(Order([], 0), {0: 0.0}))
+                found.append(Sublayer(Order([], 0), {0: 0.0}))
                 continue
-            order = removal_order(matrix(linear), grams[path], width, group)
+            group = neuron_group if part.kind == NEURONS else 1
+            order = removal_order(matrix(linear), grams[part.path], part.width, group)
             measured = {order.units: 0.0}
             for count in _levels(order):
-                features = head_features(order.kept(count), width)
-                with _weight(linear, adapted(matrix(linear), grams[path], features)), autocast("auto"):
+                features = part.features(order.kept(count))
+                with _weight(linear, adapted(matrix(linear), grams[part.path], features)), autocast("auto"):
                     measured[count] = price(block)
-            pair.append(Sublayer(order, _interpolate(measured, order.counts())))
-        result.append((pair[0], pair[1]))
+            found.append(Sublayer(order, _interpolate(measured, order.counts())))
+        result.append(tuple(found))
     return result
 
 
-def cut(module: Any, sublayers: Sequence[tuple[Sublayer, Sublayer]], blocks: Sequence[tuple[int, int]]) -> list[int]:
-    """Cut every block to its (heads, neurons), drop those with nothing left, return the numbers of the blocks kept."""
-    family, size = family_of(module), head_size(module)
-    for block, (attention, feed_forward), (heads, neurons) in zip(blocks_of(module), sublayers, blocks, strict=True):
-        if heads < attention.order.units:
-            keep_heads(block, family, attention.order.kept(heads), size)
-        if neurons < feed_forward.order.units:
-            keep_neurons(block, family, feed_forward.order.kept(neurons))
-    kept = [i for i, counts in enumerate(blocks) if counts != (0, 0)]
+def cut(module: Any, sublayers: Sequence[Sequence[Sublayer]], blocks: Sequence[Sequence[int]]) -> list[int]:
+    """Cut every block to its counts, drop those with nothing left (not of an encoder-decoder), return the numbers of the others."""
+    orders = [sublayer.order for block in sublayers for sublayer in block]
+    for place, order, count in zip(places_of(module), orders, (n for counts in blocks for n in counts), strict=True):
+        if count < order.units:
+            place.sublayer.keep(place.block, order.kept(count), head_size(module, place.stack.family))
+    if len(stacks_of(module)) > 1:
+        return list(range(len(blocks)))
+    kept = [i for i, counts in enumerate(blocks) if any(counts)]
     keep_blocks(module, kept)
     return kept
 

@@ -13,6 +13,7 @@ row is solved on the features that it still has, a system for each row instead o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 
 from ..core.factored import refuse_factored
-from ..core.families import blocks_of, family_of, one_stack
+from ..core.families import stacks_of
 from ..core.model import Model
 from ..core.step import Step
+from ..core.sublayers import places_of
 from ..core.task import Batch, Task
 from ..core.training import on_accelerator
 from ..errors import InputError
@@ -32,7 +34,7 @@ from ._sparsity import block_linears
 
 
 def teacher_blocks(model: Model, teacher: Model) -> list[int]:
-    """Which block of the teacher each of the model's is compared with, ascending.
+    """Which block of the teacher each of the model's is compared with, ascending; a decoder's go on from its encoder's.
 
     The one that it was, by the model's history; where that says nothing, the one of the same number if both have as many.
 
@@ -40,8 +42,9 @@ def teacher_blocks(model: Model, teacher: Model) -> list[int]:
         InputError: the models do not go together; lists every reason.
     """
     ours, theirs = model.module.config, teacher.module.config
-    counts = [len(blocks_of(each.module)) for each in (model, teacher)]
-    blocks = descent(model, teacher) or (list(range(counts[0])) if counts[0] == counts[1] else None)
+    counts = [[len(stack.blocks) for stack in stacks_of(each.module)] for each in (model, teacher)]
+    known = descent(model, teacher) if len(counts[0]) == 1 else _descent_of_two(model, teacher)
+    blocks = known or (list(range(sum(counts[0]))) if counts[0] == counts[1] else None)
     problems = []
     if ours.model_type != theirs.model_type:
         problems.append(
@@ -53,12 +56,31 @@ def teacher_blocks(model: Model, teacher: Model) -> list[int]:
         )
     if blocks is None or blocks != sorted(set(blocks)):
         problems.append(
-            f"the model has {counts[0]} blocks and the teacher {counts[1]}, and the model's history does not say which of the "
+            f"the model has {_and(counts[0])} blocks and the teacher {_and(counts[1])}, and the model's history does not say which of the "
             "teacher's they were; take the model that it was cut from"
         )
     if problems or blocks is None:
         raise InputError(*(f"reconstruct: {problem}" for problem in problems))
     return blocks
+
+
+def _and(counts: list[int]) -> str:
+    return " and ".join(map(str, counts))
+
+
+def _descent_of_two(model: Model, teacher: Model) -> list[int] | None:
+    """`descent` of an encoder-decoder, whose stacks are shortened one by one."""
+    past, since = model.history[: len(teacher.history)], model.history[len(teacher.history) :]
+    if model.source != teacher.source or json.dumps(past) != json.dumps(teacher.history):
+        return None
+    kept = {stack.name: list(range(len(stack.blocks))) for stack in stacks_of(teacher.module)}
+    begin = {name: sum(map(len, list(kept.values())[:place])) for place, name in enumerate(kept)}
+    for entry in since:
+        if "stack" in entry:
+            kept[entry["stack"]] = [kept[entry["stack"]][block] for block in entry["kept_blocks"]]
+    if [len(stack.blocks) for stack in stacks_of(model.module)] != [len(blocks) for blocks in kept.values()]:
+        return None
+    return [begin[name] + block for name, blocks in kept.items() for block in blocks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +108,13 @@ class Reconstruct(Step):
 
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
-        one_stack(model.module, self.name)
         refuse_factored(model.module, self.name)
         linears, skipped = block_linears(model, self.name)
         teacher = task.load(self.teacher)
         blocks = teacher_blocks(model, teacher)
         ours, theirs = (task.calibration(each, self.samples, seed=self.seed) for each in (model, teacher))
         _check_texts(ours, theirs)
-        family = family_of(model.module)
-        solved = [block.get_submodule(path) for block in blocks_of(model.module) for path in (family.attention_output, family.down)]
+        solved = [place.block.get_submodule(place.sublayer.path) for place in places_of(model.module)]
         outputs = {name: linear for name, linear in linears.items() if linear in solved}
         sparse = {name: linear.weight == 0 for name, linear in outputs.items() if bool((linear.weight == 0).any())}
         with on_accelerator(model.module.eval()), on_accelerator(teacher.module):
@@ -115,7 +135,8 @@ class Reconstruct(Step):
 def _check_texts(ours: list[Batch], theirs: list[Batch]) -> None:
     if not ours:
         raise InputError("reconstruct: there are no calibration texts; the training split is empty")
-    masks = [[batch["attention_mask"] for batch in batches] for batches in (ours, theirs)]
+    names = ("attention_mask", *(["decoder_input_ids"] if "decoder_input_ids" in ours[0] else []))
+    masks = [[batch[name] for batch in batches for name in names] for batches in (ours, theirs)]
     if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*masks, strict=True)):
         raise InputError(
             "reconstruct: what flows is compared token by token, but model and teacher read the texts in different tokens; take a "

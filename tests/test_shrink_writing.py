@@ -1,0 +1,221 @@
+"""The main job for models that write: a causal language model and a translator, from the original to a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import translators
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import multum
+from multum.bench import Bench, measured_depths, measured_writing
+from multum.budget import LANGUAGE_QUICK, TRANSLATORS_QUICK
+from multum.core.depth import DepthTable, shallower
+from multum.core.latency import LatencyTable
+from multum.core.model import Model
+from multum.core.packed import packed_parts
+from multum.core.step import make
+from multum.core.surgery import heads_and_neurons
+from multum.descent import CausalDescent, TranslatorDescent, kind_of
+from multum.errors import BudgetNotMet, InputError
+from multum.progress import Progress
+from multum.tasks.fill_mask import FillMask
+from multum.tasks.text_generation import TextGeneration
+
+SIZES = {"n_train": 32, "n_validation": 12, "n_test": 12}
+LANGUAGE = replace(
+    LANGUAGE_QUICK,
+    distill={"epochs": 1, "learning_rate": 1e-3, "batch_size": 4},
+    prune={"samples": 4, "neuron_group": 4},
+    rounds=2,
+    texts_per_round=1,
+)
+TRANSLATORS = replace(
+    TRANSLATORS_QUICK, distill={"beams": 1, "epochs": 1, "learning_rate": 1e-3, "batch_size": 8}, rounds=2, texts_per_round=2
+)
+FOLDERS = {"text-generation": "llama", "translation": "marian"}
+AUTO = {"text-generation": "AutoModelForCausalLM", "translation": "AutoModelForSeq2SeqLM"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """By task: an original, and a folder of splits."""
+    folder, found = tmp_path_factory.mktemp("sources"), {}
+    made = {
+        "text-generation": (tiny.language_model("llama", layers=4), tiny.text_splits(**SIZES)),
+        "translation": (translators.translator("marian", layers=3), translators.splits(**SIZES)),
+    }
+    for task, (model, splits) in made.items():
+        model.save(folder / task / "model")
+        (folder / task / "data").mkdir()
+        for name in ("train", "validation", "test"):
+            getattr(splits, name).to_json(folder / task / "data" / f"{name}.jsonl", force_ascii=False)
+        found[task] = {"task": task, "model": str(folder / task / "model"), "data": str(folder / task / "data")}
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """Little training, two rungs, and counted instead of timed costs, so that two walks take the same turns."""
+
+    def counted(self: Bench, model: Model) -> Any:
+        table: Any = replace(LatencyTable.by_macs(hidden=32, head_size=8, heads=2, neurons=48, tokens=12), every_token=True)
+        if model.module.config.is_encoder_decoder:
+            table = DepthTable(base=1.0, encoder=0.5, decoder=4.0)
+        table.save(self.folder / "latency.json")
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multum.descent.LANGUAGE_QUICK", LANGUAGE)
+        patch.setattr("multum.descent.TRANSLATORS_QUICK", TRANSLATORS)
+        patch.setattr("multum.ladder.MAX_RUNGS", 2)
+        patch.setattr(Bench, "writing_table", counted)
+        yield
+
+
+def run(sources: dict[str, str], output: Path, **options: Any) -> dict[str, Any]:
+    return multum.shrink(**sources, output=output, quick=True, **{"max_drop": 1e6, "threads": 1, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def finished(
+    request: pytest.FixtureRequest, sources: dict[str, dict[str, str]], small: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """A task and one whole run of it, for the tests that only look."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    run(sources[request.param], output)
+    return request.param, output
+
+
+def read(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "run.json").read_text()))
+
+
+def test_a_run_goes_from_the_original_to_packed_weights(finished: tuple[str, Path]) -> None:
+    task, output = finished
+    values = read(output)
+    by_name = {candidate["name"]: candidate for candidate in values["candidates"]}
+    assert list(by_name)[:3] == ["original", "rung-01", "rung-02"]
+    ends = [name for name in by_name if name.endswith(("-int8", "-int4"))]
+    assert [name[-5:] for name in ends] == ["-int8", "-int4"]
+    for name in ends:
+        source = by_name[by_name[name]["made_from"]]
+        assert by_name[name]["validation"]["size"]["bytes_on_disk"] < source["validation"]["size"]["bytes_on_disk"]
+        assert packed_parts(Model.load(output / name, auto_class=AUTO[task]).module)
+    first = by_name["original"]["validation"]["quality"]["value"]
+    for candidate in by_name.values():
+        value = candidate["validation"]["quality"]["value"]
+        lost = 100 * (value / first - 1) if task == "text-generation" else first - value
+        assert candidate["drop"] == pytest.approx(lost, abs=1e-3)
+        assert (output / candidate["target"] / "metrics-validation.json").is_file()
+    assert by_name[values["chosen"]]["test"]
+    assert values["met"]
+
+
+def test_layers_go_first_and_the_original_teaches(finished: tuple[str, Path]) -> None:
+    task, output = finished
+    models = [Model.load(output / name, auto_class=AUTO[task]) for name in ("original", "rung-01", "rung-02")]
+    counts = [heads_and_neurons(model.module) for model in models]
+    steps = [[step["step"] for step in model.history] for model in models]
+    teaches = "distill" if task == "text-generation" else "distill_generation"
+    assert steps[1] == ["drop_layers", teaches]
+    teachers = {step["fields"]["teacher"] for model in models for step in model.history if step["step"] == teaches}
+    assert teachers == {str(output / "original")}
+    if task == "text-generation":
+        assert counts[1] == counts[0][:3]  # three of four are three quarters, and no fewer go by influence
+        assert steps[2] == [*steps[1], "prune_structured", teaches]
+        assert sum(map(sum, counts[2])) < sum(map(sum, counts[1]))
+    else:
+        assert [len(blocks) for blocks in counts] == [6, 5, 4]  # 3 + 3, 3 + 2, 3 + 1
+        dropped = [step["stack"] for step in models[2].history if step["step"] == "drop_layers"]
+        assert dropped == ["decoder", "decoder"]
+
+
+def test_what_is_timed_is_writing(finished: tuple[str, Path]) -> None:
+    task, output = finished
+    for candidate in read(output)["candidates"]:
+        speed = candidate["validation"]["speed"]
+        if task == "text-generation":
+            assert speed["decode_tokens_per_s"] > 0
+            assert speed["p50_ms"] > speed["first_token_p50_ms"]
+        else:
+            assert speed["tokens_per_s"] > 0
+        assert speed["runtime"] == "pytorch"
+
+
+def test_the_chosen_folder_loads_plainly(finished: tuple[str, Path]) -> None:
+    task, output = finished
+    kind = AutoModelForCausalLM if task == "text-generation" else AutoModelForSeq2SeqLM
+    module = kind.from_pretrained(output / "chosen")
+    assert module.config.vocab_size == read(output)["candidates"][0]["vocabulary"]
+    assert not (output / "chosen" / "ship.json").exists()
+
+
+def test_the_report_says_what_is_lost_and_what_is_timed(finished: tuple[str, Path]) -> None:
+    task, output = finished
+    page, card = ((output / name).read_text() for name in ("report.html", "README.md"))
+    assert AUTO[task] in page
+    assert AUTO[task] in card
+    assert "tokens/s" in page
+    assert "from text to label scores" not in page + card
+    assert "predictor.predict" not in page
+    if task == "text-generation":
+        assert "tokens, to the last of 32 written" in page
+        assert "lower is better" in page
+        assert "Drop, %" in page
+        assert "1000000 % above the original" in page
+        assert "perplexity" in json.dumps(read(output)["candidates"][0])
+    else:
+        assert "to the whole text that is written" in page
+        assert "lower is better" not in page
+        assert "Which of the original" not in page
+
+
+STAGES = {
+    "text-generation": ["measure the original", "rung-01: cut", "rung-01: distil", "rung-02: measure", "rung-02-int8: pack", "choose"],
+    "translation": ["rung-01: drop", "rung-01: distil", "rung-02: measure", "rung-02-int4: measure", "measure on the test"],
+}
+
+
+@pytest.mark.parametrize(("task", "stage"), [(task, stage) for task in STAGES for stage in STAGES[task]])
+def test_a_run_killed_anywhere_comes_to_the_same_models(
+    task: str, stage: str, sources: dict[str, dict[str, str]], whole: dict[str, Path], tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Deadly(Progress):
+        def stage(self, name: str) -> Any:
+            if name.startswith(stage):
+                raise Killed
+            return super().stage(name)
+
+    killed = False
+    try:
+        run(sources[task], tmp_path / "run", progress=Deadly())
+    except Killed:
+        killed = True
+        run(sources[task], tmp_path / "run")
+    assert killed == (stage != "choose")  # there is no runtime to choose
+    made = sorted(path.name for path in whole[task].iterdir() if (path / "config.json").is_file())
+    assert sorted(path.name for path in (tmp_path / "run").iterdir() if (path / "config.json").is_file()) == made
+    for name in set(made) - {"chosen"}:  # the fastest, which is told by a clock
+        one, other = (Model.load(folder / name, auto_class=AUTO[task]) for folder in (whole[task], tmp_path / "run"))
+        assert one.fingerprint() == other.fingerprint()
+
+
+@pytest.fixture(scope="module")
+def whole(sources: dict[str, dict[str, str]], small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Task -> a run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    for task, given in sources.items():
+        run(given, folder / task)
+    return {task: folder / task for task in sources}
