@@ -9,8 +9,10 @@ also prune the first 10 of the 30 blocks alone: memory that is streamed does not
 the model that every step makes. Ratios of perplexities are taken on the same windows; intervals come from a bootstrap over windows.
 
 Then structure, at equal multiply-accumulates: a quarter of every block's neurons, the smallest by torch-pruning or random ones, and
-`prune_structured`, which chooses where. llm-compressor and torch-pruning run if the interpreter `--python` (this one, by default)
-can import them; llm-compressor 0.14 needs another release of transformers than multum, so that it wants an environment of its own.
+`prune_structured`, which chooses where; and an eighth of the hidden width by `slice_hidden`, which saves about as many.
+
+llm-compressor and torch-pruning run if the interpreter `--python` (this one, by default) can import them; llm-compressor 0.14 needs
+another release of transformers than multum, so that it wants an environment of its own.
 
 A run that was stopped goes on where it was. Settings other than the default ones are printed only, not kept in results/.
 """
@@ -65,6 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "random neurons": {"random": "neurons"},
     "torch-pruning, neurons": {"other": "torch_pruning", "method": "neurons"},
     "prune_structured": {"step": "prune_structured", "structured": True},
+    "slice_hidden": {"step": "slice_hidden", "keep": 0.875, "calibrated": True},
 }
 
 
@@ -166,7 +169,7 @@ def work(way: str, folder: Path, place: Path) -> None:
     if "blocks" in what:
         keep_blocks(model.module, list(range(what["blocks"])))
     task: Any = Texts(read_json(folder / "calibration.json")["blocks"])
-    fields: dict[str, Any] = {key: what[key] for key in ("pattern",) if key in what}
+    fields: dict[str, Any] = {key: what[key] for key in ("pattern", "keep") if key in what}
     fields |= {"samples": settings["samples"]} if what.get("calibrated") else {}
     if what.get("structured"):
         fields = {"samples": settings["structured_samples"], "speedup": neurons_less(model, settings["length"])}

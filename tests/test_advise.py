@@ -132,7 +132,8 @@ def test_an_outline_shares_the_weights() -> None:
 def test_every_step_has_a_row_or_is_no_technique_for_a_trained_model() -> None:
     others = {"int8"}
     apart = {"pretrain", "reconstruct"}  # for a new model, after a cut
-    apart |= {"quantize", "quantize_embeddings", "gptq", "awq", "smoothquant"}  # of a torch folder; an export's int8 has its own row
+    # Bytes of a torch folder; an export's int8 has its own row.
+    apart |= {"quantize", "quantize_embeddings", "gptq", "awq", "qat", "smoothquant"}
     assert set(TECHNIQUES) - others == set(names()) - apart
     for name in set(TECHNIQUES) - others:
         assert TECHNIQUES[name].does
@@ -253,6 +254,7 @@ def test_a_packed_model_is_profiled_and_only_exported(family: str, data: str, tm
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     assert found["profile"]["zeros"] == pytest.approx(zeros)
     assert [one["name"] for one in found["use"]] == ["int8"]
+    assert estimate(found, "int8", "bytes")["after"] == estimate(before, "int8", "bytes")["after"]
     for name in set(TECHNIQUES) - {"int8"}:
         assert "quantized already" in entry(found, name)["why"]
     assert found["recipe"] is None

@@ -7,11 +7,13 @@ import tiny
 import tiny_encoder_decoders
 import tiny_families
 import torch
+import translators
 
 from multum.core.codes import Packing
 from multum.core.families import stacks_of
 from multum.core.linears import is_linear, shape_of
 from multum.core.model import Model
+from multum.core.packed import packed_parts
 from multum.errors import InputError
 from multum.steps._quantization import grouped, rounded
 from multum.steps._scaling import every_place, fold
@@ -196,3 +198,26 @@ def test_what_reads_the_same_as_a_layer_kept_in_float_is_not_scaled():
     assert "model.layers.0.mlp.up_proj" in entry["alphas"]
     with pytest.raises(InputError, match="awq: there are no calibration texts"):
         Awq()(model, texts(torch.empty(0, 4).long()))
+
+
+@pytest.mark.parametrize("family", translators.FAMILIES)
+def test_both_stacks_of_an_encoder_decoder_are_scaled_and_rounded(family, tmp_path):
+    model, task = translators.translator(family), translators.translating(48, 4)
+    made = Awq(bits=3, group=16, samples=48, alphas=10)(model, task)
+    entry, plain = made.history[-1], Quantize(bits=3, group=16, symmetric=False)(model, task)
+    assert packed_parts(made.module).keys() == entry["relative_errors"].keys() == set(entry["alphas"]) | set(entry["not_scaled"])
+    crossing = "EncDecAttention" if family == "t5" else "encoder_attn"
+    assert any(crossing in name for name in entry["alphas"])
+    assert any(crossing in name and "other blocks too" in why for name, why in entry["not_scaled"].items())
+    with torch.no_grad():
+        off = [0.0, 0.0]
+        for batch in task.calibration(model, 48):
+            whole = model.module(**batch).logits
+            for place, each in enumerate((made, plain)):
+                off[place] += float((each.module(**batch).logits - whole).square().sum())
+    assert off[0] < off[1]
+    batch = task.calibration(model, 48)[0]
+    made.save(tmp_path / "packed")
+    again = task.load(str(tmp_path / "packed"))
+    with torch.no_grad():
+        assert torch.equal(again.module(**batch).logits, made.module(**batch).logits)

@@ -7,6 +7,8 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,9 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
-from multum import _auto, choose_runtime, runtimes
+from multum import _auto, bench, choose_runtime, runtimes
 from multum._runtime_inputs import Given, check, lengths_of, limit_of, short
-from multum._runtime_table import EAGER, FEW, TABLE, Form, fits, kept, pick, rows
+from multum._runtime_table import EAGER, FEW, TABLE, Form, fits, grown, kept, pick, rows
 from multum.choose_runtime import candidates, choose, open_way, ready
 from multum.cli import app
 from multum.core.folders import read_json
@@ -141,9 +143,17 @@ def test_forms_that_were_not_timed_to_the_end_are_not_chosen() -> None:
     times = {(EAGER, 1, 32, 1): steady(10.0), (GRAPH, 1, 32, 1): [1.0] * 3}
     assert pick(table(times), lengths=[32], batches=[1], threads=1).form == EAGER
     shown = rows(table(times))
-    assert [row[0] for row in shown[1:]] == ["onnxruntime fp32 on 1 thread", "pytorch fp32 on 1 thread"]
+    assert [row[0] for row in shown[1:]] == ["pytorch fp32 on 1 thread", "onnxruntime fp32 on 1 thread*"]
     assert shown[0][-1] == "32 tokens x 1, ms"
-    assert shown[1][-1] == "1"
+    assert shown[2][-1] == "1"
+
+
+def test_a_table_that_is_measured_anew_keeps_its_lengths() -> None:
+    known = table({(EAGER, 1, length, 1): steady(1.0) for length in (32, 128)})
+    asked: dict[str, Any] = {"lengths": [8], "batches": [4], "threads": 1}
+    assert grown(known, ABOUT, asked) == {"lengths": [8, 32, 128], "batches": [1, 4]}
+    assert grown(known, ABOUT | {"model": "another"}, asked) == {"lengths": [8], "batches": [4]}
+    assert grown(None, ABOUT, asked) == {"lengths": [8], "batches": [4]}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +196,7 @@ def test_candidates_are_all_forms_for_encoders() -> None:
     wanted = {"pytorch fp32", "pytorch fp32 compiled", "onnxruntime fp32", "onnxruntime int8"}
     assert wanted | {"openvino fp32", "openvino bf16", "openvino int8"} <= names
     assert not any(name.startswith("llamacpp") for name in names)
-    assert {form.precision for form in candidates("int8")} == {"fp32", "int8"}
+    assert {"fp32", "int8"} <= {form.precision for form in candidates("int8")} <= {"fp32", "int8", "int8-mse"}
     assert [form for form in candidates("int8") if form.precision == "fp32"] == [EAGER]
     assert [thread_counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
@@ -293,6 +303,31 @@ def test_the_commands_take_auto(measured: Any, monkeypatch: Any, tmp_path: Path)
     assert found.exit_code == 0, found.output
     (metrics,) = json.loads(found.stdout)
     assert (metrics["speed"]["runtime"], metrics["speed"]["threads"]) == (choice.form.runtime, 1)
+
+
+def test_a_kept_choice_runs_without_torch(measured: Any) -> None:
+    folder, *_ = measured
+    code = """
+import sys
+from pathlib import Path
+from multum._runtime_inputs import Given
+from multum._runtime_table import EAGER, FEW, TABLE, Form, fits, grown, kept, pick, rows
+from multum.choose_runtime import choose, open_way, ready
+folder = Path(sys.argv[1])
+task = Given(folder, ["a wonderful moving film"])
+choice, _ = choose(folder, task, threads=1, forms=[EAGER, Form("onnxruntime", "fp32"), Form("onnxruntime", "int8")])
+assert choice.form != EAGER
+assert open_way(ready(folder, choice, task)).predict(["a film"]).shape == (1, 2)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shrink_walks_in_precisions_that_its_table_can_be_measured_in() -> None:
+    offers = bench.offers()
+    assert ("onnxruntime", "int8") in offers
+    assert not [offer for offer in offers if offer[1] == "bf16"]
 
 
 # -- what is given without a task ----------------------------------------------------------------------------------------------
@@ -412,12 +447,10 @@ def test_a_graph_runs_on_the_threads_it_is_told(measured: Any) -> None:
 
 @pytest.mark.skipif(not openvino.computes_in_bf16(), reason="this processor has no bf16 instructions")
 def test_bf16_halves_the_bytes_and_answers_nearly_the_same(tmp_path: Path) -> None:
-    model, task = tiny.model(), tiny.task()
-    for precision in ("fp32", "bf16"):
-        parity = choose_runtime.export_model(openvino, model, tmp_path / precision, precision, task, 0)
-        assert parity["kl_nats"] < 0.01
-    sizes = [(tmp_path / precision / openvino.WEIGHTS).stat().st_size for precision in ("fp32", "bf16")]
-    assert sizes[1] < 0.6 * sizes[0]
+    model = tiny.model(hidden=64)
+    parity = choose_runtime.export_model(openvino, model, tmp_path / "out", "bf16", tiny.task(), 0)
+    assert (tmp_path / "out" / openvino.WEIGHTS).stat().st_size < 0.55 * 4 * model.parameters()
+    assert parity["kl_nats"] < 0.01
     assert parity["max_difference"] > 1e-4  # it computes in bf16 indeed: fp32 is exact to 1e-4
 
 

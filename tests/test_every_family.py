@@ -40,6 +40,7 @@ from multum.errors import InputError
 from multum.runtimes import _encoder
 from multum.steps._price import Price
 from multum.steps._repair import repair
+from multum.steps._units import mac_table
 from multum.steps.prune_structured import PruneStructured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -280,7 +281,7 @@ def test_macs_agree_with_torchs_own_counter(name: str, made: Callable[[str], Any
 def test_the_table_without_measurements_counts_what_the_profile_does(name: str) -> None:
     module = uneven(name)
     task = SimpleNamespace(calibration=lambda *_, **__: [{"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}])
-    table = PruneStructured()._table(whole(name), task.calibration())
+    table = mac_table(whole(name), task.calibration())
     macs, n = profile(module)["macs"], IDS.shape[1]
     assert table.total(heads_and_neurons(module)) == macs["per_token"] * n + macs["per_token_squared"] * n**2
     assert isinstance(table, LatencyTable)

@@ -22,7 +22,7 @@ from multum.tasks.text_generation import TextGeneration
 
 FAMILIES = ("bert", "distilbert", "roberta", "electra")
 FURTHER = {
-    **dict.fromkeys(("distill", "distill_layers", "finetune"), ("llama", "gpt2")),
+    **dict.fromkeys(("distill", "distill_layers", "finetune", "qat"), ("llama", "gpt2")),
     **dict.fromkeys(
         (
             "awq",
@@ -46,6 +46,20 @@ FURTHER = {
     "trim_vocabulary": ("llama",),
 }
 """Architectures that a step is tried on beside those: whatever cuts or walks, on all."""
+TWO = tuple(f"two-{family}" for family in translators.FAMILIES)
+"""Encoder-decoders, as steps see them that are not for them alone."""
+BOTH = (
+    "drop_layers",
+    "fisher_masks",
+    "low_rank",
+    "movement",
+    "prune_structured",
+    "prune_weights",
+    "reconstruct",
+    "sparsegpt",
+    "wanda",
+)
+"""Steps that cut or walk both stacks."""
 WRITING = ("distill_generation",)
 """Steps for models that write: encoder-decoders, and the causal ones below."""
 CAUSAL = ("causal-llama", "causal-gpt2")
@@ -68,6 +82,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "movement": {"sparsity": 0.5, "epochs": 1, "batch_size": 16},
     "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
     "prune_weights": {"sparsity": 0.5},
+    "qat": {"bits": 4, "group": 24, "epochs": 1, "batch_size": 16, "cache": FOLDER},
     "quantize": {"bits": 4, "group": 24, "symmetric": False},
     "quantize_embeddings": {},
     "reconstruct": {"teacher": TEACHER, "samples": 16},
@@ -112,6 +127,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "movement": [{"sparsity": 1.5}, {"block": 0}, {"begin": 0.9}, {"epochs": 0}, {"learning_rate": -1.0}],
     "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],
     "prune_weights": [{"sparsity": 1.5}, {"scope": "rows"}, {"pattern": "4:2"}],
+    "qat": [{"bits": 5}, {"group": 1}, {"alpha": 1.5}, {"temperature": 0.0}, {"epochs": 0}],
     "quantize": [
         {"bits": 16},
         {"group": -8},
@@ -168,17 +184,21 @@ def run(task, tmp_path_factory):
 def model_for(name: str, family: str, seed: int = 0) -> Model:
     if family in CAUSAL:
         return tiny.language_model(family.removeprefix("causal-"), seed=seed)
+    if family in TWO:
+        return translators.translator(family.removeprefix("two-"), seed=seed)
     return translators.translator(family, seed=seed) if name in WRITING else tiny.model(family, seed=seed)
 
 
 def data_for(name: str, task: Any, family: str = "") -> Any:
     if family in CAUSAL:
         return TextGeneration.from_splits(tiny.text_splits(8, 4, 4))
-    return translators.translating(32, 16) if name in WRITING else task
+    return translators.translating(32, 16) if name in WRITING or family in TWO else task
 
 
 def families_for(name: str) -> tuple[str, ...]:
-    return (*translators.FAMILIES, *CAUSAL) if name in WRITING else ONLY.get(name) or (*FAMILIES, *FURTHER.get(name, ()))
+    if name in WRITING:
+        return (*translators.FAMILIES, *CAUSAL)
+    return ONLY.get(name) or (*FAMILIES, *FURTHER.get(name, ()), *(TWO if name in BOTH else ()))
 
 
 def quick(name: str, folder: Path, family: str = "") -> dict[str, Any]:

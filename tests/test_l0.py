@@ -129,7 +129,7 @@ def test_without_a_loss_the_expected_sparsity_settles_at_its_target(sparsity, ri
         targets.append(trained.target)
         trained.penalty().backward()
         trained.step()
-    assert float(trained.masks.sparsity()) == pytest.approx(sparsity, abs=0.03)
+    assert trained.masks.sparsity().item() == pytest.approx(sparsity, abs=0.03)
     assert targets[-1] == sparsity
     assert targets[0] == (0.0 if rise else sparsity)
     assert all(a <= b for a, b in pairwise(targets))

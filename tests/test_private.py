@@ -17,6 +17,8 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from multum._compare import _private
+from multum._compare_more import promised
 from multum.core import private
 from multum.core.model import Model
 from multum.core.per_example import PerExample, batch_of
@@ -190,6 +192,21 @@ def test_what_was_spent_is_stated_and_is_what_opacus_accounts_for() -> None:
     assert spent["epsilon"] == pytest.approx(theirs.get_epsilon(spent["delta"]), abs=1e-3)
     assert 0.98 <= spent["epsilon"] <= 1
     assert spent["epsilon"] <= looser.get_epsilon(spent["delta"])
+
+
+def test_a_comparison_states_what_was_spent_unless_a_later_step_looked_again(tmp_path: Any) -> None:
+    trained().save(tmp_path / "private")
+    found = _private(tmp_path / "private")
+    assert found is not None
+    assert found["delta"] == 0.1 / 64
+    assert promised({"after": {"private": found}}).endswith(
+        f"differential privacy by its record: ε = {found['epsilon']:.3g}, δ = 0.002."
+    )
+    again = trained().copy()
+    again.history.append({"step": "finetune", "fields": {}, "data": "train", "training": {"loss": 1.0}})
+    again.save(tmp_path / "again")
+    assert _private(tmp_path / "again") is None
+    assert promised({"after": {"private": None}}) == ""
 
 
 def test_nothing_is_left_on_the_model_and_noise_does_not_come_from_the_seed() -> None:

@@ -25,7 +25,10 @@ def with_outliers(family: str) -> Model:
     row = family_of(model.module)
     with torch.no_grad():
         for block in blocks_of(model.module):
-            for norm, readers in ((row.attention_norm, {row.query, row.key, row.value}), (row.feed_forward_norm, {row.gate, row.up})):
+            for norm, readers in (
+                (row.attention_norm, {row.query, row.key, row.value}),
+                (row.feed_forward_norm, {row.gate, row.up}),
+            ):
                 part = block.get_submodule(norm)
                 if isinstance(part, torch.nn.Identity):  # ModernBERT's first
                     continue
@@ -60,7 +63,10 @@ def lost(model: Model, task, path: str) -> float:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_the_factors_are_those_of_the_formula(alpha):
-    largest, weights = torch.tensor([4.0, 1.0, 0.0, 2.0]), [torch.tensor([[1.0, 9.0, 1.0, 0.0]]), torch.tensor([[-16.0, 1.0, 2.0, 0.0]])]
+    largest, weights = (
+        torch.tensor([4.0, 1.0, 0.0, 2.0]),
+        [torch.tensor([[1.0, 9.0, 1.0, 0.0]]), torch.tensor([[-16.0, 1.0, 2.0, 0.0]])],
+    )
     wanted = [4.0**alpha / 16.0 ** (1 - alpha), 1.0 / 9.0 ** (1 - alpha), 1.0, 1.0]
     assert smoothing(largest, weights, alpha).tolist() == pytest.approx(wanted)
 

@@ -6,16 +6,22 @@ import json
 import random
 import string
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 import translators
+from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     XLMRobertaTokenizer,
@@ -24,6 +30,7 @@ from transformers import (
 from multum.core.model import Model
 from multum.errors import InputError
 from multum.steps.trim_vocabulary import TrimVocabulary, ancestors, count_tokens, needed, obstacle, pieces, renumber, token_ids
+from multum.tasks.translation import Translation
 
 FAMILY_NAMES = ["bert", "distilbert", "roberta", "electra", "xlm-roberta"]
 UNKNOWN = "[UNK]"
@@ -415,6 +422,62 @@ def test_a_tokenizer_that_is_larger_than_the_embeddings_is_an_input_error(task):
         TrimVocabulary()(model, task)
 
 
-def test_a_model_that_writes_other_tokens_than_it_reads_is_refused():
-    with pytest.raises(InputError, match="tokens that it writes"):
-        TrimVocabulary()(translators.translator(), translators.translating())
+def writer(kind: str, name: str) -> Model:
+    """An encoder-decoder with the tokenizer of another tiny model."""
+    tokenizer = make(name).tokenizer
+    tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "vocab_size": len(tokenizer)}
+    ids |= {"decoder_start_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.pad_token_id, "forced_eos_token_id": None}
+    torch.manual_seed(0)
+    if kind == "t5":
+        module = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, **ids))
+    else:
+        sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4))}
+        module = BartForConditionalGeneration(BartConfig(d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes, **ids))
+        module.final_logits_bias.normal_()
+    module.config.prefix = "quite dull: "
+    module.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
+    return Model(module=module.eval(), tokenizer=tokenizer, source="tiny")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("t5", "xlm-roberta"), ("bart", "roberta"), ("bart", "bert")])
+def test_encoder_decoders_keep_what_they_read_and_what_they_write(kind, name, tmp_path):
+    def rows(texts: list[str], written: list[str]) -> Dataset:
+        return Dataset.from_list([{"source": a, "target": b} for a, b in zip(texts, written, strict=True)])
+
+    splits = tiny.splits(24, 8, 8)
+    read, written = splits.train["text"][:12], splits.train["text"][12:24]
+    data = {"train": rows(read, written), "validation": rows(read[:2], written[:2]), "test": rows(read[2:4], written[2:4])}
+    task = Translation.from_splits(SimpleNamespace(**data, notes=[], fingerprints={}))
+    model = writer(kind, name)
+    trimmed = TrimVocabulary()(model, task)
+    before, after = trimmed.history[-1]["vocabulary"]
+    assert after < before
+    trimmed.save(tmp_path / "trimmed")
+    again = Model.load(tmp_path / "trimmed", auto_class="AutoModelForSeq2SeqLM")
+    old, new = model.tokenizer.get_vocab(), again.tokenizer.get_vocab()
+    kept = [old[token] for token in sorted(new, key=new.get)]
+    gone = sorted(set(range(before)) - set(kept))
+    texts = ["quite dull: " + text for text in read]
+    assert tokens_of(again.tokenizer, texts) == tokens_of(model.tokenizer, texts)
+    assert tokens_of(again.tokenizer, written) == tokens_of(model.tokenizer, written)
+    for ours, theirs in zip(*(task.batches(each, "train", 4) for each in (again, model)), strict=True):
+        with torch.no_grad():
+            logits_of = [each.module(**batch).logits for each, batch in ((again, ours), (model, theirs))]
+        torch.testing.assert_close(logits_of[0], logits_of[1][..., kept], rtol=1e-5, atol=1e-5)
+    for text in texts[:4]:
+        made = again.module.generate(**again.tokenizer(text, return_tensors="pt"), max_new_tokens=6, do_sample=False)
+        ids = model.tokenizer(text, return_tensors="pt")
+        wanted = model.module.generate(**ids, max_new_tokens=6, do_sample=False, suppress_tokens=gone)
+        assert again.tokenizer.batch_decode(made) == model.tokenizer.batch_decode(wanted)
+    settings = again.module.generation_config
+    assert settings.bad_words_ids == [[again.tokenizer.pad_token_id]]
+    assert (settings.pad_token_id, settings.eos_token_id) == (again.tokenizer.pad_token_id, again.tokenizer.eos_token_id)
+
+
+def test_word_level_encoder_decoders_are_left_as_they_are():
+    model = translators.translator()
+    trimmed = TrimVocabulary()(model, translators.translating())
+    assert trimmed.fingerprint() == model.fingerprint()
+    assert "no pieces" in trimmed.history[-1]["unchanged"]

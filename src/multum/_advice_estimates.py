@@ -70,9 +70,17 @@ def not_factored(p: Profile) -> str | None:
     return blocks_known(p) or ("its matrices are factored already (low_rank)" if p.factored else None)
 
 
+def sliceable(p: Profile) -> str | None:
+    from .steps.slice_hidden import obstacle
+
+    return not_factored(p) or obstacle(p.module)
+
+
 def prunable(p: Profile) -> str | None:
-    if reason := one_stack(p) or not_factored(p):
+    if reason := not_factored(p):
         return reason
+    if p.paired:
+        return "it takes encoder-decoders too, but what it would bring there is not reckoned yet"
     share = left_of_blocks(p, BOTH)
     return None if share > 0.1 else "the head over the vocabulary alone takes more than half of the multiply-accumulates"
 

@@ -222,10 +222,15 @@ def int8_bytes(p: Profile, max_length: int) -> int:
 
 
 def _traced_bytes(module: Any) -> int:
-    whole = sum(4 * tensor.numel() for _, tensor, used in tensors(module) if used)
-    tables = {id(part.weight): part for part in module.modules() if is_matrix(part) or isinstance(part, torch.nn.Embedding)}
-    rows = sum(4 * part.weight.shape[0] + part.weight.shape[0] for part in tables.values() if is_matrix(part))
-    return whole - sum(3 * part.weight.numel() for part in tables.values()) + rows
+    whole: int = sum(4 * tensor.numel() for _, tensor, is_parameter in tensors(module) if is_parameter)
+    tables: dict[int, tuple[int, int, bool]] = {}  # each once: rows, entries, whether they are among the parameters
+    part: Any
+    for part in module.modules():
+        if isinstance(part, Packed):
+            tables[id(part)] = part.rows * is_matrix(part), part.rows * part.inputs, False
+        elif not isinstance(part, TiedLinear) and (is_matrix(part) or isinstance(part, torch.nn.Embedding)):
+            tables[id(part.weight)] = shape_of(part)[0] if is_matrix(part) else 0, part.weight.numel(), True
+    return whole + sum(5 * rows + (-3 if floats else 1) * entries for rows, entries, floats in tables.values())
 
 
 def _not_exportable(module: Any, task: str, shrinks: bool) -> str | None:

@@ -12,7 +12,6 @@ from ._runtime_table import AUTO, TABLE, Choice, rows
 from .commands import progress
 from .errors import InputError
 
-PRECISIONS = ("fp32", "bf16", "int8")
 MANY = 32
 """Texts that are answered at once."""
 
@@ -39,12 +38,15 @@ def check(
                 f"--lengths and --batch-sizes are for the runtime auto, not for {runtime or 'the one that a folder ships'}"
             )
         return None
+    from .choose_runtime import candidates
+
     found: dict[str, Any] = {"precision": wanted}
+    known = sorted({form.precision for form in candidates()})
     problems = [
         f"{folder} is an export already; give the model folder" for folder in folders if (folder / "runtime.json").is_file()
     ]
-    if wanted and wanted not in PRECISIONS:
-        problems.append(f"no form has the precision {wanted!r}; there are: {', '.join(PRECISIONS)}")
+    if wanted and wanted not in known:
+        problems.append(f"no form has the precision {wanted!r}; there are: {', '.join(known)}")
     for key, text, option in (("lengths", lengths, "--lengths"), ("batches", batches, "--batch-sizes")):
         parts = [part.strip() for part in text.split(",") if part.strip()]
         if not all(part.isdigit() and int(part) > 0 for part in parts):

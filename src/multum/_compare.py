@@ -20,13 +20,16 @@ from ._compare_attribution import torch_form
 from ._compare_data import elsewhere, group_columns, read_lexicon
 from ._compare_figures import compared, own_figures
 from ._compare_look import LEVELS, TRAIN, Look
+from ._compare_outputs import compare_outputs, not_asked
 from ._compare_shadows import FEWEST_SHADOWS, Shadows
 from ._compare_targets import Predictor, target
+from ._compare_tasks import view_of
+from ._compare_tokens import canary_problems, read_canaries
 from ._compare_work import Work, unfinished
 from .core.folders import digest, read_json, whole_folder, write_json
 from .errors import InputError
 from .progress import Progress
-from .targets import open_for
+from .targets import _task_of, open_for
 
 TASK = "text-classification"
 RESULT, PAGE = "comparison.json", "report.html"
@@ -54,6 +57,7 @@ def compare(
     output: str | Path,
     data: str = "",
     floor: str | Path | None = None,
+    task: str = "",
     columns: Mapping[str, str] | None = None,
     group_by: Sequence[str] = (),
     shift: str | Path | None = None,
@@ -61,21 +65,24 @@ def compare(
     margin: float = 1.0,
     level: str = "quick",
     shadows: int = 0,
+    canaries: str | Path | None = None,
     split: str = "test",
     runtime: str = "",
     seed: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Compare two text classifiers, and write `comparison.json` and `report.html` into a new folder.
+    """Compare two models of a task, and write `comparison.json` and `report.html` into a new folder.
 
-    What is computed is kept in the folder until then, so that the same call goes on where one was stopped.
+    What is computed is kept in the folder until then, so that the same call goes on where one was stopped. Whatever is no
+    classification into one class is compared by its outputs (`_compare_outputs`).
 
     Args:
         before, after: model folders, export folders or Hub ids.
         output: the folder to write, whole or not at all.
         data: as `shrink` takes it; by default the data of the run that `before` came from.
         floor: a second fine-tuning of `before` that differs in its seed only; it gets the same figures as `after`.
+        task: as Hugging Face pipelines name it; by default the one that `before` was made for.
         columns: task column -> column of the data.
         group_by: columns of the data by whose values examples are grouped, beside class and length.
         shift: file of texts from elsewhere, with or without labels.
@@ -83,6 +90,7 @@ def compare(
         margin: points of accuracy that do not matter.
         level: `quick` (1,000 texts, 2,000 draws of the bootstrap) or `full` (all texts, 5,000 draws, perturbations, attributions).
         shadows: models that are trained for the stronger attack on privacy (LiRA), for each that is compared; 0 for none.
+        canaries: file of texts that were put among the training texts of language models, whose digits are secret, one a line.
         split: whose examples are compared.
         runtime: `pytorch`, `onnxruntime-int8`, ...; by default what each folder ships.
         seed: of the splits, where the data has none of its own; of samples, draws and perturbations.
@@ -97,33 +105,51 @@ def compare(
     """
     started, progress, columns = time.monotonic(), progress or Progress.silent(), dict(columns or {})
     sources = {"before": before, "after": after} | ({"floor": floor} if floor else {})
+    task = task or _task_of(Path(before)) or TASK
     problems = _Problems(_wrong_options(Path(output), margin, level, split, data, group_by, shadows))
     folders: dict[str, Path] = {}
     for role, source in sources.items():
         with problems.gather():
-            folders[role] = target(source, runtime)
+            folders[role] = target(source, runtime, task)
     opened, words = None, {}
     if data or "before" in folders:
         with problems.gather():
-            opened = _open(folders.get("before"), data, columns, seed)
+            opened = _open(folders.get("before"), data, task, columns, seed)
     with problems.gather():
         words = read_lexicon(Path(lexicon)) if lexicon else {}
+    secrets: list[str] = []
+    with problems.gather():
+        secrets = read_canaries(Path(canaries)) if canaries else []
+    problems += canary_problems(secrets, task)
     problems.refuse()
     assert opened is not None  # noqa: S101 - or there was a problem
-    task, where = opened
-    look = Look(task, LEVELS[level], split, seed or 0, margin / 100)
+    on, where = opened
+    if view := view_of(on):
+        problems += not_asked(group_by=group_by, shift=shift, lexicon=lexicon, shadows=shadows)
+        problems.refuse()
+        about = {"task": task, "level": level, "split": split, "seed": seed or 0, "runtime": runtime}
+        about |= {"canaries": str(canaries) if canaries else None}
+        about["data"] = {"source": where, "columns": columns, "fingerprints": dict(on.fingerprints)}
+        how: dict[str, Any] = {"margin": margin / 100, "level": level, "split": split, "seed": seed or 0, "threads": threads}
+        found = compare_outputs(
+            on, view, folders, sources, output=Path(output), asked_for=about, progress=progress, canaries=secrets, **how
+        )
+        found = {"schema": 1, "kind": "outputs", **about, **found, **_circumstances()}
+        found["data"] |= {"notes": [*on.notes, *found.pop("notes", ())]}
+        return _write(Path(output), found, progress, started)
+    look = Look(on, LEVELS[level], split, seed or 0, margin / 100)
     problems += [look.problem] if look.problem else []
     look.lexicon(words)
     with problems.gather():
         look.group(group_columns(where, split, look.texts, group_by, columns) if group_by else {})
     with problems.gather():
-        look.shift(elsewhere(Path(shift), task, columns) if shift else None)
+        look.shift(elsewhere(Path(shift), on, columns) if shift else None)
     predictors, trained = {}, None
     for role, folder in folders.items():
         with problems.gather(f"{sources[role]}: "):
-            predictors[role] = Predictor(folder, threads, task)
+            predictors[role] = Predictor(folder, threads, on)
     with problems.gather():
-        trained = _shadows(task, folders, look, split, shadows, seed or 0)
+        trained = _shadows(on, folders, look, split, shadows, seed or 0)
     problems.refuse()
     asked_for = {
         "level": level,
@@ -135,7 +161,7 @@ def compare(
             "source": where,
             "columns": columns,
             "group_by": list(group_by),
-            "fingerprints": dict(task.fingerprints),
+            "fingerprints": dict(on.fingerprints),
             "shift": str(shift) if shift else None,
             "lexicon": str(lexicon) if lexicon else None,
         },
@@ -143,7 +169,7 @@ def compare(
     read = {name: digest(Path(path)) for name, path in (("shift", shift), ("lexicon", lexicon)) if path}
     executed = {role: [str(source), predictors[role].facts["fingerprint"]] for role, source in sources.items()}
     work = Work(Path(output), {"models": executed, "margin": margin, **asked_for, **read})
-    answers, asked = gather(look, predictors, task, work, progress, trained, seed or 0), look.asked()
+    answers, asked = gather(look, predictors, on, work, progress, trained, seed or 0), look.asked()
     with progress.stage("figures"):
         figures = {role: compared(answers["before"], answers[role], asked) for role in sources if role != "before"}
         models = {
@@ -151,7 +177,8 @@ def compare(
                 "source": str(source),
                 **predictors[role].facts,
                 "torch_form": str(torch_form(folders[role]) or "") or None,
-                "trained_here": _trained_here(folders[role], task),
+                "trained_here": _trained_here(folders[role], on),
+                "private": _private(folders[role]),
                 **own_figures(answers[role], asked),
             }
             for role, source in sources.items()
@@ -161,17 +188,17 @@ def compare(
         "task": TASK,
         **asked_for,
         "n": len(look.texts),
-        "n_of_split": len(task.inputs(split)),
+        "n_of_split": len(on.inputs(split)),
         "members": len(look.members),
         "attributed": {"texts": len(look.attributed), "points": look.points},
-        "labels": list(task.labels),
+        "labels": list(on.labels),
         "margin": asked.margin,
         "draws": asked.draws,
         "models": models,
         "comparisons": figures,
         **_circumstances(),
     }
-    result["data"] |= {"notes": [*task.notes, *look.notes]}
+    result["data"] |= {"notes": [*on.notes, *look.notes]}
     return _write(Path(output), result, progress, started)
 
 
@@ -191,6 +218,16 @@ def _trained_here(folder: Path, task: Any) -> bool | None:
     known = recipe.get("data") or _run_of(folder).get("data", {}).get("fingerprints", {})
     theirs = known.get(TRAIN) if isinstance(known, Mapping) else None
     return None if theirs is None else theirs == dict(task.fingerprints).get(TRAIN)
+
+
+def _private(folder: Path) -> dict[str, float] | None:
+    """What the model's last look at training examples spent, earlier ones included; None if that was not a private one."""
+    source = torch_form(folder) or folder
+    steps = read_json(source / "recipe.json").get("steps", []) if (source / "recipe.json").is_file() else []
+    looks = [entry.get("training", {}).get("privacy") for entry in steps if "data" in entry]
+    if not looks or not looks[-1]:
+        return None
+    return {name: looks[-1].get(f"{name}_in_all", looks[-1][name]) for name in ("epsilon", "delta")}
 
 
 def _wrong_options(
@@ -215,16 +252,16 @@ def _wrong_options(
     return problems
 
 
-def _open(folder: Path | None, data: str, columns: dict[str, str], seed: int | None) -> tuple[Any, str]:
+def _open(folder: Path | None, data: str, task: str, columns: dict[str, str], seed: int | None) -> tuple[Any, str]:
     """The task, and where its data is."""
     from .data import open_task
     from .recipe import check_sources, locate
 
     if not data and folder:
-        return open_for(folder, data="", task=TASK, columns="", seed=seed), "the data of the run"
-    if problems := check_sources("", TASK, data):
+        return open_for(folder, data="", task=task, columns="", seed=seed), "the data of the run"
+    if problems := check_sources("", task, data):
         raise InputError(*problems)
-    return open_task(TASK, locate(data), columns=columns, seed=seed or 0), locate(data)
+    return open_task(task, locate(data), columns=columns, seed=seed or 0), locate(data)
 
 
 def _circumstances() -> dict[str, Any]:
@@ -234,8 +271,9 @@ def _circumstances() -> dict[str, Any]:
 
 
 def _write(output: Path, result: dict[str, Any], progress: Progress, started: float) -> dict[str, Any]:
-    from ._compare_page import render
+    from . import _compare_outputs_page, _compare_page
 
+    render = (_compare_outputs_page if result.get("kind") == "outputs" else _compare_page).render
     with progress.stage("page"), whole_folder(output) as work:
         result["elapsed_s"] = round(time.monotonic() - started, 1)
         write_json(work / RESULT, result)

@@ -140,7 +140,17 @@ def privacy(result: Mapping[str, Any]) -> dict[str, Any] | None:
         "others": models["before"]["privacy"]["loss"]["others"],
         "few": models["before"]["privacy"]["loss"]["tpr_at_0.1_percent"] is None,
         "lira": "lira" in found,
+        "promised": promised(models),
     }
+
+
+def promised(models: Mapping[str, Any]) -> str:
+    """What differential privacy promises of models, by their own records; empty where it promises nothing."""
+    told = [(ROLES[role], spent) for role, model in models.items() if (spent := model.get("private"))]
+    return " ".join(
+        f"The model {role} has differential privacy by its record: ε = {spent['epsilon']:.3g}, δ = {spent['delta']:.1g}."
+        for role, spent in told
+    )
 
 
 def _roles(models: Mapping[str, Any], trained_here: bool | None) -> str:

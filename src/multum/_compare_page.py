@@ -99,7 +99,7 @@ def scores(result: Mapping[str, Any]) -> list[dict[str, str]]:
         before, after = (_own(models[role], key) for role in ("before", "after"))
         if before is None or after is None:
             continue
-        shown: Callable[[float], str] = percent if key == "accuracy" else lambda value: f"{value:.3f}"
+        shown: Callable[[float], str] = percent if key == "accuracy" else lambda value: f"{value:.3f}".replace("-", "−")
         moved: Callable[[float], str] = signed if key == "accuracy" else change
         interval = _interval(compared["after"], key)
         twice = _own(models["floor"], key) if "floor" in models else None

@@ -18,7 +18,7 @@ PROBED = 64
 """Texts from which the time is estimated."""
 
 
-def target(source: str | Path, runtime: str) -> Path:
+def target(source: str | Path, runtime: str, task: str = "text-classification") -> Path:
     """What is executed: one target in a folder, which is fetched first if it is on the Hub.
 
     Raises:
@@ -33,7 +33,7 @@ def target(source: str | Path, runtime: str) -> Path:
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise InputError(f"{folder} has several exports for {runtime}: {names}; name one of them")
-    if (found[0] / "runtime.json").is_file():
+    if (found[0] / "runtime.json").is_file() or task != "text-classification":
         return found[0]
     heads = read_json(found[0] / "config.json").get("architectures") or []
     if not any(str(head).endswith("ForSequenceClassification") for head in heads):

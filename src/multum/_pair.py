@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from .core.hub import loading
+from .core.packed import packed_parts, refuse_packed
 from .errors import InputError
 from .steps._classes import teacher_columns
 from .steps._layers import LayerLosses
@@ -125,6 +126,8 @@ def agreement(
     Raises:
         InputError: lists what does not fit.
     """
+    if inner(student) is student and packed_parts(student):  # adapters can be trained beside packed weights
+        refuse_packed(student, "student_model")
     problems = _same_task(student, teacher)
     if problems:
         raise InputError(*problems)

@@ -227,7 +227,9 @@ def timed(run: Run) -> str:
     if str(run.raw["task"]) not in WRITING or not isinstance(speed, dict):
         return "from text to label scores"
     if "new_tokens" in speed:
-        return f"from the beginning of a text, {speed.get('prompt_tokens', '?')} tokens, to the last of {speed['new_tokens']} written"
+        return (
+            f"from the beginning of a text, {speed.get('prompt_tokens', '?')} tokens, to the last of {speed['new_tokens']} written"
+        )
     return "from a text to the whole text that is written"
 
 

@@ -50,6 +50,10 @@ class Form:
         """Where in the model folder its export stands; torch runs the model folder itself."""
         return "" if self.runtime == "pytorch" else f"{self.runtime}-{self.precision}"
 
+    def has(self, precision: str) -> bool:
+        """Whether it is of this precision, any if empty; `int8-mse` is of `int8` too."""
+        return precision in ("", self.precision, self.precision.partition("-")[0])
+
 
 EAGER = Form("pytorch", "fp32")
 
@@ -123,6 +127,12 @@ def fits(
     )
 
 
+def grown(table: Mapping[str, Any] | None, about: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Lengths and batches to measure: those asked for, and those of a table of the same model and machine, so that none is lost."""
+    same = table is not None and all(table[key] == value for key, value in about.items())
+    return {key: sorted({*asked[key], *(table[key] if table and same else ())}) for key in ("lengths", "batches")}
+
+
 def pick(
     table: Mapping[str, Any],
     *,
@@ -162,7 +172,7 @@ def pick(
         if all(len(found) == table["rounds"] for found in rounds):
             costs[way] = [sum(one) / len(cells) + ready[way[0]] for one in zip(*rounds, strict=True)]
     median = {way: statistics.median(found) for way, found in costs.items()}
-    allowed = [way for way in costs if way[1] <= threads and precision in ("", forms[way[0]].precision)]
+    allowed = [way for way in costs if way[1] <= threads and forms[way[0]].has(precision)]
     if exported:
         allowed = [way for way in allowed if forms[way[0]].folder]
     if not allowed:
@@ -177,19 +187,31 @@ def pick(
 
 
 def rows(table: Mapping[str, Any]) -> list[list[str]]:
-    """A table for the terminal: a line for every way that was timed to the end, the fastest form first."""
+    """A table for the terminal: a line for every way, the fastest first; with a star behind all those that were far slower in the
+    first rounds and not timed to the end.
+    """
     cells = sorted({(row["length"], row["batch"]) for row in table["times"]}, key=lambda cell: (cell[1], cell[0]))
     times = {(row["form"], row["threads"], row["length"], row["batch"]): row["ms"] for row in table["times"]}
     about = {one["name"]: one for one in table["forms"]}
+    early = {(row["form"], row["threads"]) for row in table["times"] if len(row["rounds_ms"]) < table["rounds"]}
     ways = sorted(
-        {way[:2] for way in times}, key=lambda way: (sum(math.log(times.get((*way, *cell), math.inf)) for cell in cells), way)
+        {way[:2] for way in times},
+        key=lambda way: (way in early, sum(math.log(times.get((*way, *cell), math.inf)) for cell in cells), way),
     )
     head = ["", "MB", "agreement", "ready s", *(f"{length} tokens x {batch}, ms" for length, batch in cells)]
     found = [head]
     for name, count in ways:
         one = about[name]
         figures = [f"{times[name, count, *cell]:.3g}" if (name, count, *cell) in times else "-" for cell in cells]
-        found.append([_way(name, count), f"{one['bytes'] / 1e6:.1f}", _agreement(one["parity"]), f"{one['ready_s']:.1f}", *figures])
+        found.append(
+            [
+                _way(name, count) + "*" * ((name, count) in early),
+                f"{one['bytes'] / 1e6:.1f}",
+                _agreement(one["parity"]),
+                f"{one['ready_s']:.1f}",
+                *figures,
+            ]
+        )
     return found
 
 
@@ -200,7 +222,7 @@ def _reasons(table: Mapping[str, Any]) -> list[str]:
 def _agreement(parity: Mapping[str, Any]) -> str:
     if "unexplained_variance" in parity:
         return f"{100 * (1 - parity['unexplained_variance']):.2f} % of variance"
-    return f"{100 * parity['agreement']:.1f} %, KL {parity['kl_nats']:.1g}"
+    return f"{100 * parity['agreement']:.1f} %, KL {max(parity['kl_nats'], 0.0):.1g}"
 
 
 def _threads(count: int) -> str:

@@ -131,7 +131,6 @@ def timed(
                 found = took.setdefault((form, threads), {}).setdefault((length, batch), [])
                 found.append(workers[form].ask("pass", **order))
 
-    started = time.perf_counter()
     for _ in range(TRIED):
         round_of((form, most) for form in workers)
     tried = {form: {cell: statistics.median(ms) for cell, ms in took[form, most].items()} for form in workers}
@@ -139,8 +138,9 @@ def timed(
     near = [form for form in workers if any(tried[form][cell] <= FAR_SLOWER * least[cell] for cell in cells)]
     ways = [(form, threads) for form in near for threads in thread_counts(most)]
     ways += [way for way in {(EAGER, most): 0, present: 0} if way not in ways and way[0] in workers]
-    once = (time.perf_counter() - started) / TRIED / len(workers) * len(ways)
-    count = max(LEAST, min(rounds, int(seconds / once))) if rounds > LEAST else rounds
+    # A pass comes behind one untimed, and may take twice as long on fewer threads. Compiling, in the first round, is not counted.
+    once = sum(2e-3 * ms * (1 if threads == most else 2) for form, threads in ways for ms in tried[form].values())
+    count = max(min(rounds, LEAST), min(rounds, int(seconds / once)))
     first, took = took, {}
     for _ in range(count):
         round_of(ways)
@@ -151,16 +151,17 @@ def timed(
             "length": cell[0],
             "batch": cell[1],
             "ms": round(statistics.median(ms), 4),
-            "rounds_ms": ms,
+            "rounds_ms": [round(one, 4) for one in ms],
         }
         for (form, threads), found in {**first, **took}.items()
         for cell, ms in found.items()
     ]
-    return [row | {"rounds_ms": [round(ms, 4) for ms in row["rounds_ms"]]} for row in rows], count
+    return rows, count
 
 
 def _words(value: Any) -> list[str]:
     """The texts that inputs consist of."""
     if isinstance(value, str):
         return [value]
-    return [text for part in (value.values() if isinstance(value, dict) else value) for text in _words(part)]
+    parts: Sequence[Any] = list(value.values()) if isinstance(value, dict) else value
+    return [text for part in parts for text in _words(part)]

@@ -6,7 +6,8 @@ r"""What every head, group of neurons and layer is worth, and what it costs.
 
 One unit at a time is gated out, the others stay as they are: what two units do together is not seen here. A layer is left out
 whole, the residual stream going on without it. Neurons are taken in groups of equal size per block, in the order of their slopes:
-the first group is the one that its block would miss least.
+the first group is the one that its block would miss least. Of an encoder-decoder the heads that read the encoder are units of
+their own, and what is asked about are the tokens that it writes, each after those before it in the reference.
 
 The interval of the drop is that of Agresti & Min 2005 for matched pairs (a half added to each of the four counts), which is not
 empty where nothing flipped; that of the KL is the normal one over the sample.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -26,18 +27,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from .core.blocks import Block, each_output, outputs_from, walk_blocks
+from .core.blocks import Block, each_output, outputs_from, real_tokens_of_answers, walk_blocks
 from .core.factored import refuse_factored
-from .core.families import blocks_of, family_of, one_stack
-from .core.gates import gate_gradients, input_gated, skipped
+from .core.families import one_stack, stacks_of
+from .core.gates import input_gated, place_gradients, skipped
 from .core.latency import LatencyTable
-from .core.linears import is_linear, shape_of
 from .core.model import Model
 from .core.packed import refuse_packed
 from .core.padding import pad
 from .core.reporting import report
 from .core.second_order import double
-from .core.surgery import head_size, heads_and_neurons, keep_heads, keep_neurons, queries_per_head
+from .core.sublayers import HEADS, NEURONS, Place, places_of, unit_macs, units_of
+from .core.surgery import head_size, heads_and_neurons
 from .core.task import IGNORED, Batch
 from .core.training import on_accelerator
 from .errors import InputError
@@ -59,6 +60,8 @@ class Sample:
     """(rows, classes): log-probabilities, double."""
     tokens: float
     """Mean length of an example."""
+    written: float
+    """Mean number of tokens that are asked about, of an encoder-decoder what it writes."""
     seconds: float
     """One pass over the sample."""
 
@@ -98,14 +101,17 @@ def sensitivity(
         )
     if problems:
         raise InputError(*problems)
-    one_stack(model.module, "sensitivity")
+    if len(stacks_of(model.module)) == 1:
+        one_stack(model.module, "sensitivity")
+    elif table is not None:
+        raise InputError("sensitivity: a latency table holds for models of one stack; leave it out")
     refuse_packed(model.module, "sensitivity")
     refuse_factored(model.module, "sensitivity")
     module, started = model.module.eval(), time.perf_counter()
-    counts = heads_and_neurons(module)
+    counts = units_of(module)
     with on_accelerator(module):
         sample, labelled = _sample(model, task, samples, seed)
-        number = sum(heads + min(groups, neurons) + 1 for heads, neurons in counts)
+        number = sum(_number(block, groups) for block in counts)
         if announce:
             announce(number, _seconds(counts, groups, sample.seconds))
         slopes = _slopes(module, labelled, task)
@@ -125,7 +131,8 @@ def sensitivity(
         "tokens": round(sample.tokens, 1),
         "seed": seed,
         "accuracy": float(right[there].double().mean()),
-        "blocks": [list(pair) for pair in counts],
+        "blocks": [list(block) for block in counts],
+        **({"stacks": [len(stack.blocks) for stack in stacks_of(module)]} if len(stacks_of(module)) > 1 else {}),
         "unit": table.unit if table else None,
         "seconds": round(time.perf_counter() - started, 1),
         "units": units,
@@ -141,67 +148,75 @@ def _sample(model: Model, task: Any, samples: int, seed: int) -> tuple[Sample, S
     labels = [batch["labels"] for batch in labelled]
     if any(label.is_floating_point() for label in labels) or getattr(model.module.config, "num_labels", 2) < 2:
         raise InputError(f"sensitivity takes models that choose one class, of a text or of each token; {task.name} is none such")
-    flat = [
-        label[batch["attention_mask"].bool()] if label.dim() == 2 else label for label, batch in zip(labels, batches, strict=True)
-    ]
+    masks = [real_tokens_of_answers(model.module, batch) for batch in batches]
+    flat = [label[mask.to(label.device)] if label.dim() == 2 else label for label, mask in zip(labels, masks, strict=True)]
     begun = time.perf_counter()
     whole = outputs_from(model.module, None, batches, range(len(batches)))
     seconds = time.perf_counter() - begun
     lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).double()
-    return Sample(batches, torch.cat(flat), _log(whole), float(lengths.mean()), seconds), labelled
+    written = sum(int(mask.sum()) for mask in masks) / len(lengths)
+    return Sample(batches, torch.cat(flat), _log(whole), float(lengths.mean()), written, seconds), labelled
 
 
 def _log(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(double(logits).cpu(), -1)
 
 
-def _seconds(counts: Sequence[tuple[int, int]], groups: int, whole: float) -> float:
+def _number(block: Sequence[int], groups: int) -> int:
+    """How many units a block with so many heads, perhaps cross-attention heads, and neurons has."""
+    return sum(block[:-1]) + min(groups, block[-1]) + 1
+
+
+def _seconds(counts: Sequence[Sequence[int]], groups: int, whole: float) -> float:
     """About how long it takes, from one pass over the sample: a unit of block i takes the blocks from i on, slopes three passes."""
     blocks = len(counts)
-    passes = sum((h + min(groups, n) + 1) * (blocks - i) / blocks for i, (h, n) in enumerate(counts))
+    passes = sum(_number(block, groups) * (blocks - i) / blocks for i, block in enumerate(counts))
     return whole * (passes + 4)  # the walk takes one more
 
 
-def _slopes(module: Any, labelled: Sequence[Batch], task: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """dL/dg per block: (mini-batches, heads) and (mini-batches, neurons). Small mini-batches, for |dL/dg| to say something."""
+def _slopes(module: Any, labelled: Sequence[Batch], task: Any) -> list[np.ndarray]:
+    """dL/dg per sublayer: (mini-batches, units). Small mini-batches, for |dL/dg| to say something."""
     pieces = [
         {name: value[i : i + SLOPE_BATCH] for name, value in batch.items()}
         for batch in labelled
         for i in range(0, len(batch["input_ids"]), SLOPE_BATCH)
     ]
-    found = gate_gradients(module, pieces, task.loss)
-    return [
-        (np.stack([piece[0][i].numpy() for piece in found]), np.stack([piece[1][i].numpy() for piece in found]))
-        for i in range(len(blocks_of(module)))
-    ]
+    every = zip(*place_gradients(module, pieces, task.loss), strict=True)
+    return [np.stack([piece.numpy() for piece in place]) for place in every]
 
 
 def _units(
-    module: Any, sample: Sample, slopes: Sequence[tuple[np.ndarray, np.ndarray]], groups: int, table: LatencyTable | None
+    module: Any, sample: Sample, slopes: Sequence[np.ndarray], groups: int, table: LatencyTable | None
 ) -> Iterator[dict[str, Any]]:
     """Every unit measured, block by block."""
-    family, counts = family_of(module), heads_and_neurons(module)
+    every = list(zip(places_of(module), slopes, strict=True))
     with torch.no_grad():
         for block in walk_blocks(module, sample.batches):
-            number, (heads, neurons), (of_heads, of_neurons) = block.index, counts[block.index], slopes[block.index]
-            price = _Price(module, number, sample.tokens, table)
-            for head in range(heads):
-                gate = torch.ones(heads)
-                gate[head] = 0.0
-                out = input_gated(block.module, family.attention_output, gate)
-                worth = _measured(module, block, sample, out)
-                yield {"kind": "head", "block": number, "index": head, **worth, "slope": _mean(of_heads[:, head])} | price(1, 0)
-            order = np.abs(of_neurons).mean(0).argsort(kind="stable")
-            for index, group in enumerate(part for part in np.array_split(order, groups) if len(part)):
-                gate = torch.ones(neurons)
-                gate[torch.from_numpy(group)] = 0.0
-                worth = _measured(module, block, sample, input_gated(block.module, family.down, gate))
-                slope = _mean(of_neurons[:, group].sum(1))
-                named = {"kind": "neurons", "block": number, "index": index, "neurons": sorted(group.tolist())}
-                yield named | worth | {"slope": slope} | price(0, len(group))
+            mine = [(place, of) for place, of in every if place.block is block.module]
+            price = _Price(module, [place for place, _ in mine], sample, table)
+            for place, of in mine:
+                path = place.sublayer.path
+                for name, index, gone in _chosen(place, of, groups):
+                    gate = torch.ones(place.size)
+                    gate[torch.from_numpy(gone)] = 0.0
+                    worth = _measured(module, block, sample, input_gated(block.module, path, gate))
+                    named: dict[str, Any] = {"kind": name, "block": block.index, "index": index}
+                    if name == "neurons":
+                        named["neurons"] = sorted(gone.tolist())
+                    yield named | worth | {"slope": _mean(of[:, gone].sum(1))} | price({place.sublayer.kind: len(gone)})
             worth = _measured(module, block, sample, skipped(block.module))
-            slope = _mean(of_heads.sum(1) + of_neurons.sum(1))
-            yield {"kind": "layer", "block": number, "index": 0, **worth, "slope": slope} | price(heads, neurons, whole=True)
+            slope = _mean(np.sum([of.sum(1) for _, of in mine], axis=0))
+            yield {"kind": "layer", "block": block.index, "index": 0, **worth, "slope": slope} | price(None)
+
+
+def _chosen(place: Place, of: np.ndarray, groups: int) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Which units of a sublayer are left out together: kind, number, units."""
+    if place.sublayer.kind != NEURONS:
+        kind = "head" if place.sublayer.kind == HEADS else "cross_head"
+        yield from ((kind, head, np.array([head])) for head in range(place.size))
+        return
+    parts = (part for part in np.array_split(np.abs(of).mean(0).argsort(kind="stable"), groups) if len(part))
+    yield from (("neurons", index, part) for index, part in enumerate(parts))
 
 
 def _mean(slopes: np.ndarray) -> float:
@@ -242,37 +257,39 @@ class _Price:
     Counted by cutting a copy of the block, so that it is what surgery would really take out.
     """
 
-    def __init__(self, module: Any, number: int, tokens: float, table: LatencyTable | None) -> None:
-        self.block, self.number, self.tokens, self.table = blocks_of(module)[number], number, tokens, table
-        self.family, self.size, self.counts = family_of(module), head_size(module), heads_and_neurons(module)
-        self.score_width = 2 * self.size * queries_per_head(module)
-        self.known: dict[tuple[int, int, bool], dict[str, Any]] = {}
+    def __init__(self, module: Any, places: Sequence[Place], sample: Sample, table: LatencyTable | None) -> None:
+        self.module, self.places, self.sample, self.table = module, places, sample, table
+        self.known: dict[tuple[tuple[str, int], ...] | None, dict[str, Any]] = {}
 
-    def __call__(self, heads: int, neurons: int, *, whole: bool = False) -> dict[str, Any]:
-        key = heads, neurons, whole
+    def __call__(self, units: Mapping[str, int] | None) -> dict[str, Any]:
+        """Of so many units, by kind of sublayer; of the whole block for None."""
+        key = None if units is None else tuple(units.items())
         if key not in self.known:
-            parameters, macs = self._counted(self.block)
-            if not whole:
-                cut = copy.deepcopy(self.block)
-                of_heads, of_neurons = self.counts[self.number]
-                if heads:
-                    keep_heads(cut, self.family, list(range(of_heads - heads)), self.size)
-                if neurons:
-                    keep_neurons(cut, self.family, list(range(of_neurons - neurons)))
-                left = self._counted(cut)
-                parameters, macs = parameters - left[0], macs - left[1]
-            macs = round(macs * self.tokens + self.score_width * heads * self.tokens**2)
-            self.known[key] = {"parameters": parameters, "macs": macs, "time": self._time(heads, neurons)}
+            block = self.places[0].block
+            gone = {place.sublayer.kind: place.size for place in self.places} if units is None else units
+            parameters = self._parameters(block)
+            if units is not None:
+                cut = copy.deepcopy(block)
+                for place in self.places:
+                    if count := units.get(place.sublayer.kind):
+                        size = head_size(self.module, place.stack.family)
+                        place.sublayer.keep(cut, list(range(place.size - count)), size)
+                parameters -= self._parameters(cut)
+            self.known[key] = {"parameters": parameters, "macs": round(self._macs(gone)), "time": self._time(gone)}
         return self.known[key]
 
     @staticmethod
-    def _counted(block: Any) -> tuple[int, int]:
-        linears = [part for part in block.modules() if is_linear(part)]
-        return sum(p.numel() for p in block.parameters()), sum(out * in_ for out, in_ in map(shape_of, linears))
+    def _parameters(block: Any) -> int:
+        return sum(parameter.numel() for parameter in block.parameters())
 
-    def _time(self, heads: int, neurons: int) -> float | None:
+    def _macs(self, gone: Mapping[str, int]) -> float:
+        read, written = self.sample.tokens, self.sample.written
+        return sum(gone.get(p.sublayer.kind, 0) * unit_macs(self.module, p, read, written) for p in self.places)
+
+    def _time(self, gone: Mapping[str, int]) -> float | None:
         if self.table is None:
             return None
-        rest = list(self.counts)
-        rest[self.number] = rest[self.number][0] - heads, rest[self.number][1] - neurons
-        return self.table.total(self.counts) - self.table.total(rest)
+        counts = heads_and_neurons(self.module)
+        rest, number = list(counts), self.places[0].number
+        rest[number] = rest[number][0] - gone.get(HEADS, 0), rest[number][1] - gone.get(NEURONS, 0)
+        return self.table.total(counts) - self.table.total(rest)

@@ -22,16 +22,27 @@ def render(result: Mapping[str, Any]) -> str:
         result=result,
         headline=headline(result),
         colors=COLORS,
-        charts={kind: _heat_maps(kind, [unit for unit in units if unit["kind"] == kind]) for kind in ("head", "neurons")},
+        stacks=stacks(result),
+        charts={
+            kind: _heat_maps(kind, [unit for unit in units if unit["kind"] == kind]) for kind in ("head", "cross_head", "neurons")
+        },
         layers=layer_rows(result),
         least=least_rows(result),
     )
     return text
 
 
+def stacks(result: Mapping[str, Any]) -> str:
+    """Which blocks are whose, of an encoder-decoder."""
+    if "stacks" not in result:
+        return ""
+    first, second = result["stacks"]
+    return f"Blocks 0 to {first - 1} belong to the encoder, {first} to {first + second - 1} to the decoder."
+
+
 def headline(result: Mapping[str, Any]) -> str:
     """How many heads nobody would miss, one at a time."""
-    heads = [unit for unit in result["units"] if unit["kind"] == "head"]
+    heads = [unit for unit in result["units"] if unit["kind"] in ("head", "cross_head")]
     spared = sum(unit["drop_ci95"][0] <= 0 for unit in heads)
     return f"{spared} of {len(heads)} heads: no sure loss of accuracy when one of them is left out"
 
@@ -54,6 +65,7 @@ def name(unit: Unit) -> str:
     """`block 3, head 7`; everything is numbered from 0."""
     return {
         "head": f"block {unit['block']}, head {unit['index']}",
+        "cross_head": f"block {unit['block']}, cross-attention head {unit['index']}",
         "neurons": f"block {unit['block']}, neuron group {unit['index']} ({len(unit.get('neurons', ()))})",
         "layer": f"block {unit['block']}",
     }[unit["kind"]]
@@ -91,8 +103,8 @@ def _heat_maps(kind: str, units: Sequence[Unit]) -> list[str]:
     """Blocks by units, KL in millinats in every cell; once for wide screens and once for narrow ones."""
     if not units:
         return []
-    titles = {"head": "Head", "neurons": "Neuron group, the one with the least slope first"}
-    label = f"KL in millinats when one {'head' if kind == 'head' else 'group of neurons'} is left out, block by block"
+    titles = {"head": "Head", "cross_head": "Cross-attention head", "neurons": "Neuron group, the one with the least slope first"}
+    label = f"KL in millinats when one {'group of neurons' if kind == 'neurons' else 'head'} is left out, block by block"
     return [
         inline(svg(heat_map(units, title=titles[kind], width=width)), name=screen, label=label) for screen, width in WIDTHS.items()
     ]

@@ -200,13 +200,15 @@ def _comparison(folder: Path, data: str, threads: int | None, progress: Progress
             output=Path(scratch) / "again",
             data=data or about["source"],
             floor=sources.get("floor"),
+            task=then["task"],
             columns=about["columns"],
-            group_by=about["group_by"],
-            shift=about["shift"],
+            group_by=about.get("group_by", ()),
+            shift=about.get("shift"),
             lexicon=about.get("lexicon"),
             margin=100 * then["margin"],
             level=then["level"],
             shadows=then.get("shadows", 0),
+            canaries=then.get("canaries"),
             split=then["split"],
             runtime=then.get("runtime", ""),
             seed=then["seed"],
@@ -220,7 +222,7 @@ def _comparison(folder: Path, data: str, threads: int | None, progress: Progress
         again = now["models"][role]
         yield Line(f"{role}: files", model["fingerprint"], again["fingerprint"], model["fingerprint"] == again["fingerprint"])
         yield Line(f"{role}: bytes", f"{model['bytes']:,}", f"{again['bytes']:,}", model["bytes"] == again["bytes"])
-        yield from _sections(role, model, again, ("accuracy", "calibration", "ranking", "attribution", "privacy"))
+        yield from _sections(role, model, again, ("accuracy", "calibration", "ranking", "attribution", "privacy", "canaries"))
     for role, found in then["comparisons"].items():
         yield from _sections(f"{role} against before", found, now["comparisons"][role], tuple(found))
 

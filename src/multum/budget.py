@@ -93,7 +93,7 @@ LANGUAGE_QUICK = replace(LANGUAGE, distill={**LANGUAGE.distill, "epochs": 0.5}, 
 TRANSLATORS = Effort(
     finetune={"epochs": 10, "learning_rate": 7e-4, "batch_size": 64},
     distill={"beams": 4, "epochs": 3, "learning_rate": 5e-4, "batch_size": 64},
-    prune={},
+    prune={"samples": 256},
     rounds=20,
     teach_below=1.0,
     retry=2,

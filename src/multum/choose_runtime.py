@@ -21,7 +21,7 @@ from typing import Any
 
 from . import runtimes
 from ._runtime_inputs import check, lengths_of, limit_of, short
-from ._runtime_table import EAGER, FEW, TABLE, Choice, Form, fits, kept, pick
+from ._runtime_table import EAGER, FEW, TABLE, Choice, Form, fits, grown, kept, pick
 from ._runtime_trials import exports, opened, present_way, timed
 from .core.folders import check_writable, whole_folder, write_json
 from .doctor import PACKAGES, processor, version_of
@@ -37,15 +37,16 @@ CHECKED = 32
 
 
 def candidates(precision: str = "") -> list[Form]:
-    """Every form that there is for encoders, of one precision or of all; torch eager is always among them."""
-    graphs = [
-        Form(name, each)
-        for name in runtimes.names()
-        if name != EAGER.runtime and not hasattr(runtimes.find(name), "TASKS")
-        for each in runtimes.find(name).PRECISIONS
-    ]
-    every = [EAGER, Form(EAGER.runtime, EAGER.precision, compiled=True), *graphs]
-    return [form for form in every if form == EAGER or precision in ("", form.precision)]
+    """Every form that there is for encoders, of one precision or of all; torch eager is always among them.
+
+    Of ways to calibrate the last one stands for all: they differ in where ranges end, and take the same time.
+    """
+    found = [EAGER, Form(EAGER.runtime, EAGER.precision, compiled=True)]
+    for name in runtimes.names():
+        module = runtimes.find(name)
+        if name != EAGER.runtime and not hasattr(module, "TASKS"):
+            found += [Form(name, each) for each in (*module.PRECISIONS, *getattr(module, "CALIBRATED", ())[-1:])]
+    return [form for form in found if form == EAGER or form.has(precision)]
 
 
 def choose(
@@ -97,7 +98,7 @@ def choose(
     table = kept(folder)
     if table is None or not fits(table, about, few=len(inputs) < FEW, forms=forms, **asked):
         check_writable(folder)
-        table = _measured(folder, task, forms, about, asked, rounds, seconds, seed, progress)
+        table = _measured(folder, task, forms, about, asked | grown(table, about, asked), rounds, seconds, seed, progress)
         write_json(folder / TABLE, table)
     return pick(table, precision=precision, texts=texts, exported=exported, **asked), table
 

@@ -35,6 +35,12 @@ ShadowModels = Annotated[
         "--shadows", metavar="N", min=0, help="Models trained to attack privacy with (LiRA), for each compared; 16 is usual."
     ),
 ]
+Canaries = Annotated[
+    Path | None,
+    typer.Option(
+        "--canaries", metavar="FILE", help="Texts planted in a language model's training, their digits secret, one a line."
+    ),
+]
 Verified = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of shrink, run or compare.")]
 Moved = Annotated[
     str, typer.Option("--data", metavar="D", help="The data, where it is no longer in the place that was written down.")
@@ -58,6 +64,7 @@ def compare(
     after: After,
     output: opt.Output,
     data: opt.OptionalData = "",
+    task: opt.OptionalTask = "",
     floor: Floor = "",
     group_by: GroupBy = "",
     shift: Shift = None,
@@ -65,6 +72,7 @@ def compare(
     margin: Margin = "1",
     level: HowMuch = "quick",
     shadows: ShadowModels = 0,
+    canaries: Canaries = None,
     pictures: opt.Pictures = None,
     split: opt.Split = "test",
     runtime: opt.Runtime = "",
@@ -89,12 +97,14 @@ def compare(
         after,
         output=output,
         data=data,
+        task=task,
         floor=floor or None,
         group_by=[name.strip() for name in group_by.split(",") if name.strip()],
         shift=shift,
         lexicon=lexicon,
         level=level,
         shadows=shadows,
+        canaries=canaries,
         split=split,
         runtime=runtime,
         seed=seed,
@@ -102,20 +112,20 @@ def compare(
         progress=progress(),
         **parsed,
     )
-    from ._compare_page import drawings, summary
+    from . import _compare_outputs_page, _compare_page, _compare_words
 
-    drawn = _pictures.write(drawings(result), pictures) if pictures else []
+    by_outputs = result.get("kind") == "outputs"
+    drawn = _pictures.write(_compare_page.drawings(result), pictures) if pictures and not by_outputs else []
     if as_json:
         terminal.print_json(result)
         return
-    from ._compare_words import said
-
-    words = said(result)
+    words = (_compare_outputs_page if by_outputs else _compare_words).said(result)
+    summary = (_compare_outputs_page if by_outputs else _compare_page).summary
     terminal.print_lines(words["headline"], words["evidence"], words["whom"], "")
     terminal.print_rows(summary(result), f"On the {split} split, n = {result['n']:,}")
     terminal.print_lines("", f"Report: {(output / 'report.html').resolve()}")
-    if drawn:
-        terminal.print_lines(f"Pictures: {', '.join(map(str, drawn))}")
+    if pictures:
+        terminal.print_lines(f"Pictures: {', '.join(map(str, drawn)) or 'none, this comparison is in tables'}")
 
 
 def verify(

@@ -55,7 +55,7 @@ def sensitivity(
     )
     source, opened = recipe.locate(model), parsed["task"]
     from ._sensitivity import sensitivity as measure
-    from ._sensitivity_page import headline, layer_rows, least_rows, render
+    from ._sensitivity_page import headline, layer_rows, least_rows, render, stacks
 
     shown, loaded = progress(), opened.load(source, trust_remote_code=trust_remote_code)
 
@@ -77,7 +77,10 @@ def sensitivity(
     terminal.print_rows(layer_rows(result), f"{result['examples']} validation texts, accuracy {result['accuracy']:.4f}")
     terminal.print_lines("")
     terminal.print_rows(least_rows(result))
-    terminal.print_lines("", headline(result), *([f"Page: {(output / 'sensitivity.html').resolve()}"] if output else []))
+    about = stacks(result)
+    terminal.print_lines(
+        "", headline(result), *([about] if about else []), *([f"Page: {(output / 'sensitivity.html').resolve()}"] if output else [])
+    )
 
 
 def _positive(value: int, what: str) -> int:

@@ -3,8 +3,8 @@
 An encoder's rungs lose heads, neurons and layers together under a measured latency table, and are executed by exports. What writes
 text is timed while it writes, in torch. A causal model loses whole layers first, those that turn their inputs least, as long as
 `DEPTH` of them stay; then heads, neurons and layers under a table of prefill and decode. An encoder-decoder loses decoder layers
-first, which run once for every token that is written, then encoder layers. At the end the weights of what holds are packed into
-integers, which saves bytes and no time.
+first, which run once for every token that is written, then heads and neurons of both stacks. At the end the weights of what holds
+are packed into integers, which saves bytes and no time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from .plan import PRUNING, TRAINING
 
 DEPTH = 0.75
 """Share of a causal model's layers below which single heads and neurons go."""
+LEAST = 0.1
+"""Layers of each stack of an encoder-decoder that must be left."""
 WRITING = 4 * TRAINING
 """Forward passes that a teacher takes to write a text, token by token with some hypotheses."""
 DID = {"prune_structured": "structure pruned", "drop_layers": "layers dropped"}
@@ -132,52 +134,66 @@ class CausalDescent(Descent):
         blocks, wanted = heads_and_neurons(model.module), self.cost(model) / step
         keep = max((k for k in range(1, len(blocks)) if self.table.total(blocks[:k]) <= wanted), default=0)
         if keep >= DEPTH * len(self.blocks) and len(set(blocks)) == 1:
-            return [("drop_layers", {"keep": keep, "which": "importance", "samples": self.effort.prune["samples"], "seed": self.seed})]
+            return [
+                ("drop_layers", {"keep": keep, "which": "importance", "samples": self.effort.prune["samples"], "seed": self.seed})
+            ]
         return super().cut(model, step)
 
     def rows(self, task: Any, model: Model) -> int:
         return len(task.encode(model, "train")) + len(task.encode_texts(model, task.unlabelled)) * bool(task.unlabelled)
 
     def packing(self, bits: int) -> Steps:
-        weights: tuple[str, dict[str, Any]] = ("quantize", {"bits": bits})
-        if bits < 8:
-            samples = self.effort.prune.get("samples", 16)
-            weights = ("gptq", {"bits": bits, "group": 64, "samples": samples, "seed": self.seed})
-        return [("quantize_embeddings", {"bits": 8}), weights]
+        return packed(bits, self.effort, self.seed)
 
 
 @dataclass(kw_only=True)
 class TranslatorDescent(Descent):
-    """Decoder layers, then encoder layers, taught to write what the original writes."""
+    """Decoder layers, then heads and neurons of both stacks, taught to write what the original writes."""
 
     exports: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
     teaches: ClassVar[str] = "distill_generation"
-    cutting: ClassVar[tuple[str, float]] = ("drop layers", 0.0)
+    cutting: ClassVar[tuple[str, float]] = ("cut", PRUNING)
     teacher_passes: ClassVar[float] = WRITING
     paced: ClassVar[int] = 32
+    widest: tuple[int, int] = (1, 1)
+    """Heads and neurons of the original's widest block."""
+
+    def begin(self, test_bench: bench.Bench, model: Model) -> None:
+        heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
+        self.widest = heads, neurons
+        super().begin(test_bench, model)
 
     def measured(self, test_bench: bench.Bench, model: Model) -> Any:
         return test_bench.writing_table(model)
 
     def cost(self, model: Model) -> float:
-        return float(self.table.total(_depth(model)))
+        """Blocks that were cut cost the share of heads and neurons that is left."""
+        blocks, (encoder, _) = heads_and_neurons(model.module), _depth(model)
+        shares = [sum(count / full for count, full in zip(counts, self.widest, strict=True)) / 2 for counts in blocks]
+        return float(self.table.total((sum(shares[:encoder]), sum(shares[encoder:]))))
 
     def room(self, model: Model, step: float) -> bool:
-        return self._next(model, step) is not None
+        """Whether there is a decoder layer to drop, or something is left of the layers of a rung faster by a step."""
+        least = self.table.total((LEAST, LEAST))
+        return shallower(_depth(model), self.table.total, 0.0) is not None or self.cost(model) / step > least
 
     def cut(self, model: Model, step: float) -> Steps:
-        now, then = _depth(model), self._next(model, step) or _depth(model)
-        stacks = (("decoder", now[1], then[1]), ("encoder", now[0], then[0]))
-        return [("drop_layers", {"stack": name, "keep": b, "which": "alternate"}) for name, a, b in stacks if b < a]
+        """Multiply-accumulates stand in for time where heads and neurons go."""
+        now = _depth(model)
+        if keep := shallower(now, self.table.total, self.table.total(now) / step):
+            return [("drop_layers", {"stack": "decoder", "keep": keep, "which": "alternate"})]
+        return [("prune_structured", {"speedup": step, "seed": self.seed, **self.effort.prune})]
 
     def packing(self, bits: int) -> Steps:
-        fields = {"bits": bits} if bits == 8 else {"bits": bits, "group": 64, "samples": 256, "seed": self.seed}
-        return [("quantize_embeddings", {"bits": 8}), ("quantize" if bits == 8 else "gptq", fields)]
+        return packed(bits, self.effort, self.seed)
 
-    def _next(self, model: Model, step: float) -> Depth | None:
-        return shallower(_depth(model), self.table.total, self.cost(model) / step)
+
+def packed(bits: int, effort: Effort, seed: int) -> Steps:
+    """Tables in 8 bits, and the blocks' weights in so many, those of fewer than 8 with what corrects the error of each rounding."""
+    more = {"group": 64, "samples": effort.prune["samples"], "seed": seed}
+    return [("quantize_embeddings", {"bits": 8}), ("quantize", {"bits": 8}) if bits == 8 else ("gptq", {"bits": bits, **more})]
 
 
 def _depth(model: Model) -> Depth:

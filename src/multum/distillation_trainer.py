@@ -24,7 +24,6 @@ from ._pair import agreement, both_loaded, columns_of, data_sets, inner
 from ._settings import WRITERS, settings_of
 from ._sparse_answers import SparsePlan
 from ._teaching import TEACHER_INPUTS, TEACHER_ROW, AnyReader, Collator, Teacher, as_asked, capturing, matching, numbered, readers
-from .core.packed import packed_parts, refuse_packed
 from .core.padding import real_tokens
 from .errors import InputError
 from .steps._divergences import uld
@@ -129,8 +128,6 @@ class DistillationTrainer(Trainer):
     def _meet(self, student: nn.Module) -> None:
         """Check student and teacher against each other, and make ready what they need of each other."""
         kind, both = kind_of(inner(student)), (student, self.teacher_model)
-        if inner(student) is student and packed_parts(student):  # adapters can be trained beside packed weights
-            refuse_packed(student, "student_model")
         problems = list(self.settings.misfits(kind))
         try:
             agreed = agreement(

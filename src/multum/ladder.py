@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 from . import bench
 from .budget import Effort
-from .core.folders import read_json, whole_folder, write_json
+from .core.folders import read_json
 from .core.model import Model
 from .core.packed import refuse_packed
-from .core.step import make
 from .core.surgery import heads_and_neurons
 from .data import cut
-from .descent import Descent, Steps
+from .descent import Descent
 from .errors import InputError, MultumError
-from .plan import MEASURE, Stages, ahead, last, pace, rung, teaching
+from .landing import Landing
+from .plan import rung, teaching
 from .progress import Progress
 from .run_folder import RunFolder
 
 STEP = 1.5
 """How much faster the next rung is meant to be."""
 MAX_RUNGS = 16
-PACKED = {8: "weights in 8 bits", 4: "weights in 4 bits"}
-PACKED_TRIES = 2
-"""Models that are packed in each precision until one keeps the drop, the fastest first."""
-FAR_SLOWER = 1.5
-"""A runtime that took so much longer than the fastest on the original is not tried on what ships."""
 
 
-class Ladder:
+class Ladder(Landing):
     """The walk of one run folder.
 
     Args:
@@ -45,8 +37,6 @@ class Ladder:
     """
 
     step, number, first = STEP, Descent.number, Descent.first
-    measuring = MEASURE
-    """Seconds that measuring a rung takes."""
 
     def __init__(
         self, run: RunFolder, task: Any, effort: Effort, progress: Progress, *, kind: type[Descent], trust_remote_code: bool
@@ -57,7 +47,6 @@ class Ladder:
         self.folder, self.seed = run.path, run.values["seed"]
         self.descent = kind(folder=run.path, effort=effort, seed=self.seed)
         self.step, self.number, self.first = kind.step, kind.number, kind.first
-        self.pace, self.rows = 0.0, 0
         progress.recall(run.values["stages"])
 
     def original(self) -> None:
@@ -141,74 +130,6 @@ class Ladder:
             before = longer
         return None
 
-    def packed(self) -> None:
-        """The weights of the fastest models within the drop in 8 and in 4 bits: fewer bytes, no less time."""
-        floats = [c for c in self.run.candidates if c["drop"] <= self.run.budget.max_drop and c["technique"] not in PACKED.values()]
-        for bits, technique in PACKED.items():
-            steps = self.descent.packing(bits)
-            for source in sorted(floats, key=lambda c: -c["speedup"])[: PACKED_TRIES if steps else 0]:
-                if self._pack(f"{source['folder']}-int{bits}", source["folder"], steps, technique):
-                    break
-
-    def _pack(self, name: str, source: str, steps: Steps, technique: str) -> bool:
-        """Pack a model that is there already, under a new name. True when it then keeps the drop."""
-        if not (self.folder / name).exists():
-            if not self._time_for(name, [(f"{name}: measure", self.measuring)]):
-                return False
-            model = self.task.load(str(self.folder / source))
-            self._save(self._steps(f"{name}: pack", steps, model), self.folder / name)
-        self._enter(name, technique, source)
-        return self._holds(name)
-
-    def ship(self) -> dict[str, Any]:
-        """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
-        self.progress.plan([("choose a runtime", 8), ("measure on the test split", 12)])
-        best = self.run.best()
-        source, folder = self.folder / best["folder"], self.folder / "chosen"
-        model = self.task.load(str(source))
-        walked = self.run.find(best["folder"]) or best
-        wanted = [offer for offer in self._worth_trying() if offer[1] == walked["precision"] or offer == ("onnxruntime", "int8")]
-        wanted = wanted if self.descent.exports else []
-        targets = self.bench.export(model, source, wanted)
-        known = {candidate["target"] for candidate in self.run.candidates}
-        if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
-            with self.progress.stage("choose a runtime"):
-                measured = self.bench.measure([self.folder / self.run.strongest()["target"], *new])[1:]
-            for target, metrics in zip(new, measured, strict=True):
-                form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
-                self.bench.add(f"{source.name}, {form}", source, target, "another runtime", model, metrics, source.name)
-            self.bench.keep()
-        best = self.run.best()
-        if self.run.values.get("shipped") != best["name"] or not folder.exists():
-            with whole_folder(folder) as work:
-                ignored = shutil.ignore_patterns("metrics*.json", "predictions")
-                shutil.copytree(source, work, dirs_exist_ok=True, ignore=ignored)
-                if best["target"] != best["folder"]:
-                    write_json(work / "ship.json", {"target": Path(best["target"]).name})
-            self.run.values["shipped"] = best["name"]
-            self.run.write()
-        return best
-
-    def _worth_trying(self) -> list[tuple[str, str]]:
-        """The forms in which the original was not far slower than in its fastest."""
-        limit = FAR_SLOWER * self.run.strongest()["validation"]["speed"]["p50_ms"]
-        forms = [c for c in self.run.candidates[1:] if c["folder"] == "original" and c["validation"]["speed"]["p50_ms"] <= limit]
-        return [(c["runtime"], c["precision"]) for c in forms]
-
-    def test(self, best: dict[str, Any]) -> None:
-        """The only look at the test split: the original in torch, its fastest form, and what ships."""
-        shipped = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
-        if best["test"]:  # shipped before, for this or another budget
-            write_json(shipped / "metrics.json", best["test"])
-            return
-        compared = {c["name"]: c for c in (self.run.candidates[0], self.run.strongest(), best)}
-        targets = [shipped if c is best else self.folder / c["target"] for c in compared.values()]
-        with self.progress.stage("measure on the test split"):
-            metrics = self.bench.measure(targets, split="test", rounds=max(30, self.effort.rounds))
-        for candidate, found in zip(compared.values(), metrics, strict=True):
-            candidate["test"] = found
-        self.bench.keep()
-
     # -- one rung ------------------------------------------------------------------------------------------------------------
 
     def _name(self, number: int, above: str, step: float) -> str:
@@ -230,7 +151,11 @@ class Ladder:
                 return False
             if not self._time_for(name, rung(name, *self._work(self._share(model) / step), **self._costs())):
                 return False
-            model = self._steps(f"{name}: {self.descent.cutting[0]}", self.descent.cut(model, step), model)
+            try:
+                model = self._steps(f"{name}: {self.descent.cutting[0]}", self.descent.cut(model, step), model)
+            except InputError as error:  # nothing more can be taken away
+                self.run.note(f"stopped before {name}: {error}")
+                return False
             if self._share(model) <= self.effort.teach_below:
                 model = self._teach(name, model)
             self._save(model, folder, rung=[above, step])
@@ -262,77 +187,6 @@ class Ladder:
     def _taught(self, name: str) -> bool:
         return [step["step"] for step in read_json(self.folder / name / "recipe.json")["steps"]][-1:] == [self.descent.teaches]
 
-    def _holds(self, name: str) -> bool:
-        """Whether a rung keeps the drop; the other limits say nothing about how far down to go."""
-        return self._drop(name) <= self.run.budget.max_drop
-
-    def _drop(self, name: str) -> float:
-        """What a rung lost; without end if it could not be made or measured."""
-        found = self.run.find(name)
-        return float(found["drop"]) if found else math.inf
-
-    # -- what every leg uses -------------------------------------------------------------------------------------------------
-
-    def _step(self, stage: str, step: str, model: Model, **fields: Any) -> Model:
-        return self._steps(stage, [(step, fields)], model)
-
-    def _steps(self, stage: str, steps: Steps, model: Model) -> Model:
-        """Several steps that are one stage."""
-        with self.progress.stage(stage):
-            for step, fields in steps:
-                model = make(step, fields)(model, self.task)
-            return model
-
-    def _save(self, model: Model, folder: Path, **extra: Any) -> None:
-        data = self.run.values["data"]
-        self.bench.keep()  # a folder without run.json beside it would look like somebody else's
-        model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed, **extra})
-        self.bench.keep()
-
-    def _enter(self, name: str, technique: str, made_from: str) -> bool:
-        """Export a rung to the runtime that the walk is measured on, measure it, write it down. False if it has no such form."""
-        if self.run.find(name):
-            return True
-        folder, strongest = self.folder / name, self.run.strongest()
-        model = self.task.load(str(folder))
-        form = (strongest["runtime"], strongest["precision"])
-        targets = self.bench.export(model, folder, [form]) if self.descent.exports else [folder]
-        if not targets:
-            return False
-        with self.progress.stage(f"{name}: measure"):
-            _, metrics = self.bench.measure([self.folder / strongest["target"], *targets])
-        self.bench.add(name, folder, targets[0], technique, model, metrics, made_from)
-        self.bench.keep()
-        return True
-
-    def _expect(self, rungs_done: int) -> None:
-        costs = {"step": self.step, "first": self.number, **self._costs()}
-        stages = ahead(self.effort, self.rows, self.pace, self._offers(), rungs_done, **costs)
-        done = {stage["name"] for stage in self.progress.stages()}
-        self.progress.plan(stage for stage in stages if stage[0] not in done)
-
-    def _work(self, share: float) -> tuple[Effort, int, float, float]:
-        """What the time of a rung is reckoned from: the teacher labels the unlabelled texts too."""
-        return self.effort, self.rows, self.pace, share
-
-    def _costs(self) -> dict[str, Any]:
-        """What else that depends on."""
-        known = {"taught": (self.folder / "teacher").exists(), "measure": self.measuring}
-        return {**known, "cutting": self.descent.cutting, "teacher_passes": self.descent.teacher_passes}
-
-    def _offers(self) -> list[tuple[str, str]]:
-        return bench.offers() if self.descent.exports else []
-
-    def _look_at(self, model: Model) -> None:
-        """What the time of everything is reckoned from."""
-        if self.pace:
-            return
-        self.pace, self.rows = pace(model, self.task, self.descent.paced), self.descent.rows(self.task, model)
-        if not self.descent.exports:
-            passes = self.descent.teacher_passes * len(self.task.inputs("validation"))
-            done = [stage["seconds"] for stage in self.progress.stages() if stage["name"] == "measure the original"]
-            self.measuring = 2 * done[0] if done else MEASURE + 2 * passes * self.pace
-
     def _check(self, model: Model) -> None:
         """What this model cannot do is said before the first hour, and what will be cut off its texts with it."""
         refuse_packed(model.module, "shrink")
@@ -342,12 +196,3 @@ class Ladder:
             raise InputError(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need")
         for sentence in cut(self.task, model):
             self.run.note(sentence)
-
-    def _time_for(self, name: str, stages: Stages) -> bool:
-        """Whether these stages, and those after the walk, end within the time limit if they keep to the run's own pace."""
-        limit = self.run.values["time_limit_s"]
-        seconds = sum(seconds for _, seconds in [*stages, *last(self.measuring)]) * self.progress.lag()
-        if limit is None or self.run.elapsed() + seconds <= limit:
-            return True
-        self.run.note(f"stopped before {name}: it would have ended after the time limit of {limit:g} s")
-        return False

@@ -73,7 +73,7 @@ def ahead(
     next_rung = max(2, rungs_done + 1)
     for number in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
         share, name = step ** (1 - number), f"rung-{number - 2 + first:02d}"
-        work = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
+        work: dict[str, Any] = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
         stages += rung(name, effort, texts + unlabelled, pace, share, cutting=cutting, **work)
         taught = taught or share <= effort.teach_below
     return [*stages, *last(measure)]
@@ -95,7 +95,7 @@ def rung(
     stage, passes = cutting
     pruning = (f"{name}: {stage}", passes * effort.prune.get("samples", 0) * pace * share)
     if share <= effort.teach_below:
-        work = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
+        work: dict[str, Any] = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
         return [pruning, *teaching(name, effort, texts, pace, share, **work)]
     return [pruning, (f"{name}: measure", measure)]
 

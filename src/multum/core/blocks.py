@@ -152,6 +152,11 @@ def _mask(module: Any, batch: Batch, stack: Stack) -> torch.Tensor:
     return after.index_fill(1, torch.zeros(1, dtype=torch.long, device=after.device), True)
 
 
+def real_tokens_of_answers(module: nn.Module, batch: Batch) -> torch.Tensor:
+    """True for the real ones of the tokens that the model answers for, (batch, tokens): the rows of `each_output`."""
+    return _mask(module, batch, stacks_of(module)[-1])
+
+
 def mean_lengths(module: nn.Module, batches: Sequence[Batch]) -> list[int]:
     """For every stack, how many tokens of an example it reads on average."""
     of = [torch.cat([_mask(module, batch, stack).sum(1) for batch in batches]) for stack in stacks_of(module)]

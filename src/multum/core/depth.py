@@ -17,6 +17,8 @@ from ..errors import InputError
 from .folders import read_json, write_json
 from .latency import Timer, interleave
 
+WORTH = 0.95
+"""A model that takes more of the time of another is hardly faster."""
 Depth = tuple[int, int]
 """Blocks of the encoder and of the decoder."""
 
@@ -34,8 +36,8 @@ class DepthTable:
     about: Mapping[str, Any] = field(default_factory=dict)
     """Runtime, threads and lengths it holds for."""
 
-    def total(self, depth: Depth) -> float:
-        """Cost of a whole model."""
+    def total(self, depth: tuple[float, float]) -> float:
+        """Cost of a whole model; half a block stands for one that has lost half of its width."""
         return self.base + self.encoder * depth[0] + self.decoder * depth[1]
 
     def save(self, path: Path) -> None:
@@ -73,11 +75,12 @@ class DepthTable:
         return cls(base=max(0.0, least - encoder - decoder), encoder=encoder, decoder=decoder, about=dict(about or {}))
 
 
-def shallower(depth: Depth, cost: Callable[[Depth], float], most: float) -> Depth | None:
-    """The deepest model below `depth` that costs `most` at most, the decoder's blocks taken first; the least one where none does.
+def shallower(depth: Depth, cost: Callable[[Depth], float], most: float) -> int | None:
+    """How many blocks of the decoder to keep: fewer than now, as many as cost `most` at most, one where none does.
 
-    None where there is nothing left to take: each stack keeps a block.
+    None where there is but one, or where one would be hardly faster.
     """
     e, d = depth
-    way = [*((e, k) for k in range(d - 1, 0, -1)), *((k, 1) for k in range(e - 1, 0, -1))]
-    return next((each for each in way if cost(each) <= most), way[-1] if way else None)
+    if d == 1 or cost((e, 1)) > WORTH * cost(depth):
+        return None
+    return next((k for k in range(d - 1, 0, -1) if cost((e, k)) <= most), 1)

@@ -286,7 +286,7 @@ def one_stack(module: nn.Module, step: str = "") -> None:
     if family.decoder is not None:
         raise InputError(
             f"{step or 'this'} takes models of one stack of blocks, and models of type {family.model_type!r} have an encoder and"
-            " a decoder; what takes both: drop_layers, prune_weights, wanda, sparsegpt, movement, low_rank"
+            " a decoder; `multum steps` says which take both, for example prune_structured, fisher_masks, drop_layers, wanda"
         )
 
 

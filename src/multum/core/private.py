@@ -30,7 +30,7 @@ from transformers import get_linear_schedule_with_warmup
 from ..errors import InputError, MissingExtra, MultumError
 from .memory import trim
 from .per_example import PerExample, batch_of
-from .reporting import report
+from .reporting import remark, report
 
 MOST_BYTES = 2**30
 """Of the gradients of single examples that are held at once."""
@@ -127,12 +127,11 @@ def train_privately(
     if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
         raise MultumError("training diverged: weights are no longer numbers; try a lower learning rate")
     module.eval()
-    spent = {
-        "epsilon": round(epsilon_of(sigma, q, count, delta), 4),
-        "delta": delta,
-        "clip": budget.clip,
-        "noise_multiplier": sigma,
-    }
+    epsilon = round(epsilon_of(sigma, q, count, delta), 4)
+    remark(
+        f"differential privacy: ε = {epsilon:g} spent at δ = {delta:.2g}, by {count:,} steps of {100 * q:.3g} % of {n:,} examples"
+    )
+    spent = {"epsilon": epsilon, "delta": delta, "clip": budget.clip, "noise_multiplier": sigma}
     return {
         "seconds": round(time.monotonic() - started, 1),
         "privacy": spent | {"sample_rate": q, "steps": count, "accountant": "prv", "by": f"opacus {_opacus().__version__}"},

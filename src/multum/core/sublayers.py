@@ -100,7 +100,7 @@ def units_of(module: Any) -> list[tuple[int, ...]]:
     return [tuple(block) for block in counts.values()]
 
 
-def unit_macs(module: Any, place: Place, read: int, written: int = 0) -> int:
+def unit_macs(module: Any, place: Place, read: float, written: float = 0) -> float:
     """MACs of one unit for one example, the products of queries, keys and values included.
 
     Args:

@@ -246,8 +246,8 @@ class TorchWriter:
 
         if self.module.config.model_type not in FAMILIES:
             return True
-        family = family_of(self.module)
-        return width(blocks_of(self.module)[0], family.attention_output) > 0
+        family, blocks = family_of(self.module), blocks_of(self.module)
+        return len(blocks) > 0 and width(blocks[0], family.attention_output) > 0
 
 
 def _up_to_the_end(ids: Ids, ends: Ids) -> Ids:

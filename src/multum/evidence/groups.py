@@ -14,27 +14,19 @@ hypergeometric draw), and  p = (1 + draws at least as far from the mean) / (1 + 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ._many import holm as holm
+from ._many import natural
 from ._paired import counts, mcnemar, score_interval
 
 ENOUGH = 20
 """Examples below which nothing is claimed of a group."""
 ALPHA = 0.05
 PERMUTATIONS = 20_000
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """The corrected p-values, in the order of `p`."""
-    values, k = np.asarray(p, dtype=np.float64), len(p)
-    order = np.argsort(values, kind="stable")
-    corrected = np.empty(k)
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate((k - np.arange(k)) * values[order]))
-    return corrected
 
 
 def excess(inside: tuple[int, int, int], overall: tuple[int, int, int], draws: int, seed: int) -> tuple[float, float]:
@@ -86,7 +78,7 @@ def groups(
     overall = counts(correct_before, correct_after)
     for by, members in groupings.items():
         of = np.asarray(members, dtype=str)
-        for name in sorted(set(of.tolist()), key=_natural):
+        for name in sorted(set(of.tolist()), key=natural):
             inside = of == name
             lost, gained, n = cell = counts(correct_before[inside], correct_after[inside])
             row = {
@@ -106,11 +98,6 @@ def groups(
                 row["excess"], row["p_excess"] = excess(cell, overall, PERMUTATIONS, seed)
             rows.append(row)
     return {"rows": rows, **_judged([row for row in rows if row["enough"]])}
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts 9 before 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _judged(tested: list[dict[str, Any]]) -> dict[str, Any]:

@@ -150,3 +150,17 @@ def attack(members: np.ndarray, others: np.ndarray) -> dict[str, Any]:
         "auc": {"value": value, "ci95": list(auc_interval(value, len(members), len(others)))},
         **{name: tpr_at(members, others, rate) for name, rate in RATES.items()},
     }
+
+
+def exposure(own: float, others: np.ndarray) -> float:
+    """How far a secret stands out among others, in bits (Carlini et al. 2019, arXiv:1802.08232, definition 4).
+
+    log2 (others + 1) − log2 rank, the rank of `own` among all by log-probability, highest first. Without a leak it is 1.44 on
+    average, whatever the number of others; it is 0 for the least probable one and log2 (others + 1) for the most probable one.
+
+    Args:
+        own: log-probability of the secret.
+        others: of others that might have been it, (n,).
+    """
+    rank = 1 + int((np.asarray(others) >= own).sum())
+    return float(np.log2(len(others) + 1) - np.log2(rank))

@@ -7,8 +7,8 @@ r"""Static 8 bits: the ranges of activations are taken from texts beforehand, in
     mse           lo, hi    with the least Σ (x - s (q - z))², one end searched after the other
 
 over the histogram of each tensor that a matrix reads (collected by onnxruntime's calibration); 0 always lies between lo and hi.
-Nothing else changes in a graph of 8-bit weights: fused operators stay fused, embeddings stay 8 bits. A pass is spared the search for
-ranges, and an answer no longer depends on what else is in the batch; what the texts did not show is cut off.
+Nothing else changes in a graph of 8-bit weights: fused operators stay fused, embeddings stay 8 bits. A pass is spared the search
+for ranges, and an answer no longer depends on what else is in the batch; what the texts did not show is cut off.
 """
 
 from __future__ import annotations

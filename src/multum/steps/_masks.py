@@ -7,17 +7,19 @@ min (1-m)ᵀ F (1-m)       within a sublayer, same counts, F = Σ_b g_b g_bᵀ  
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..core.latency import Blocks
+from ..core.latency import Blocks, LatencyTable
 from ..errors import InputError
 
 Kept = list[tuple[list[int], list[int]]]
 """Per block the heads and the neurons that stay, ascending."""
 Pair = tuple[np.ndarray, np.ndarray]
 """Something of every head and of every neuron of a block."""
+BISECTIONS = 10
+"""Halvings of what lies between two budgets."""
 
 
 def importance(gradients: Sequence[Pair]) -> list[Pair]:
@@ -54,6 +56,46 @@ def search(scores: Sequence[Pair], cost: Callable[[Blocks], float], budget: floa
     if best is None:
         raise InputError(f"fisher_masks: not even one head fits: the cheapest model with one costs more than {budget:.4g}")
     return _fill(_kept(len(scores), heads.units[: best[1]], neurons.units[: best[2]]), scores, cost, budget)
+
+
+def search_under(table: LatencyTable, scores: Sequence[Pair], budget: float) -> Kept:
+    """The search under a measured table. No sublayer goes whole there unless the budget wants it, as in the authors' code.
+
+    What the diagonal says of a whole sublayer is wrong: it sees one unit at a time. Without the attentions of the last blocks the
+    first token reads nothing, and the model guesses, while their units' importances are small and their time is the largest.
+    Where sublayers must go all the same, costs add up over the blocks, for the largest such budget that keeps the real one:
+    blocks behind the last one that attends cost next to nothing, and the search must not be rewarded for making more of them.
+
+    Args:
+        table: the real costs.
+        scores: I per block.
+        budget: in the table's unit.
+    """
+    kept = search(scores, table.total, budget, whole_sublayers=table.unit == "MACs")
+    if table.unit == "MACs" or all(
+        bool(units) == (worth.size > 0)
+        for block, pair in zip(kept, scores, strict=True)
+        for units, worth in zip(block, pair, strict=True)
+    ):
+        return kept
+    flat = replace(table, attention_last=table.attention, feed_forward_last=table.feed_forward)
+    low, high = budget, flat.total([(len(heads), len(neurons)) for heads, neurons in scores])
+    kept = search(scores, flat.total, high)
+    if table.total(_counts(kept)) <= budget:
+        return kept
+    kept = search(scores, flat.total, low)
+    for _ in range(BISECTIONS if flat != table else 0):
+        middle = (low + high) / 2
+        tried = search(scores, flat.total, middle)
+        if table.total(_counts(tried)) <= budget:
+            low, kept = middle, tried
+        else:
+            high = middle
+    return kept
+
+
+def _counts(kept: Kept) -> list[tuple[int, int]]:
+    return [(len(heads), len(neurons)) for heads, neurons in kept]
 
 
 @dataclass(frozen=True)

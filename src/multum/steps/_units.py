@@ -1,4 +1,4 @@
-r"""Which heads and neurons of an encoder-decoder stay under a budget of multiply-accumulates (MACs), each unit at its own cost.
+r"""Multiply-accumulates (MACs) as a budget, and which heads and neurons of an encoder-decoder stay under it, each at its own cost.
 
     min Σ_s price_s(n_s)     subject to Σ_s cost_s n_s <= room       over the counts n_s of all sublayers s       (`cheapest`)
     max Σ_kept I_i           subject to Σ_kept cost_i <= room        over all units i                             (`most_important`)
@@ -9,6 +9,7 @@ the decoder fed its whole text at once (token by token with a cache it takes as 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,12 @@ from typing import Any
 import numpy as np
 
 from ..core.blocks import mean_lengths
+from ..core.families import family_of
+from ..core.latency import LatencyTable
+from ..core.linears import shape_of
 from ..core.profile import profile
 from ..core.sublayers import places_of, unit_macs
+from ..core.surgery import head_size, heads_and_neurons, queries_per_head
 from ..core.task import Batch
 from ..errors import InputError
 
@@ -31,7 +36,7 @@ class Costs:
 
     total: float
     """Of the model as it is."""
-    units: list[int]
+    units: list[float]
     """Of one unit of every sublayer, in the order of `places_of`."""
     counts: list[int]
     """How many units every sublayer has now."""
@@ -67,7 +72,23 @@ def costs_of(module: Any, batches: Sequence[Batch]) -> Costs:
     return Costs(float(total), units, [place.size for place in places])
 
 
-def cheapest(prices: Sequence[Mapping[int, float]], costs: Sequence[int], room: float) -> list[int]:
+def mac_table(module: Any, batches: Sequence[Batch]) -> LatencyTable:
+    """MACs in the place of a measured table, of a model with one stack, on texts as long as these on average."""
+    heads, neurons = (max(counts) for counts in zip(*heads_and_neurons(module), strict=True))
+    (tokens,), vocabulary = mean_lengths(module, batches), module.get_output_embeddings()
+    return LatencyTable.by_macs(
+        hidden=module.config.hidden_size,
+        head_size=head_size(module),
+        heads=heads,
+        neurons=neurons,
+        tokens=tokens,
+        queries=queries_per_head(module),
+        gated=family_of(module).gate is not None,
+        base=tokens * math.prod(shape_of(vocabulary)) if vocabulary is not None else 0,
+    )
+
+
+def cheapest(prices: Sequence[Mapping[int, float]], costs: Sequence[float], room: float) -> list[int]:
     """A count for every sublayer: the least summed price that fits, exact but for the `BINS` steps of the cost axis.
 
     Args:
@@ -97,7 +118,7 @@ def cheapest(prices: Sequence[Mapping[int, float]], costs: Sequence[int], room: 
     return chosen[::-1]
 
 
-def most_important(scores: Sequence[np.ndarray], costs: Sequence[int], room: float) -> list[list[int]]:
+def most_important(scores: Sequence[np.ndarray], costs: Sequence[float], room: float) -> list[list[int]]:
     """The units of every sublayer that stay, ascending: the most important for what they cost, so many as fit.
 
     Within one unit of the optimum of the relaxed problem, in which the last one may stay in part.

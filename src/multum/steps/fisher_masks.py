@@ -17,14 +17,16 @@ As in the authors' code, the training examples are drawn once for all three, wit
 heads of the first block are not tuned; and the feed-forward of the last block is tuned for the first token, the only one read. Two
 slips of it are not repeated: there a latency budget shrinks with every candidate looked at, and units below the knee of a latency
 curve count for nothing. A column of ones beside the heads, which it fits and throws away, is left out.
+
+Of an encoder-decoder both stacks are cut, cross-attentions as sublayers of their own, the most important units for what they cost
+in multiply-accumulates (`_units`), and blocks that are emptied stay as the biases they have.
 """
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +37,24 @@ from torch import nn
 
 from ..core.blocks import Block, walk_blocks
 from ..core.factored import refuse_factored
-from ..core.families import blocks_of, family_of, is_pre_norm, one_stack
-from ..core.gates import gate_gradients
+from ..core.families import every_block, family_of, one_stack, stacks_of
+from ..core.gates import place_gradients
 from ..core.latency import LatencyTable
-from ..core.linears import Linear, is_linear, matrix, shape_of
+from ..core.linears import Linear, is_linear, matrix
 from ..core.model import Model
 from ..core.padding import pad
 from ..core.second_order import double
 from ..core.step import Step
-from ..core.surgery import head_size, head_width, heads_and_neurons, keep_blocks, keep_heads, keep_neurons, queries_per_head
+from ..core.sublayers import HEADS, NEURONS, places_of, units_of
+from ..core.surgery import head_size, keep_blocks
 from ..core.task import Batch, Task
 from ..core.training import on_accelerator
-from ._masks import Kept, Pair, importance, rearrange, search
+from ..errors import InputError
+from ._masks import Pair, importance, rearrange, search_under
+from ._units import Costs, costs_of, mac_table, most_important
 
 Place = tuple[str, str]
 """A part of a block, and its `input` or `output`."""
-BISECTIONS = 10
-"""Halvings of what lies between two budgets."""
 RUNAWAY = 10.0
 """A scale beyond this says that the least squares went wrong: tuning ends there."""
 
@@ -67,59 +70,16 @@ def scales(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
     return 1.0 + found
 
 
-def search_under(table: LatencyTable, scores: Sequence[Pair], budget: float) -> Kept:
-    """The search under a measured table. No sublayer goes whole there unless the budget wants it, as in the authors' code.
-
-    What the diagonal says of a whole sublayer is wrong: it sees one unit at a time. Without the attentions of the last blocks the
-    first token reads nothing, and the model guesses, while their units' importances are small and their time is the largest.
-    Where sublayers must go all the same, costs add up over the blocks, for the largest such budget that keeps the real one:
-    blocks behind the last one that attends cost next to nothing, and the search must not be rewarded for making more of them.
-
-    Args:
-        table: the real costs.
-        scores: I per block.
-        budget: in the table's unit.
-    """
-    kept = search(scores, table.total, budget, whole_sublayers=table.unit == "MACs")
-    if table.unit == "MACs" or all(
-        bool(units) == (worth.size > 0)
-        for block, pair in zip(kept, scores, strict=True)
-        for units, worth in zip(block, pair, strict=True)
-    ):
-        return kept
-    flat = replace(table, attention_last=table.attention, feed_forward_last=table.feed_forward)
-    low, high = budget, flat.total([(len(heads), len(neurons)) for heads, neurons in scores])
-    kept = search(scores, flat.total, high)
-    if table.total(_counts(kept)) <= budget:
-        return kept
-    kept = search(scores, flat.total, low)
-    for _ in range(BISECTIONS if flat != table else 0):
-        middle = (low + high) / 2
-        tried = search(scores, flat.total, middle)
-        if table.total(_counts(tried)) <= budget:
-            low, kept = middle, tried
-        else:
-            high = middle
-    return kept
-
-
-def _counts(kept: Kept) -> list[tuple[int, int]]:
-    return [(len(heads), len(neurons)) for heads, neurons in kept]
-
-
 @torch.no_grad()
-def cut(model: Model, kept: Kept) -> tuple[Model, list[int]]:
-    """A copy with only these heads and neurons, and the numbers of the blocks that are left."""
+def cut(model: Model, kept: Sequence[Sequence[list[int]]]) -> tuple[Model, list[int]]:
+    """A copy with only these heads and neurons, and the numbers of the blocks that are left: of an encoder-decoder all."""
     result = model.copy()
-    family, size = family_of(result.module), head_size(result.module)
-    for block, (heads, neurons), (all_heads, all_neurons) in zip(
-        blocks_of(result.module), kept, heads_and_neurons(result.module), strict=True
-    ):
-        if len(heads) < all_heads:
-            keep_heads(block, family, heads, size)
-        if len(neurons) < all_neurons:
-            keep_neurons(block, family, neurons)
-    left = [i for i, (heads, neurons) in enumerate(kept) if heads or neurons]
+    for place, units in zip(places_of(result.module), (units for block in kept for units in block), strict=True):
+        if len(units) < place.size:
+            place.sublayer.keep(place.block, units, head_size(result.module, place.stack.family))
+    if len(stacks_of(result.module)) > 1:
+        return result, list(range(len(kept)))
+    left = [i for i, block in enumerate(kept) if any(block)]
     keep_blocks(result.module, left)
     return result, left
 
@@ -140,8 +100,7 @@ def tune(
     Returns:
         How many sublayers were scaled. Where a scale runs away, it and those after it stay as they are.
     """
-    family, size, tuned = family_of(module), head_width(module), 0
-    attention, feed_forward = _sums_of(module)
+    family, places, tuned = family_of(module), places_of(module), 0
     first_only = type(module).__name__.endswith("ForSequenceClassification") and family.head_dense is not None
     students = walk_blocks(module, batches)
     for theirs in walk_blocks(teacher, batches):
@@ -149,25 +108,20 @@ def tune(
         if number not in blocks:
             continue
         ours = next(students)
-        for path, place, width in ((family.attention_output, attention, size), (family.down, feed_forward, 1)):
-            linear = ours.module.get_submodule(path)
-            if not is_linear(linear) or (path == family.attention_output and number == 0):
+        for part in (place.sublayer for place in places if place.block is ours.module):
+            linear = ours.module.get_submodule(part.path)
+            if not is_linear(linear) or (part.kind == HEADS and number == 0):
                 continue
-            first = first_only and number == blocks[-1] and path == family.down
-            found = scales(*normal_equations(linear, ours, theirs, path, place, width, first=first))
+            first, seen = (
+                first_only and number == blocks[-1] and part.kind == NEURONS,
+                (part.seen, "input" if part.seen else "output"),
+            )
+            found = scales(*normal_equations(linear, ours, theirs, part.path, seen, part.width, first=first))
             if not np.isfinite(found).all() or np.abs(found).max() > RUNAWAY:
                 return tuned
-            matrix(linear).mul_(torch.from_numpy(np.repeat(found, width)).to(linear.weight))
+            matrix(linear).mul_(torch.from_numpy(np.repeat(found, part.width)).to(linear.weight))
             tuned += 1
     return tuned
-
-
-def _sums_of(module: nn.Module) -> tuple[Place, Place]:
-    """Where what the attention, and the feed-forward, gives stands together with the residual stream."""
-    family = family_of(module)
-    if is_pre_norm(module):
-        return (family.feed_forward_norm, "input"), ("", "output")
-    return (family.attention_norm, "input"), (family.feed_forward_norm, "input")
 
 
 def normal_equations(
@@ -202,6 +156,44 @@ def normal_equations(
     return normal.cpu().numpy(), right.cpu().numpy()
 
 
+@dataclass(frozen=True)
+class _ForOne:
+    """The search in a model with one stack."""
+
+    table: LatencyTable
+
+    @property
+    def unit(self) -> str:
+        return self.table.unit
+
+    def total(self, counts: Any) -> float:
+        return self.table.total(counts)
+
+    def room(self, counts: Any, speedup: float, _: str) -> float:
+        return self.table.total(counts) / speedup
+
+    def search(self, gradients: Sequence[Any], room: float) -> list[tuple[list[int], ...]]:
+        return list(search_under(self.table, importance(gradients), room))
+
+
+@dataclass(frozen=True)
+class _ForTwo:
+    """The search in an encoder-decoder, under multiply-accumulates."""
+
+    costs: Costs
+    unit = "MACs"
+
+    def total(self, counts: Any) -> float:
+        return self.costs.of(counts)
+
+    def room(self, _: Any, speedup: float, step: str) -> float:
+        return self.costs.room(speedup, step)
+
+    def search(self, gradients: Sequence[Any], room: float) -> list[tuple[list[int], ...]]:
+        found = iter(most_important([(g**2).sum(0) for block in gradients for g in block], self.costs.units, room))
+        return [tuple(next(found) for _ in block) for block in gradients]
+
+
 @dataclass(frozen=True, kw_only=True)
 class FisherMasks(Step):
     """Remove the heads and neurons that the task's loss needs least, until the model is faster by a factor."""
@@ -233,63 +225,52 @@ class FisherMasks(Step):
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module.eval()
-        one_stack(module, self.name)
         refuse_factored(module, self.name)
-        before, batches = heads_and_neurons(module), task.calibration(model, self.samples, seed=self.seed)
-        table = self._table(module, batches)
-        device, full = next(module.parameters()).device, table.total(before)
+        two = len(stacks_of(module)) > 1
+        if not two:
+            one_stack(module, self.name)
+        if two and self.latency_table is not None:
+            raise InputError(f"{self.name}: a latency table holds for models of one stack; leave latency_table out")
+        before, batches = units_of(module), task.calibration(model, self.samples, seed=self.seed)
+        choice = _ForTwo(costs_of(module, batches)) if two else _ForOne(self._table(module, batches))
+        room, device = choice.room(before, self.speedup, self.name), next(module.parameters()).device
         with on_accelerator(module):
             gradients = self._gradients(model, task)
-            scores = importance(gradients)
-            kept = search_under(table, scores, full / self.speedup)
+            kept = choice.search(gradients, room)
             if self.rearrange:
                 kept = [
-                    (rearrange(g[0], heads), rearrange(g[1], neurons)) for g, (heads, neurons) in zip(gradients, kept, strict=True)
+                    tuple(rearrange(g, units) for g, units in zip(*block, strict=True))
+                    for block in zip(gradients, kept, strict=True)
                 ]
             result, left = cut(model, kept)
             tuned = 0
             if self.tune:
-                teacher, blocks = cut(model, search_under(table, scores, full / self.speedup**0.5))
+                teacher, blocks = cut(model, choice.search(gradients, choice.room(before, self.speedup**0.5, self.name)))
                 if not set(left) <= set(blocks):
                     teacher, blocks = model, list(range(len(before)))
                 tuned = tune(result.module, left, teacher.module, blocks, batches)
-        inside = set(blocks_of(module).modules())
+        inside = {part for block in every_block(module) for part in block.modules()}
         linears = model.linears()
         model.module = result.module.to(device)
-        after = heads_and_neurons(model.module)
+        after = units_of(model.module)
         return {
             "blocks": [before, after],
             "kept_blocks": left,
-            "predicted": [table.total(before), table.total(after)],
-            "unit": table.unit,
+            "predicted": [choice.total(before), choice.total(after)],
+            "unit": choice.unit,
             "sublayers_tuned": tuned,
             "skipped": {name: "only blocks are cut by this step" for name, linear in linears.items() if linear not in inside},
         }
 
-    def _gradients(self, model: Model, task: Task) -> list[Pair]:
+    def _gradients(self, model: Model, task: Task) -> list[tuple[np.ndarray, ...]]:
+        """Per block g of every sublayer, (mini-batches, units)."""
         rows = task.encode(model, "train")
         chosen = random.Random(self.seed).sample(range(len(rows)), min(self.samples, len(rows)))
         slices = (chosen[start : start + self.batch_size] for start in range(0, len(chosen), self.batch_size))
         batches = (pad([rows[i] for i in numbers], model.tokenizer.pad_token_id) for numbers in slices)
-        found = gate_gradients(model.module, batches, task.loss)
-        return [
-            tuple(np.stack([batch[kind][block].cpu().numpy() for batch in found]) for kind in (0, 1))  # type: ignore[misc]
-            for block in range(len(blocks_of(model.module)))
-        ]
+        slopes = zip(*place_gradients(model.module, batches, task.loss), strict=True)
+        every = iter([np.stack([batch.numpy() for batch in place]) for place in slopes])
+        return [tuple(next(every) for _ in block) for block in units_of(model.module)]
 
     def _table(self, module: Any, batches: Sequence[Batch]) -> LatencyTable:
-        if self.latency_table is not None:
-            return LatencyTable.load(Path(self.latency_table))
-        heads, neurons = (max(counts) for counts in zip(*heads_and_neurons(module), strict=True))
-        lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).double()
-        tokens, vocabulary = round(float(lengths.mean())), module.get_output_embeddings()
-        return LatencyTable.by_macs(
-            hidden=module.config.hidden_size,
-            head_size=head_size(module),
-            heads=heads,
-            neurons=neurons,
-            tokens=tokens,
-            queries=queries_per_head(module),
-            gated=family_of(module).gate is not None,
-            base=tokens * math.prod(shape_of(vocabulary)) if vocabulary is not None else 0,
-        )
+        return LatencyTable.load(Path(self.latency_table)) if self.latency_table else mac_table(module, batches)

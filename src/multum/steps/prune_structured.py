@@ -24,7 +24,6 @@ blocks that are emptied stay as the biases they have.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,20 +36,20 @@ from torch import nn
 
 from ..core.blocks import walk_blocks
 from ..core.factored import refuse_factored
-from ..core.families import every_block, family_of, stacks_of
+from ..core.families import every_block, one_stack, stacks_of
 from ..core.latency import LatencyTable
-from ..core.linears import Linear, is_linear, matrix, shape_of
+from ..core.linears import Linear, is_linear, matrix
 from ..core.model import Model
 from ..core.second_order import Order, adapted, gram, removal_order
 from ..core.step import Step
 from ..core.sublayers import NEURONS, places_of, units_of
-from ..core.surgery import head_size, heads_and_neurons, keep_blocks, queries_per_head
+from ..core.surgery import head_size, keep_blocks
 from ..core.task import Batch, Task
 from ..core.training import autocast, on_accelerator
 from ..errors import InputError
 from ._price import Price
 from ._repair import repair
-from ._units import cheapest, costs_of
+from ._units import cheapest, costs_of, mac_table
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
 """Shares of a sublayer's units at which the price is measured; counts between are interpolated."""
@@ -156,11 +155,13 @@ class PruneStructured(Step):
         module = model.module.eval()
         refuse_factored(module, self.name)
         two = len(stacks_of(module)) > 1
+        if not two:
+            one_stack(module, self.name)
         if two and self.latency_table is not None:
             raise InputError(f"{self.name}: a latency table holds for models of one stack; leave latency_table out")
         batches = task.calibration(model, self.samples, seed=self.seed)
         before, costs = units_of(module), costs_of(module, batches) if two else None
-        table = None if two else self._table(module, batches)
+        table = None if two else LatencyTable.load(Path(self.latency_table)) if self.latency_table else mac_table(module, batches)
         total = cast(Callable[[Any], float], (costs.of if costs else table.total))  # type: ignore[union-attr]
         room = costs.room(self.speedup, self.name) if costs else 0.0
         with on_accelerator(module):
@@ -187,24 +188,6 @@ class PruneStructured(Step):
                 if linear not in inside
             },
         }
-
-    def _table(self, module: nn.Module, batches: Sequence[Batch]) -> LatencyTable:
-        if self.latency_table is not None:
-            return LatencyTable.load(Path(self.latency_table))
-        heads, neurons = (max(counts) for counts in zip(*heads_and_neurons(module), strict=True))
-        lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).double()
-        hidden = cast(Any, module).config.hidden_size
-        tokens, vocabulary = round(float(lengths.mean())), cast(Any, module).get_output_embeddings()
-        return LatencyTable.by_macs(
-            hidden=hidden,
-            head_size=head_size(module),
-            heads=heads,
-            neurons=neurons,
-            tokens=tokens,
-            queries=queries_per_head(module),
-            gated=family_of(module).gate is not None,
-            base=tokens * math.prod(shape_of(vocabulary)) if vocabulary is not None else 0,
-        )
 
 
 def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: int) -> list[tuple[Sublayer, ...]]:

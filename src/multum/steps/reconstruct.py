@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..core.factored import refuse_factored
-from ..core.families import stacks_of
+from ..core.families import one_stack, stacks_of
 from ..core.model import Model
 from ..core.step import Step
 from ..core.sublayers import places_of
@@ -56,8 +56,8 @@ def teacher_blocks(model: Model, teacher: Model) -> list[int]:
         )
     if blocks is None or blocks != sorted(set(blocks)):
         problems.append(
-            f"the model has {_and(counts[0])} blocks and the teacher {_and(counts[1])}, and the model's history does not say which of the "
-            "teacher's they were; take the model that it was cut from"
+            f"the model has {_and(counts[0])} blocks and the teacher {_and(counts[1])}, and the model's history does not say which "
+            "of the teacher's they were; take the model that it was cut from"
         )
     if problems or blocks is None:
         raise InputError(*(f"reconstruct: {problem}" for problem in problems))
@@ -108,6 +108,8 @@ class Reconstruct(Step):
 
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        if len(stacks_of(model.module)) == 1:
+            one_stack(model.module, self.name)
         refuse_factored(model.module, self.name)
         linears, skipped = block_linears(model, self.name)
         teacher = task.load(self.teacher)

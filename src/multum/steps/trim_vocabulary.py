@@ -5,7 +5,8 @@ r"""Trim the vocabulary to the tokens the data needs (in the spirit of Abdaoui e
 V is the vocabulary and E its embedding matrix (|V|, width). S are the special and added tokens, C the single-character
 pieces (of WordPiece `x` and `##x`, of BPE the byte alphabet, of Unigram also the byte pieces), U the tokens that occur
 at least `min_count` times in the training texts, A(U) the ancestors of U: the parts of every BPE merge whose result is
-kept. Ids are renumbered densely and keep their order.
+kept. Ids are renumbered densely and keep their order. Of an encoder-decoder what it reads and what it is to write count, in one
+vocabulary.
 
 Two things hold. *The training texts read as before*: WordPiece takes the longest match, BPE the first merge, Unigram the
 best path, and what each of them took is still there while its rivals can only have gone (with `min_count=1`). *No text
@@ -28,6 +29,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ..core.families import FAMILIES
+from ..core.generation import prefix_of
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
@@ -38,6 +40,8 @@ Spec = dict[str, Any]
 """A fast tokenizer as its JSON says it."""
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _TEXTS_AT_ONCE = 1000
+WRITING_IDS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+"""Fields of generation settings that hold ids, beside those that end in `_token_id`."""
 
 
 def count_tokens(spec: Spec, texts: Iterable[Any]) -> Counter[int]:
@@ -180,6 +184,8 @@ def _renumber_processor(processor: Spec | None, new: Mapping[int, int]) -> None:
 def keep_embeddings(module: Any, rows: Sequence[int]) -> None:
     """Keep these rows of the word embeddings, in this order, and of the LM head where there is one."""
     head = module.get_output_embeddings()
+    if (bias := getattr(module, "final_logits_bias", None)) is not None:  # BART's, which resizing only cuts off
+        bias[:, : len(rows)] = bias[:, torch.as_tensor(rows, device=bias.device)]
     tables = {module.get_input_embeddings().weight} | ({head.weight} if head is not None else set())
     if getattr(head, "bias", None) is not None:
         tables.add(head.bias)
@@ -188,14 +194,33 @@ def keep_embeddings(module: Any, rows: Sequence[int]) -> None:
     module.resize_token_embeddings(len(rows), mean_resizing=False)
 
 
-def _config_ids(config: Any) -> dict[str, int]:
-    return {key: value for key, value in config.to_dict().items() if key.endswith("_token_id") and value is not None}
+def _ids_of(config: Any) -> dict[str, Any]:
+    """What a config, of a model or of how it writes, says in ids: numbers, or lists of them, or lists of lists."""
+    found = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id") or key in WRITING_IDS}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _configs(module: Any) -> list[Any]:
+    return [module.config, *([module.generation_config] if getattr(module, "generation_config", None) is not None else [])]
+
+
+def _flat(ids: Any) -> Iterator[int]:
+    if isinstance(ids, int):
+        yield ids
+    else:
+        for each in ids:
+            yield from _flat(each)
+
+
+def _renumbered(ids: Any, new: Mapping[int, int]) -> Any:
+    return new.get(ids, ids) if isinstance(ids, int) else [_renumbered(each, new) for each in ids]
 
 
 def fixed(model: Model, vocab: Mapping[str, int]) -> set[str]:
     """Tokens the model or the tokenizer's wrapper names by id. RoBERTa counts positions from its padding id."""
     config = model.module.config
-    ids = set(_config_ids(config).values()) | set(model.tokenizer.all_special_ids)
+    ids = {i for each in _configs(model.module) for value in _ids_of(each).values() for i in _flat(value)}
+    ids |= set(model.tokenizer.all_special_ids)
     if config.model_type in FAMILIES and FAMILIES[config.model_type].position_offset:
         ids |= set(range(config.pad_token_id + 1))
     return {token for token, index in vocab.items() if index in ids}
@@ -216,8 +241,6 @@ class TrimVocabulary(Step):
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         spec, module = _spec_of(model), model.module
-        if getattr(module.config, "is_encoder_decoder", False):
-            raise InputError("trim_vocabulary: an encoder-decoder also needs the tokens that it writes, which are not counted yet")
         rows = module.get_input_embeddings().num_embeddings
         before = {"vocabulary": [rows, rows], "bytes_saved": 0}
         if reason := obstacle(spec):
@@ -226,7 +249,12 @@ class TrimVocabulary(Step):
         if max(vocab.values()) >= rows:
             raise InputError(f"the tokenizer has ids up to {max(vocab.values())}, the model only {rows} embeddings")
         inputs = [each if isinstance(each, tuple) else text_of(each) for each in (*task.inputs("train"), *task.unlabelled)]
+        writes = bool(getattr(module.config, "is_encoder_decoder", False))
+        if writes:
+            inputs = [prefix_of(module.config) + str(each) for each in inputs]
         counts = count_tokens(spec, [*inputs, *_lines(self.extra_texts), "", ("", "")])
+        for row in task.encode(model, "train") if writes else ():  # what it is to write, and what the tokenizer puts around it
+            counts.update(index for index in row["labels"] if index >= 0)
         kept = needed(spec, counts, self.min_count)
         kept |= fixed(model, vocab)
         if len(kept) == rows:
@@ -236,8 +264,9 @@ class TrimVocabulary(Step):
         padding = module.get_input_embeddings().padding_idx
         keep_embeddings(module, list(new))
         module.get_input_embeddings().padding_idx = new.get(padding)
-        for name, index in _config_ids(module.config).items():
-            setattr(module.config, name, new.get(index, index))
+        for config in _configs(module):
+            for name, ids in _ids_of(config).items():
+                setattr(config, name, _renumbered(ids, new))
         model.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
         return {"vocabulary": [rows, len(new)], "bytes_saved": (rows - len(new)) * size}
 

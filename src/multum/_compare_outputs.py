@@ -1,0 +1,183 @@
+"""Two models of a task that is no classification into one class: `comparison.json` and a page, as `_compare` has them.
+
+The metric is the task's own (`_compare_tasks`), its difference tested by exchange and put between bounds by the paired bootstrap;
+beside it the outputs that are the same, how far the others are apart, and for which lengths of input it is worse.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import runtimes
+from ._compare_attribution import torch_form
+from ._compare_look import LEVELS
+from ._compare_tasks import Outputs, Seen, View
+from ._compare_tokens import TEXTS, exposures, loaded, next_tokens
+from ._compare_work import Work
+from .core.folders import digest
+from .core.reading import together
+from .errors import InputError
+from .evidence import outputs as ev
+from .evidence.groups import ENOUGH, length_groups
+from .progress import Progress
+
+SHOWN = 200
+"""Examples with other outputs that are listed at most."""
+ONLY = "only of text classification with one label a text"
+
+
+def not_asked(**options: Any) -> list[str]:
+    """Options of the other comparison that say nothing here."""
+    return [f"--{name.replace('_', '-')} is known {ONLY}" for name, value in options.items() if value]
+
+
+class Executed:
+    """A target of any task, opened.
+
+    Raises:
+        InputError: it is for another task, or its labels are others.
+    """
+
+    def __init__(self, folder: Path, threads: int | None, task: Any) -> None:
+        exported = (folder / "runtime.json").is_file()
+        self._inner = runtimes.open(folder, threads) if exported else runtimes.find("pytorch").open(folder, threads=threads)
+        theirs = self._inner.reader.task
+        if theirs != task.name:
+            raise InputError(f"it is a model for {theirs}, and the comparison is of {task.name}; name its task with --task")
+        columns = task.columns_for(list(self._inner.labels))
+        self._columns = slice(None) if columns is None else columns
+        self.folder, files = folder, list(self._inner.files)
+        self.facts = {
+            "target": str(folder),
+            "runtime": self._inner.runtime,
+            "precision": self._inner.precision,
+            "bytes": sum(path.stat().st_size for path in files),
+            "fingerprint": digest(*files),
+        }
+
+    def predict(self, inputs: list[Any]) -> np.ndarray:
+        """As the runtime has it, (inputs, ...), padded with nan; an 8-bit export is asked one by one, as `measure` does."""
+        if self._inner.precision == "int8":
+            found = together([row for one in inputs for row in self._inner.predict([one])])
+        else:
+            found = self._inner.predict(inputs)
+        return np.asarray(found[..., self._columns])
+
+
+def compare_outputs(
+    task: Any,
+    view: View,
+    folders: Mapping[str, Path],
+    sources: Mapping[str, Any],
+    *,
+    output: Path,
+    margin: float,
+    level: str,
+    split: str,
+    seed: int,
+    threads: int | None,
+    asked_for: Mapping[str, Any],
+    progress: Progress,
+    canaries: Sequence[str] = (),
+) -> dict[str, Any]:
+    """All figures, as a result without circumstances; of causal language models also token by token, and exposures of canaries.
+
+    Raises:
+        InputError: models of another task or with other labels, or too few examples.
+    """
+    problems, executed = [], {}
+    for role, folder in folders.items():
+        try:
+            executed[role] = Executed(folder, threads, task)
+        except InputError as error:
+            problems += [f"{sources[role]}: {problem}" for problem in error.problems]
+    count, most = len(task.inputs(split)), LEVELS[level].texts
+    if count < ENOUGH:
+        problems.append(f"the {split} split has {count} examples; nothing is claimed of fewer than {ENOUGH}")
+    if problems:
+        raise InputError(*dict.fromkeys(problems))
+    rows = list(range(count)) if most is None or count <= most else sorted(random.Random(seed).sample(range(count), most))
+    seen, work = Seen(task, split, rows), Work(output, {**asked_for, "models": {role: one.facts for role, one in executed.items()}})
+    predictions: dict[str, np.ndarray] = {}
+    for role, one in executed.items():
+        with progress.stage(role):
+            predictions[role] = work.array(f"{role}-outputs", lambda one=one: one.predict(seen.inputs))  # type: ignore[misc]
+    with progress.stage("figures"):
+        outputs = {role: view.puts_out(seen, found) for role, found in predictions.items()}
+        adds = {role: view.adds(seen, found, outputs[role]) for role, found in predictions.items()}
+        draws = {"draws": LEVELS[level].draws, "seed": seed}
+        how: dict[str, Any] = {"margin": margin if view.share else None, "lower_is_better": view.lower_is_better, **draws}
+        members = {"length": length_groups(np.array([_size(text) for text in seen.inputs]))}
+        comparisons = {
+            role: {
+                "difference": ev.difference(adds["before"], adds[role], view.figure, **how),
+                "same": ev.same(outputs["before"], outputs[role]) if view.discrete else None,
+                "closeness": [
+                    {"name": name, "share": share, **ev.mean(values, **draws)}
+                    for name, share, values in view.apart(
+                        predictions["before"], predictions[role], outputs["before"], outputs[role]
+                    )
+                ],
+                "groups": ev.by_group(adds["before"], adds[role], view.figure, members, **how),
+                "examples": _examples(seen, outputs["before"], outputs[role]) if view.discrete else [],
+            }
+            for role in executed
+            if role != "before"
+        }
+    result = {
+        "metric": {"name": view.metric, "share": view.share, "lower_is_better": view.lower_is_better},
+        "n": len(rows),
+        "n_of_split": count,
+        "margin": margin,
+        "draws": LEVELS[level].draws,
+        "models": {role: {"source": str(sources[role]), **one.facts} for role, one in executed.items()},
+        "comparisons": comparisons,
+    }
+    if task.name == "text-generation":
+        with progress.stage("tokens"):
+            _token_by_token(result, folders, seen, level, canaries, draws)
+    return result
+
+
+def _token_by_token(
+    result: dict[str, Any], folders: Mapping[str, Path], seen: Seen, level: str, canaries: Sequence[str], draws: Mapping[str, int]
+) -> None:
+    """Add how often next tokens are the same and how far their distributions are apart, and the canaries' exposures."""
+    models = loaded({role: torch_form(folder) for role, folder in folders.items()})
+    if models is None:
+        result["notes"] = ["an export has no torch form beside it, so that the models were not compared token by token"]
+        return
+    for role, found in result["comparisons"].items():
+        apart = next_tokens(models["before"], models[role], seen.inputs[: TEXTS[level]])
+        if apart is None:
+            result["notes"] = ["the models read texts in different tokens, so that they were not compared token by token"]
+            continue
+        for name, share, values in zip(
+            ("Same next token", "KL (before‖after) of a next token, nats"), (True, False), apart, strict=True
+        ):
+            found["closeness"].append({"name": name, "share": share, **ev.mean(values, **draws)})
+    for role, model in models.items():
+        result["models"][role]["canaries"] = exposures(model, canaries, draws["seed"])
+
+
+def _examples(seen: Seen, before: Outputs, after: Outputs) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for row, text, one, other in zip(seen.rows, seen.inputs, before, after, strict=True):
+        if one != other and len(found) < SHOWN:
+            found.append({"index": row, "text": _said(text), "before": _said(one), "after": _said(other)})
+    return found
+
+
+def _said(value: Any) -> str:
+    return value if isinstance(value, str) else " ".join(map(str, value)) or "–"
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_size, value.values() if isinstance(value, dict) else value))

@@ -1,0 +1,139 @@
+"""What every leg of a walk does with a model, and what comes behind the walk: packed weights, what ships, the test split."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .core.folders import whole_folder, write_json
+from .core.model import Model
+from .core.step import make
+from .descent import Steps
+from .reckoning import Reckoning
+
+PACKED = {8: "weights in 8 bits", 4: "weights in 4 bits"}
+PACKED_TRIES = 2
+"""Models that are packed in each precision until one keeps the drop, the last of the walk first."""
+TEST_ROUNDS = 30
+"""Of the measurement on the test split, at least."""
+FAR_SLOWER = 1.5
+"""A runtime that took so much longer than the fastest on the original is not tried on what ships."""
+
+
+class Landing(Reckoning):
+    """The part of a walk that makes, measures and ships models."""
+
+    seed: int
+
+    def packed(self) -> None:
+        """The weights of the last models of the walk within the drop in 8 and in 4 bits: fewer bytes, no less time."""
+        floats = [c for c in self.run.candidates if c["drop"] <= self.run.budget.max_drop and c["technique"] not in PACKED.values()]
+        for bits, technique in PACKED.items():
+            steps = self.descent.packing(bits)
+            for source in floats[: -PACKED_TRIES - 1 : -1] if steps else []:
+                if self._pack(f"{source['folder']}-int{bits}", source["folder"], steps, technique):
+                    break
+
+    def _pack(self, name: str, source: str, steps: Steps, technique: str) -> bool:
+        """Pack a model that is there already, under a new name. True when it then keeps the drop."""
+        if not (self.folder / name).exists():
+            if not self._time_for(name, [(f"{name}: measure", self.measuring)]):
+                return False
+            model = self.task.load(str(self.folder / source))
+            self._save(self._steps(f"{name}: pack", steps, model), self.folder / name)
+        self._enter(name, technique, source)
+        return self._holds(name)
+
+    def ship(self) -> dict[str, Any]:
+        """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
+        self.progress.plan([("choose a runtime", 8), ("measure on the test split", 12)])
+        best = self.run.best()
+        source, folder = self.folder / best["folder"], self.folder / "chosen"
+        model = self.task.load(str(source))
+        walked = self.run.find(best["folder"]) or best
+        wanted = [offer for offer in self._worth_trying() if offer[1] == walked["precision"] or offer == ("onnxruntime", "int8")]
+        wanted = wanted if self.descent.exports else []
+        targets = self.bench.export(model, source, wanted)
+        known = {candidate["target"] for candidate in self.run.candidates}
+        if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
+            with self.progress.stage("choose a runtime"):
+                measured = self.bench.measure([self.folder / self.run.strongest()["target"], *new])[1:]
+            for target, metrics in zip(new, measured, strict=True):
+                form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
+                self.bench.add(f"{source.name}, {form}", source, target, "another runtime", model, metrics, source.name)
+            self.bench.keep()
+        best = self.run.best()
+        if self.run.values.get("shipped") != best["name"] or not folder.exists():
+            with whole_folder(folder) as work:
+                ignored = shutil.ignore_patterns("metrics*.json", "predictions")
+                shutil.copytree(source, work, dirs_exist_ok=True, ignore=ignored)
+                if best["target"] != best["folder"]:
+                    write_json(work / "ship.json", {"target": Path(best["target"]).name})
+            self.run.values["shipped"] = best["name"]
+            self.run.write()
+        return best
+
+    def _worth_trying(self) -> list[tuple[str, str]]:
+        """The forms in which the original was not far slower than in its fastest."""
+        limit = FAR_SLOWER * self.run.strongest()["validation"]["speed"]["p50_ms"]
+        forms = [c for c in self.run.candidates[1:] if c["folder"] == "original" and c["validation"]["speed"]["p50_ms"] <= limit]
+        return [(c["runtime"], c["precision"]) for c in forms]
+
+    def test(self, best: dict[str, Any]) -> None:
+        """The only look at the test split: the original in torch, its fastest form, and what ships."""
+        shipped = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
+        if best["test"]:  # shipped before, for this or another budget
+            write_json(shipped / "metrics.json", best["test"])
+            return
+        compared = {c["name"]: c for c in (self.run.candidates[0], self.run.strongest(), best)}
+        targets = [shipped if c is best else self.folder / c["target"] for c in compared.values()]
+        with self.progress.stage("measure on the test split"):
+            metrics = self.bench.measure(targets, split="test", rounds=max(TEST_ROUNDS, self.effort.rounds))
+        for candidate, found in zip(compared.values(), metrics, strict=True):
+            candidate["test"] = found
+        self.bench.keep()
+
+    # -- what every leg uses -------------------------------------------------------------------------------------------------
+
+    def _step(self, stage: str, step: str, model: Model, **fields: Any) -> Model:
+        return self._steps(stage, [(step, fields)], model)
+
+    def _steps(self, stage: str, steps: Steps, model: Model) -> Model:
+        """Several steps that are one stage."""
+        with self.progress.stage(stage):
+            for step, fields in steps:
+                model = make(step, fields)(model, self.task)
+            return model
+
+    def _save(self, model: Model, folder: Path, **extra: Any) -> None:
+        data = self.run.values["data"]
+        self.bench.keep()  # a folder without run.json beside it would look like somebody else's
+        model.save(folder, {"task": self.task.name, "data": data["fingerprints"], "seed": self.seed, **extra})
+        self.bench.keep()
+
+    def _enter(self, name: str, technique: str, made_from: str) -> bool:
+        """Export a rung to the runtime that the walk is measured on, measure it, write it down. False if it has no such form."""
+        if self.run.find(name):
+            return True
+        folder, strongest = self.folder / name, self.run.strongest()
+        model = self.task.load(str(folder))
+        form = (strongest["runtime"], strongest["precision"])
+        targets = self.bench.export(model, folder, [form]) if self.descent.exports else [folder]
+        if not targets:
+            return False
+        with self.progress.stage(f"{name}: measure"):
+            _, metrics = self.bench.measure([self.folder / strongest["target"], *targets])
+        self.bench.add(name, folder, targets[0], technique, model, metrics, made_from)
+        self.bench.keep()
+        return True
+
+    def _holds(self, name: str) -> bool:
+        """Whether a rung keeps the drop; the other limits say nothing about how far down to go."""
+        return self._drop(name) <= self.run.budget.max_drop
+
+    def _drop(self, name: str) -> float:
+        """What a rung lost; without end if it could not be made or measured."""
+        found = self.run.find(name)
+        return float(found["drop"]) if found else math.inf
