@@ -92,7 +92,7 @@ class Bench:
                 f"alone is right in {100 * guess:.1f} %): it learned nothing, so what was kept of it is worth nothing. Check that "
                 "texts and labels belong together, or give more data"
             )
-        worth = WORTH.get(metrics["quality"]["metric"])
+        worth = WORTH.get(metrics["quality"].get("metric", ""))
         if worth is not None and metrics["quality"]["value"] < worth:
             self.run.warn(
                 f"the original hardly writes anything right ({metrics['quality']['metric']} {metrics['quality']['value']:.3g}), so "

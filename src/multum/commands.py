@@ -227,10 +227,8 @@ def predict_and_show(
     inputs = inputs_of(texts, pairs, source, columns, reader.columns)
     predictor = _predictor(folder, inputs, runtime, threads)
     if count := _cut(predictor, inputs):
-        terminal.say(
-            f"{count} of {len(inputs)} inputs {'has' if count == 1 else 'have'} {predictor.max_length} tokens or more: the model reads "
-            "no further"
-        )
+        they = "inputs has" if count == 1 else "inputs have"
+        terminal.say(f"{count} of {len(inputs)} {they} {predictor.max_length} tokens or more: the model reads no further")
     found = answers(predictor, inputs)
     if as_json:
         terminal.print_json(list(found))
