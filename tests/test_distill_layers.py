@@ -95,11 +95,12 @@ def test_nor_where_every_token_or_place_has_an_answer(kind: str, tmp_path: Path)
     master.save(tmp_path / "master")
     common = {"teacher": str(tmp_path / "master"), "cache": str(tmp_path / "kept"), "alpha": 0.5, **TRAINING, "batch_size": 8}
     layers, answers = (DistillLayers(**one("hidden", 1e-9), **common), Distill(**common))
-    expected = answers(student, task).module.state_dict()
-    found = layers(student, task)
-    for name, value in found.module.state_dict().items():
-        assert name.endswith("key.bias") or torch.allclose(value, expected[name], atol=1e-3), name
-    assert found.fingerprint() != student.fingerprint()
+    expected, found = (step(student, task) for step in (answers, layers))
+    losses = [each.history[-1]["training"]["loss"] for each in (expected, found)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    weights = [torch.cat([value.flatten() for value in each.module.state_dict().values()]) for each in (student, expected, found)]
+    # Adam makes gradients of mere rounding as large as any other, but there are few.
+    assert (weights[1] - weights[2]).abs().mean() < 0.02 * (weights[0] - weights[1]).abs().mean()
     both = DistillLayers(**one("hidden"), **common)(student, task).history[-1]["training"]["loss"]
     alone = DistillLayers(**one("hidden"), logits=0.0, **common)(student, task).history[-1]["training"]["loss"]
     assert both > alone > 0

@@ -13,6 +13,7 @@ import translators
 from lessons import other_words, uld_by_loops
 
 from multum.core.continuations import continued, pieces, rows_of
+from multum.core.generated import cached_texts
 from multum.core.model import Model
 from multum.core.training import fit
 from multum.errors import InputError
@@ -71,6 +72,18 @@ def test_at_sequence_level_it_is_training_on_what_the_teacher_writes(causal: tup
     assert found.history[-1]["texts"] == {"sources": len(prompts), "references": 0, "empty": 0}
     drawn = [taught("causal", causal, tmp_path, alpha=0.0, mix=0.0, sample=True) for _ in range(2)]
     assert difference(*drawn) == 0.0
+
+
+def test_an_encoder_decoders_texts_may_be_drawn_too(pairs: tuple[Any, str], tmp_path: Path) -> None:
+    task, folder = pairs
+    teacher = task.load(folder)
+    sources = list(task.inputs("train"))
+    drawn = [cached_texts(teacher, sources, tmp_path, precision="fp32", drawn=seed) for seed in (0, 1, 0)]
+    searched = cached_texts(teacher, sources, tmp_path, precision="fp32")
+    assert drawn[0] == drawn[2]
+    assert len({tuple(texts) for texts in (*drawn, searched)}) == 3
+    made = taught("pairs", pairs, tmp_path, alpha=0.0, mix=0.0, sample=True)
+    assert made.history[-1]["generation"]["drawn"] == 0
 
 
 @pytest.mark.parametrize("kind", ["causal", "pairs"])

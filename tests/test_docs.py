@@ -29,6 +29,7 @@ def folder(tmp_path: Path, monkeypatch: Any) -> Path:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
+    tiny.language_model("llama").save(tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     for name in ("train", "validation"):
         rows = getattr(tiny.splits(48, 16), name)
         with (tmp_path / f"{name}.csv").open("w", newline="") as file:

@@ -212,8 +212,9 @@ class Collator:
             if not numbers:
                 extra[TEACHER_INPUTS] = dict(self.teacher(rows, padding=True, return_tensors="pt"))
             if self.student and "input_ids" not in rows[0]:
-                encoded = self.student(rows)
-                rows = [{**row, **{name: values[i] for name, values in encoded.items()}} for i, row in enumerate(rows)]
+                encoded, writes = self.student(rows), isinstance(self.student, LanguageReader)
+                own = [{} if writes else row for row in rows]  # a language model's labels are its tokens
+                rows = [{**row, **{name: values[i] for name, values in encoded.items()}} for i, row in enumerate(own)]
             rows = [{name: value for name, value in row.items() if name not in self.teacher.columns} for row in rows]
         return {**self.base(rows), **extra}
 

@@ -64,7 +64,7 @@ class Pairs:
         self.task, self.teacher, self.how = task, teacher, how
         self.sources: Sequence[Any] = [*task.inputs("train"), *task.unlabelled]
         self.references: Sequence[Continuation] = [Continuation(text, ended=True) for text in task.references["train"]]
-        self.notes = settings_of(teacher.module)
+        self.notes = settings_of(teacher.module) | ({} if how.drawn is None else {"drawn": how.drawn})
 
     def written(self, numbers: Sequence[int]) -> list[Continuation]:
         sources, how = [self.sources[number] for number in numbers], self.how
@@ -96,7 +96,8 @@ class Prompts:
             raise InputError("distill_generation: no training text has a prompt and what follows it, two tokens or more")
         self.sources: Sequence[Any] = [piece.prompt for piece in (*own, *more)]
         self.references: Sequence[Continuation] = [piece.reference for piece in own]
-        self.notes = {"num_beams": how.beams, "max_new_tokens": self.longest}
+        searched = {"num_beams": how.beams} if how.drawn is None else {"drawn": how.drawn}
+        self.notes = {**searched, "max_new_tokens": self.longest, "prompt_tokens": tokens}
 
     def written(self, numbers: Sequence[int]) -> list[Continuation]:
         how, penalty = self.how, 1.0 if self.how.length_penalty is None else self.how.length_penalty
