@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from common import median_with_range, publish, reviews
+from peak import Peak
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
@@ -103,8 +103,9 @@ def opened(folder: Path) -> tuple[Any, Model, Model]:
 
 def peak(name: str, folder: str) -> float:
     """Megabytes of memory at the most, of a process that does nothing else."""
-    run(name, Path(folder), *opened(Path(folder)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with Peak() as found:
+        run(name, Path(folder), *opened(Path(folder)))
+    return found.figures["peak_mb"]
 
 
 def main() -> None:

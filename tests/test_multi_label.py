@@ -171,7 +171,7 @@ def test_a_score_is_asked_for_by_its_column(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", rows)
     task = open_task("text-classification", source, columns={"score": "label"})
     assert isinstance(task, Regression)
-    assert "all: 1 row dropped: no score" in task.notes
+    assert "1 row dropped: no score" in task.notes
     with pytest.raises(InputError, match=r"--columns score=COLUMN"):
         open_task("text-classification", source)
     with pytest.raises(InputError, match="names a label and a score"):

@@ -42,7 +42,7 @@ def test_a_document_without_summary_is_dropped_and_counted(tmp_path) -> None:
     rows = [f"{document},{summary}" for document, summary in translators.sentences(40)]
     (tmp_path / "d.csv").write_text("\n".join(["document,summary", *rows, "a film,"]) + "\n", encoding="utf-8")
     task = open_task("summarization", str(tmp_path / "d.csv"))
-    assert "all: 1 row dropped: empty summary" in task.notes
+    assert "1 row dropped: empty summary" in task.notes
     (tmp_path / "e.csv").write_text("document\na\n", encoding="utf-8")
     with pytest.raises(InputError, match="no column 'summary'"):
         open_task("summarization", str(tmp_path / "e.csv"))

@@ -24,7 +24,8 @@ def clean(
     def drop(bad: pd.Series, what: str) -> None:
         nonlocal table
         if count := int(bad.sum()):
-            notes.append(f"{split}: {count} {'row' if count == 1 else 'rows'} dropped: {what}")
+            where = "" if split == "all" else f"{split}: "
+            notes.append(f"{where}{count} {'row' if count == 1 else 'rows'} dropped: {what}")
             table = table[~bad]
 
     if label in table:

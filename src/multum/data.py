@@ -155,7 +155,8 @@ def read(
     tables = _prepared(tables, prepare, source, notes)
     tables = {name: clean(table, name, texts, keys, stratify, notes) for name, table in tables.items()}
     if empty := [name for name, table in tables.items() if table.empty]:
-        raise InputError(*(f"{source}: no usable row is left in {name}" for name in empty), *notes)
+        of = {name: "" if name == "all" else f" in {name}" for name in empty}
+        raise InputError(*(f"{source}: no usable row is left{of[name]}" for name in empty), *notes)
     if stratify and any(isinstance(cell, list) for table in tables.values() for cell in table[stratify]):
         stratify = None  # sets of labels are too many to share out in equal parts
     tables = complete(tables, stratify, seed, source, notes, group)

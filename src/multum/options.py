@@ -23,7 +23,7 @@ TaskOptions = Annotated[
     str, typer.Option("--options", metavar="A=B,...", help="Of the task: packed=false (language models), beams=4 (translation).")
 ]
 OptionalData = Annotated[
-    str, typer.Option("--data", metavar="D", help="As for shrink; by default the data of the run it came from.")
+    str, typer.Option("--data", metavar="D", help="As for shrink; by default that of the shrink or recipe it came from.")
 ]
 TaskName = Annotated[str, typer.Option("--task", metavar="T", help="As Hugging Face pipelines name it: text-classification.")]
 OptionalTask = Annotated[str, typer.Option("--task", metavar="T", help="By default the task the model was made for.")]
@@ -39,7 +39,7 @@ MaxDrop = Annotated[str, typer.Option(metavar="POINTS", help="Points of the task
 MaxLatency = Annotated[str | None, typer.Option(metavar="5ms", help="Median time of one text, on this machine.")]
 MaxSize = Annotated[str | None, typer.Option(metavar="20MB", help="All files needed to run it.")]
 MinSpeedup = Annotated[str | None, typer.Option(metavar="4", help="Times faster than the original in torch.")]
-TimeLimit = Annotated[str | None, typer.Option(metavar="30m", help="No rung is begun that would end later.")]
+TimeLimit = Annotated[str | None, typer.Option(metavar="30m", help="No rung after the first is begun that would end later.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Train and measure less.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file with model, task, data and steps.")]
 OtherModel = Annotated[str, typer.Option("--model", metavar="MODEL", help="Takes the place of the recipe's model.")]

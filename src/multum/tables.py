@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -182,7 +183,7 @@ def _json(path: Path) -> pd.DataFrame:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: {error.msg}") from error
+        raise InputError(f"{path}, line {error.lineno}: {_of_json(error)}") from error
     rows = found.get("data") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f'{path}: a list of objects like [{{"text": ...}}] is needed, or the nested form of SQuAD')
@@ -245,15 +246,21 @@ def _lines(path: Path) -> pd.DataFrame:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: {error.msg}") from error
+                raise InputError(f"{path}, line {number}: {_of_json(error)}") from error
             if not isinstance(row, dict):
                 raise InputError(f'{path}, line {number}: an object like {{"text": ...}} is needed')
             rows.append(row)
     return pd.DataFrame(rows)
 
 
+def _of_json(error: json.JSONDecodeError) -> str:
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
-    example = f"iconv -f LATIN1 -t UTF-8 {path.name} -o utf8{path.suffix}"
+    with path.open("rb") as file:
+        now = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "LATIN1"
+    example = f"iconv -f {now} -t UTF-8 {path.name} -o utf8{path.suffix}"
     return InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, for example: {example}")
 
 

@@ -6,6 +6,7 @@ The name of a step is the name of its file in `multum.steps`; there is no other 
 
 from __future__ import annotations
 
+import difflib
 import pkgutil
 import time
 from abc import ABC, abstractmethod
@@ -115,7 +116,8 @@ def find(name: str) -> type[Step]:
         InputError: there is none.
     """
     if name not in names():
-        raise InputError(f"no step named {name!r}; there are: {', '.join(names())}")
+        close = "".join(f"; did you mean {found}?" for found in difflib.get_close_matches(name, names(), n=1))
+        raise InputError(f"no step named {name!r}{close or '; there are: ' + ', '.join(names())}")
     module = import_module(f"multum.steps.{name}")
     return next(
         value

@@ -1,5 +1,4 @@
-r"""Slice the hidden width: rotate the residual stream to its principal directions and delete the last (SliceGPT: Ashkboos et al.
-2024, arXiv:2401.15024).
+r"""SliceGPT: rotate the residual stream to its principal directions and delete the last (Ashkboos et al. 2024, arXiv:2401.15024).
 
     RMSNorm(x Q) = RMSNorm(x) Q for an orthogonal Q                              (the invariance, sec. 3.1)
     E <- E Q      W_in <- W_in diag(g) Q      W_out <- Qᵀ W_out      b_out <- b_out Q      g <- 1
