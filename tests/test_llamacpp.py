@@ -47,7 +47,8 @@ def test_every_family_answers_as_torch_does(family: str, tmp_path: Path) -> None
     for found, sums in zip(whole, expected, strict=True):
         np.testing.assert_allclose(found[: len(sums)], sums, rtol=1e-3)
         assert np.isnan(found[len(sums) :]).all()
-    assert predictor.lengths(TEXTS) == [len(ids) for ids in model.tokenizer(TEXTS)["input_ids"]]
+    # A long text is read in windows, each a row.
+    assert sum(predictor.lengths(TEXTS)) == sum(len(ids) for ids in model.tokenizer(TEXTS)["input_ids"])
     assert predictor.predict([]).shape == (0, 0, 3)
 
 

@@ -234,7 +234,7 @@ def test_data_is_cleaned_and_nested_columns_are_found(tmp_path: Path) -> None:
         assert task.beams == 2
         back = {target: source for source, target in pairs}
         assert all(task.references["test"][i] == back[source] for i, source in enumerate(task.inputs("test")))
-        assert {"all: 1 row dropped: empty source", "all: 1 row dropped: empty target"} <= set(task.notes)
+        assert {"1 row dropped: empty source", "1 row dropped: empty target"} <= set(task.notes)
     with pytest.raises(InputError, match=r"no column 'source'; it has: id, translation.en, translation.de"):
         open_task("translation", str(tmp_path / "d.jsonl"))
 

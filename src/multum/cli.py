@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -287,4 +289,10 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         say(f"\n{STOPPED}.")
-        raise SystemExit(INTERRUPTED) from None
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+    # All is tidied up by now. Threads of native libraries may be in the middle of something, and taking those down has crashed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
