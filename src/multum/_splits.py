@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from .core.folders import digest
+from .core.task import of_split
 from .errors import InputError
 from .tables import SPLITS
 
@@ -24,8 +25,7 @@ def clean(
     def drop(bad: pd.Series, what: str) -> None:
         nonlocal table
         if count := int(bad.sum()):
-            where = "" if split == "all" else f"{split}: "
-            notes.append(f"{where}{count} {'row' if count == 1 else 'rows'} dropped: {what}")
+            notes.append(f"{of_split(split)}{count} {'row' if count == 1 else 'rows'} dropped: {what}")
             table = table[~bad]
 
     if label in table:

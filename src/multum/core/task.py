@@ -111,3 +111,8 @@ class Task(Protocol):
     def batches(self, model: Model, split: SplitName, batch_size: int) -> Iterator[Batch]:
         """Padded batches of a split in its own order, labels included."""
         ...
+
+
+def of_split(split: str) -> str:
+    """How a remark on the rows of a split begins; data that is not split yet (`all`) needs no name."""
+    return "" if split == "all" else f"{split}: "

@@ -18,7 +18,7 @@ import torch
 from scipy.stats import rankdata
 from torch.nn import functional as F
 
-from ..core.task import Batch, Quality, SplitName
+from ..core.task import Batch, Quality, SplitName, of_split
 from ..errors import InputError
 from ._encoder import SPLITS
 from ._interval import bootstrap
@@ -50,9 +50,11 @@ class Regression(TextTask):
             score = pd.to_numeric(table["score"], errors="coerce").replace([np.inf, -np.inf], np.nan)
             given = table["score"].notna() & (table["score"].astype(str).str.strip() != "")
             if wrong := [repr(value) for value in table["score"][given & score.isna()]]:
-                problems.append(f"{split}: {len(wrong)} scores are no numbers: {', '.join(wrong[:3])}{', ...' * (len(wrong) > 3)}")
+                problems.append(
+                    f"{of_split(split)}{len(wrong)} scores are no numbers: {', '.join(wrong[:3])}{', ...' * (len(wrong) > 3)}"
+                )
             if missing := int((~given).sum()):
-                notes.append(f"{split}: {missing} {'row' if missing == 1 else 'rows'} dropped: no score")
+                notes.append(f"{of_split(split)}{missing} {'row' if missing == 1 else 'rows'} dropped: no score")
             result[split] = table.assign(score=score.astype(float))[given]
         if problems:
             raise InputError(*problems)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..core.model import Model
 from ..core.passages import THRESHOLD, Passages, choose, context_tokens, first_token
-from ..core.task import IGNORED, Batch, Quality, SplitName
+from ..core.task import IGNORED, Batch, Quality, SplitName, of_split
 from ..errors import InputError
 from ._encoder import SPLITS, EncoderTask, model_columns
 from ._interval import bootstrap, mean_of
@@ -217,7 +217,7 @@ def _fitting(table: pd.DataFrame, split: str, notes: list[str], problems: list[s
     if lost:
         shown = ", ".join(repr(text[:60]) for text in lost[:SHOWN])
         what = "question" if len(lost) == 1 else "questions"
-        notes.append(f"{split}: {len(lost)} {what} left out: no answer occurs in the context: {shown}")
+        notes.append(f"{of_split(split)}{len(lost)} {what} left out: no answer occurs in the context: {shown}")
     del problems[SHOWN:]
     return table.iloc[kept].assign(answers=pd.Series(answers, dtype=object, index=table.index[kept]))
 

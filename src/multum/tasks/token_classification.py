@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from ..core.model import Model
-from ..core.task import IGNORED, UNKNOWN, Batch, Quality, SplitName
+from ..core.task import IGNORED, UNKNOWN, Batch, Quality, SplitName, of_split
 from ..core.words import Words, best_tags, entities, first_tokens, in_spans, words_of
 from ..errors import InputError
 from ._encoder import SPLITS, EncoderTask, model_columns
@@ -70,12 +70,14 @@ class TokenClassification(EncoderTask):
             uneven = [row for row, (one, other) in enumerate(zip(words, tags, strict=True), 1) if len(one) != len(other)]
             if uneven:
                 problems.append(
-                    f"{split}: {len(uneven)} sentences have more or fewer tags than words (the first are rows "
+                    f"{of_split(split)}{len(uneven)} sentences have more or fewer tags than words (the first are rows "
                     f"{', '.join(map(str, uneven[:3]))}); every word takes one tag"
                 )
             kept = [row for row, (one, other) in enumerate(zip(words, tags, strict=True)) if one and MISSING not in other]
             if empty := len(words) - len(kept):
-                notes.append(f"{split}: {empty} {'row' if empty == 1 else 'rows'} dropped: no words, or a word without a tag")
+                notes.append(
+                    f"{of_split(split)}{empty} {'row' if empty == 1 else 'rows'} dropped: no words, or a word without a tag"
+                )
             used = table.iloc[kept]
             both = {"tokens": words, "tags": tags}
             result[split] = used.assign(**{name: _column([cells[row] for row in kept], used) for name, cells in both.items()})
