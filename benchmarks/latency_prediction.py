@@ -38,6 +38,7 @@ from multum.core.surgery import heads_and_neurons
 from multum.data import open_task
 from multum.example import fetch
 from multum.runtimes import find
+from multum.targets import export_model
 
 PRECISIONS = ("int8", "fp32")
 
@@ -104,15 +105,7 @@ class Bench:
     def export(self, folder: Path, precision: str) -> Path:
         target, model = folder / f"onnxruntime-{precision}", self.task.load(str(folder))
         if not target.exists():
-            find("onnxruntime").export(
-                model,
-                target,
-                precision=precision,
-                inputs=self.task.inputs("validation")[:64],
-                calibration=self.task.calibration(model, 64),
-                max_length=self.task.length_limit(model),
-                pairs=self.task.has_pairs,
-            )
+            export_model(find("onnxruntime"), model, target, precision, self.task, 0)
         return target
 
     def taken(self, precision: str) -> list[dict[str, Any]]:
