@@ -124,12 +124,12 @@ def compare(
     problems.refuse()
     assert opened is not None  # noqa: S101 - or there was a problem
     on, where = opened
+    asked_for: dict[str, Any] = {"level": level, "split": split, "seed": seed or 0, "runtime": runtime}
+    where_from = {"source": where, "columns": columns, "fingerprints": dict(on.fingerprints)}
     if view := view_of(on):
         problems += not_asked(group_by=group_by, shift=shift, lexicon=lexicon, shadows=shadows)
         problems.refuse()
-        about = {"task": task, "level": level, "split": split, "seed": seed or 0, "runtime": runtime}
-        about |= {"canaries": str(canaries) if canaries else None}
-        about["data"] = {"source": where, "columns": columns, "fingerprints": dict(on.fingerprints)}
+        about = {"task": task, **asked_for, "canaries": str(canaries) if canaries else None, "data": where_from}
         how: dict[str, Any] = {"margin": margin / 100, "level": level, "split": split, "seed": seed or 0, "threads": threads}
         found = compare_outputs(
             on, view, folders, sources, output=Path(output), asked_for=about, progress=progress, canaries=secrets, **how
@@ -151,21 +151,8 @@ def compare(
     with problems.gather():
         trained = _shadows(on, folders, look, split, shadows, seed or 0)
     problems.refuse()
-    asked_for = {
-        "level": level,
-        "split": split,
-        "seed": seed or 0,
-        "shadows": shadows,
-        "runtime": runtime,
-        "data": {
-            "source": where,
-            "columns": columns,
-            "group_by": list(group_by),
-            "fingerprints": dict(on.fingerprints),
-            "shift": str(shift) if shift else None,
-            "lexicon": str(lexicon) if lexicon else None,
-        },
-    }
+    further = {"shift": str(shift) if shift else None, "lexicon": str(lexicon) if lexicon else None}
+    asked_for |= {"shadows": shadows, "data": {**where_from, "group_by": list(group_by), **further}}
     read = {name: digest(Path(path)) for name, path in (("shift", shift), ("lexicon", lexicon)) if path}
     executed = {role: [str(source), predictors[role].facts["fingerprint"]] for role, source in sources.items()}
     work = Work(Path(output), {"models": executed, "margin": margin, **asked_for, **read})
@@ -173,14 +160,7 @@ def compare(
     with progress.stage("figures"):
         figures = {role: compared(answers["before"], answers[role], asked) for role in sources if role != "before"}
         models = {
-            role: {
-                "source": str(source),
-                **predictors[role].facts,
-                "torch_form": str(torch_form(folders[role]) or "") or None,
-                "trained_here": _trained_here(folders[role], on),
-                "private": _private(folders[role]),
-                **own_figures(answers[role], asked),
-            }
+            role: {"source": str(source), **_facts(folders[role], predictors[role], on), **own_figures(answers[role], asked)}
             for role, source in sources.items()
         }
     result = {
@@ -207,6 +187,16 @@ def _shadows(task: Any, folders: Mapping[str, Path], look: Look, split: str, cou
         return None
     truth = np.concatenate([look.members_truth, look.truth])
     return Shadows(task, folders, texts=[*look.members, *look.texts], truth=truth, split=split, count=count, seed=seed)
+
+
+def _facts(folder: Path, predictor: Predictor, task: Any) -> dict[str, Any]:
+    """What is known of a model beside its answers."""
+    return {
+        **predictor.facts,
+        "torch_form": str(torch_form(folder) or "") or None,
+        "trained_here": _trained_here(folder, task),
+        "private": _private(folder),
+    }
 
 
 def _trained_here(folder: Path, task: Any) -> bool | None:
