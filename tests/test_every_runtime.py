@@ -26,6 +26,7 @@ from multum.errors import InputError, MissingExtra, ParityError
 from multum.runtimes import _encoder, _encoder_graph
 from multum.runtimes._encoder_graph import quantize
 from multum.runtimes._predictor import cores
+from multum.targets import export_model
 from multum.tasks._multi_label import MultiLabelClassification
 from multum.tasks._regression import Regression
 
@@ -297,16 +298,7 @@ def test_probes_of_more_blocks_hold_more(monkeypatch: pytest.MonkeyPatch) -> Non
 def export_for(runtime: str, model: Model, task: Any, folder: Path, precision: str) -> Any:
     """An export, opened."""
     task.configure(model.module.config)
-    runtimes.find(runtime).export(
-        model,
-        folder,
-        precision=precision,
-        inputs=task.inputs("validation"),
-        calibration=task.calibration(model, 32),
-        max_length=task.length_limit(model),
-        pairs=task.has_pairs,
-        task=task.name,
-    )
+    export_model(runtimes.find(runtime), model, folder, precision, task, 0)
     return runtimes.open(folder, threads=1)
 
 

@@ -124,16 +124,7 @@ def test_without_texts_or_with_nonsense_there_are_no_ranges() -> None:
 
 
 def export(model: Any, task: Any, folder: Path, precision: str) -> Any:
-    onnxruntime.export(
-        model,
-        folder,
-        precision=precision,
-        inputs=task.inputs("validation"),
-        calibration=task.calibration(model, 32),
-        max_length=task.length_limit(model),
-        pairs=task.has_pairs,
-        task=task.name,
-    )
+    targets.export_model(onnxruntime, model, folder, precision, task, 0)
     return runtimes.open(folder, threads=1)
 
 
