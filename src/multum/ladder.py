@@ -170,7 +170,7 @@ class Ladder(Landing):
         """Teach a rung that is there already, under a new name. True when it then keeps the drop."""
         if not (self.folder / name).exists():
             model = self.task.load(str(self.folder / source))
-            stages = teaching(name, *self._work(self._share(model)), **self._costs())
+            stages = teaching(name, *self._work(self._share(model)), **self._teaching_costs())
             if not self._time_for(name, stages):
                 return False
             self._save(self._teach(name, model), self.folder / name)

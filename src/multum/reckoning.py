@@ -46,8 +46,12 @@ class Reckoning:
 
     def _costs(self) -> dict[str, Any]:
         """What else that depends on."""
+        return {"cutting": self.descent.cutting, **self._teaching_costs()}
+
+    def _teaching_costs(self) -> dict[str, Any]:
+        """The same where nothing is cut."""
         known = {"taught": (self.folder / "teacher").exists(), "measure": self.measuring}
-        return {**known, "cutting": self.descent.cutting, "teacher_passes": self.descent.teacher_passes}
+        return {**known, "teacher_passes": self.descent.teacher_passes}
 
     def _offers(self) -> list[tuple[str, str]]:
         return benches.offers() if self.descent.exports else []
