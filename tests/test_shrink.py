@@ -22,7 +22,10 @@ from multum.budget import QUICK, Budget
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
 from multum.core.surgery import keep_blocks
+from multum.data import open_task
+from multum.descent import kind_of
 from multum.errors import BudgetNotMet, InputError, ParityError
+from multum.ladder import Ladder
 from multum.plan import ahead
 from multum.progress import Progress
 from multum.run_folder import RunFolder, check_folder
@@ -35,6 +38,9 @@ EFFORT = replace(
     rounds=3,
     teach_below=1.0,
 )
+
+
+RUNGS = ("rung-02", "rung-02-longer")
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +252,24 @@ def test_unlabelled_texts_are_taught_with_and_part_of_what_the_run_is(sources: d
             run(sources, finished)
     finally:
         file.write_text(before)
+
+
+def test_a_finished_rung_is_taught_again_under_a_new_name(sources: dict[str, str], finished: Path, tmp_path: Path) -> None:
+    """What the walk does on its way back and where a rung dropped too much; the next call finds it as it finds any other."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    arguments = json.loads((folder / "run.json").read_text())["arguments"]
+    task = open_task("text-classification", sources["data"], unlabelled=sources["unlabelled"], seed=0)
+    for _ in range(2):
+        state = RunFolder(folder, arguments, task=task, budget=Budget(max_drop=100.0), time_limit_s=3600.0)
+        ladder = Ladder(state, task, EFFORT, Progress.silent(), kind=kind_of(task), trust_remote_code=False)
+        ladder.original()
+        assert ladder._teach_again("rung-02-longer", "rung-02")
+        made = state.find("rung-02-longer")
+        assert made is not None
+        assert (made["technique"], made["made_from"]) == ("distilled for longer", "rung-02")
+    steps = [[entry["step"] for entry in json.loads((folder / name / "recipe.json").read_text())["steps"]] for name in RUNGS]
+    assert steps[1] == [*steps[0], "distill"]
 
 
 def test_a_model_without_layers_is_refused(sources: dict[str, str], tmp_path: Path) -> None:
