@@ -21,7 +21,18 @@ HALF = STEP**0.5
 class MadeUp(Ladder):
     """Every rung costs what `drops` says (rungs that are not named drop 9 points); a run's own parts are left out."""
 
-    def __init__(self, drops: dict[str, float], *, retry: int = 0, taught_from: int = 2, room: int = MAX_RUNGS) -> None:
+    def __init__(
+        self,
+        drops: dict[str, float],
+        *,
+        retry: int = 0,
+        taught_from: int = 2,
+        room: int = MAX_RUNGS,
+        error: float = 0.0,
+        goes_on: bool = True,
+    ) -> None:
+        self.error, self.descent = error, SimpleNamespace(goes_on=goes_on)
+        self.run = SimpleNamespace(budget=SimpleNamespace(max_drop=1.0))
         self.drops, self.taught_from, self.room = drops, taught_from, room
         self.effort = SimpleNamespace(retry=retry)
         self.made: list[tuple[str, str, float]] = []
@@ -49,11 +60,14 @@ class MadeUp(Ladder):
     def _holds(self, name: str) -> bool:
         return self._drop(name) <= 1.0
 
+    def _error(self, name: str) -> float:
+        return self.error
+
     def _drop(self, name: str) -> float:
         return self.drops.get(name, 9.0)
 
 
-def walk(drops: dict[str, float], **options: int) -> list[tuple[str, str, float]]:
+def walk(drops: dict[str, float], **options: Any) -> list[tuple[str, str, float]]:
     ladder = MadeUp(drops, **options)
     ladder.rungs()
     return ladder.made
@@ -93,6 +107,30 @@ def test_a_rung_is_taught_for_longer_as_long_as_that_helps_and_may_go_on() -> No
     assert [name for name, _, _ in walk(drops, retry=2)][:4] == ["rung-02", "rung-02-longer", "rung-02-longer-2", "rung-03"]
     no_help = {**drops, "rung-02-longer-2": 2.0}
     assert [name for name, _, _ in walk(no_help, retry=4)][:4] == ["rung-02", "rung-02-longer", "rung-02-longer-2", "rung-03"]
+
+
+def test_the_walk_goes_on_below_a_rung_that_misses_by_less_than_its_error() -> None:
+    drops = {"rung-01": 0, "rung-02": 0.8, "rung-03": 1.4, "rung-04": 0.9, "rung-05": 3.0}
+    steps = [("rung-02", "rung-01", STEP), ("rung-03", "rung-02", STEP)]
+    below = [("rung-04", "rung-03", STEP), ("rung-05", "rung-04", STEP), ("rung-06", "rung-04", HALF)]
+    assert walk(drops, error=0.5) == [*steps, *below]
+    assert walk(drops, error=0.3)[:3] == [*steps, ("rung-04", "rung-02", HALF)]
+    assert walk(drops, error=0.5, goes_on=False)[:3] == [*steps, ("rung-04", "rung-02", HALF)]
+
+
+def test_where_nothing_holds_below_such_a_rung_half_a_step_is_taken_from_the_last_that_held() -> None:
+    made = walk({"rung-01": 0, "rung-02": 0.8, "rung-03": 1.4, "rung-04": 1.3, "rung-06": 1.4}, error=0.5)
+    assert made[2:] == [("rung-04", "rung-03", STEP), ("rung-05", "rung-04", STEP), ("rung-06", "rung-02", HALF)]
+
+
+def test_after_longer_teaching_the_best_of_them_is_the_one_to_go_on_from() -> None:
+    drops = {"rung-01": 0, "rung-02": 2.0, "rung-02-longer": 1.2, "rung-02-longer-2": 1.3}
+    assert walk(drops, retry=4, error=0.5)[3] == ("rung-03", "rung-02-longer", STEP)
+
+
+def test_going_back_passes_rungs_that_missed_by_less_than_their_error() -> None:
+    made = walk({"rung-01": 1.5, "rung-02": 1.5, "rung-03": 1.4, "rung-02-taught": 0.5}, taught_from=3, error=0.5)
+    assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", "rung-02-taught"]
 
 
 def test_untaught_rungs_are_passed_whatever_they_drop() -> None:

@@ -53,6 +53,8 @@ class Descent:
     """Of the first rung that is cut."""
     step: ClassVar[float] = 1.5
     """How much faster the next rung is meant to be."""
+    goes_on: ClassVar[bool] = True
+    """Below a rung that misses the drop by less than its own error; not where a rung takes hours."""
     teaches: ClassVar[str] = "distill"
     """The step that teaches a rung."""
     cutting: ClassVar[tuple[str, float]] = ("prune and repair", PRUNING)
@@ -115,6 +117,7 @@ class CausalDescent(Descent):
     """Layers, then heads, neurons and layers together, taught by the original's kept answers."""
 
     exports: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
     step: ClassVar[float] = 1.25
@@ -151,6 +154,7 @@ class TranslatorDescent(Descent):
     """Decoder layers, then heads and neurons of both stacks, taught to write what the original writes."""
 
     exports: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
     teaches: ClassVar[str] = "distill_generation"

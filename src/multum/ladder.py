@@ -90,45 +90,52 @@ class Ladder(Landing):
             raise MultumError(f"rung-01 cannot be exported: {self.run.values['data']['notes'][-1]}")
 
     def rungs(self) -> None:
-        """Down, about 1.5 times faster each, until a taught rung drops more than is allowed, after one retry and half a step."""
+        """Down, about 1.5 times faster each, until a taught rung drops too much, after more teaching and half a step.
+
+        A rung that misses by less than its own standard error may have been unlucky, and those below it need not be: the walk goes
+        on there. What ships has to keep the drop all the same.
+        """
         above, step = [self.first], self.step
         for number in range(self.number, MAX_RUNGS + 1):
             self._expect(number - self.number + 1)
             name = self._name(number, above[-1], step)
             if not self._rung(name, above[-1], step):
-                if not self._holds(above[-1]) and not self._taught(above[-1]):
-                    self._go_back(above)
+                self._go_back(above)
                 return
             if self._taught(name) and not self._holds(name):
-                if longer := self._teach_longer(name):
-                    name = longer
-                elif not self._holds(above[-1]):
-                    self._go_back(above)
-                    return
-                elif step == self.step:
-                    step = self.step**0.5
+                name, whole = self._teach_longer(name), step == self.step
+                if not (self._holds(name) or (whole and self._nearly_holds(name))):
+                    while self._taught(above[-1]) and not self._holds(above[-1]):
+                        above.pop()
+                    if not self._holds(above[-1]):
+                        self._go_back(above)
+                        return
+                    if not whole:
+                        return
+                    step = step**0.5
                     continue
-                else:
-                    return
             above.append(name)
 
     def _go_back(self, above: list[str]) -> None:
         """Teach the rungs that were passed untaught, from the lowest up, until one holds."""
         for name in reversed(above[1:]):
-            if self._holds(name) or self._taught(name) or self._teach_again(f"{name}-taught", name):
+            if self._holds(name) or (not self._taught(name) and self._teach_again(f"{name}-taught", name)):
                 return
 
-    def _teach_longer(self, name: str) -> str | None:
-        """Teach a rung that dropped too much again, as often as that helps. The name of the one that then holds, if any."""
-        before = name
+    def _teach_longer(self, name: str) -> str:
+        """Teach a rung that dropped too much again, as often as that helps. The name of the best."""
+        best = name
         for number in range(1, self.effort.retry + 1):
             longer = f"{name}-longer" + (f"-{number}" if number > 1 else "")
-            if self._teach_again(longer, before):
+            if self._teach_again(longer, best):
                 return longer
-            if self._drop(longer) >= self._drop(before):
-                return None
-            before = longer
-        return None
+            if self._drop(longer) >= self._drop(best):
+                break
+            best = longer
+        return best
+
+    def _nearly_holds(self, name: str) -> bool:
+        return self.descent.goes_on and self._drop(name) - self._error(name) <= self.run.budget.max_drop
 
     # -- one rung ------------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,10 @@ FAR_SLOWER = 1.5
 """A runtime that took so much longer than the fastest on the original is not tried on what ships."""
 
 
+NORMAL = 1.96
+"""Standard errors on either side that an interval of 95 % reaches."""
+
+
 class Landing(Reckoning):
     """The part of a walk that makes, measures and ships models."""
 
@@ -137,3 +141,11 @@ class Landing(Reckoning):
         """What a rung lost; without end if it could not be made or measured."""
         found = self.run.find(name)
         return float(found["drop"]) if found else math.inf
+
+    def _error(self, name: str) -> float:
+        """The standard error of a rung's quality, in the unit of drops. Its drop, on the same texts, has about the same."""
+        found = self.run.find(name)
+        if found is None:
+            return 0.0
+        low, high = ({"quality": {"value": end}} for end in found["validation"]["quality"]["ci95"])
+        return abs(float(self.task.drop_of(high, low))) / (2 * NORMAL)
