@@ -1,9 +1,9 @@
 """The main job on the film reviews, from a fair original: accuracy, latency and bytes of what ships, over several seeds.
 
-    python benchmarks/reviews.py [--seeds 0 1 2] [--quick] [-o runs/benchmark]
+    python benchmarks/reviews.py [--seeds 0 1 2] [--quick] [--recipe 1e-4 2] [-o runs/benchmark]
 
 The original is fine-tuned with every learning rate and number of epochs of a small grid (seed 0) and the best on validation is
-taken for all seeds. `shrink --max-drop 1` then walks down from it. The test split is read at the end, by `shrink` itself, for the
+taken for all seeds; `--recipe` takes one that such a grid has found before. `shrink --max-drop 1` then walks down from it. The test split is read at the end, by `shrink` itself, for the
 original in torch fp32, the original's fastest int8 or fp32 export, and what ships, all three timed in turns: batch 1, the texts'
 own lengths, tokenizing included. A run that was stopped goes on where it was.
 
@@ -41,10 +41,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--recipe", type=float, nargs=2, metavar=("LEARNING_RATE", "EPOCHS"))
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/benchmark"))
     options = parser.parse_args()
     data, runs = str(fetch("reviews-en")), []
-    recipe = best_recipe(data, options.output)
+    recipe = (
+        dict(zip(("learning_rate", "epochs"), options.recipe, strict=True)) if options.recipe else best_recipe(data, options.output)
+    )
     for seed in options.seeds:
         original = fine_tuned(data, recipe, seed, options.output / f"original-{seed}")
         folder = options.output / f"{'quick' if options.quick else 'full'}-{seed}"
@@ -55,7 +58,7 @@ def main() -> None:
             print(error)
         run = read_json(folder / "run.json")
         runs.append({**figures(run), "rungs_on_test": rungs_on_test(run, folder, data)})
-        report(runs, recipe, options.quick)
+        report(runs, recipe, options.quick, known=options.recipe)
 
 
 def best_recipe(data: str, folder: Path) -> dict[str, Any]:
@@ -140,7 +143,7 @@ def frontier(runs: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> None:
+def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool, known: list[float] | None) -> None:
     head = [
         "seed",
         "chosen",
@@ -181,7 +184,8 @@ def report(runs: list[dict[str, Any]], recipe: dict[str, Any], quick: bool) -> N
     summary += ".\n\nThe rungs of all seeds together:\n\n" + "\n".join(frontier(runs)) + "\n"
     values = {"finetune": recipe, "runs": runs, "median": total}
     seeds = " ".join(str(r["seed"]) for r in runs)
-    command = f"reviews.py{' --quick' if quick else ''} --seeds {seeds}"
+    recipe_given = f" --recipe {known[0]:g} {known[1]:g}" if known else ""
+    command = f"reviews.py{' --quick' if quick else ''} --seeds {seeds}{recipe_given}"
     publish(
         "reviews_quick" if quick else "reviews",
         [head, *rows],
