@@ -16,10 +16,10 @@ from multum.example import fetch
 RESULTS = Path(__file__).parent / "results"
 
 
-def reviews(folder: Path, training_texts: int) -> Path:
-    """The film reviews with fewer training texts, as a folder of splits."""
-    source, target = fetch("reviews-en"), folder / "reviews"
-    target.mkdir()
+def reviews(folder: Path, training_texts: int, example: str = "reviews-en") -> Path:
+    """An example's reviews with fewer training texts, as a folder of splits; made if it is not there."""
+    source, target = fetch(example), folder / "reviews"
+    target.mkdir(exist_ok=True, parents=True)
     for name in ("train", "validation", "test"):
         with (source / f"{name}.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))

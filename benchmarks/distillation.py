@@ -1,7 +1,9 @@
 """Small students taught by labels, by the teacher's answers, by more texts, by its layers: at equal training time, over seeds.
 
-    python benchmarks/distillation.py [--data reviews-en] [--model minilm] [--seeds 0 1 2] [--layers 3 1] [-o runs/distillation]
+    python benchmarks/distillation.py [--data reviews-en] [--model minilm] [--texts 2000] [--seeds 0 1 2] [--layers 3 1]
+        [-o runs/distillation]
 
+`--texts` trains on the first so many texts alone; by default on all.
 The teacher is fine-tuned anew for every seed; students are its own blocks, evenly spaced. `distill` gets `EPOCHS` passes over the
 training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds. What
 the teacher's outputs take, computed once before, stands apart. Labels alone may choose their learning rate on validation. The
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import median_with_range, publish
+from common import median_with_range, publish, reviews
 from scipy.special import log_softmax
 
 from multum.core.folders import digest, read_json, write_json
@@ -49,11 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default="reviews-en")
     parser.add_argument("--model", default="minilm")
+    parser.add_argument("--texts", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 1])
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/distillation"))
     options = parser.parse_args()
-    bench = Bench(options.data, options.model, options.output / options.data)
+    name = options.data if options.texts is None else f"{options.data}-{options.texts}"
+    bench = Bench(options.data, options.model, options.output / name, options.texts)
     for seed in options.seeds:
         for layers in options.layers:
             for way in WAYS:
@@ -67,19 +71,21 @@ class Bench:
     Args:
         data, model: names of examples.
         folder: where teachers, their outputs and finished runs are kept.
+        texts: to train on; None for all.
     """
 
-    def __init__(self, data: str, model: str, folder: Path) -> None:
-        self.data, self.name, self.folder = data, model, folder
+    def __init__(self, data: str, model: str, folder: Path, texts: int | None = None) -> None:
+        self.data, self.name, self.folder, self.texts = data, model, folder, texts
         self.model = fetch(model)
-        self.task = open_task("text-classification", str(fetch(data)))
+        self.source = str(fetch(data) if texts is None else reviews(folder, texts, data))
+        self.task = open_task("text-classification", self.source)
         folder.mkdir(parents=True, exist_ok=True)
 
     def teacher(self, seed: int) -> Path:
         """The whole model, fine-tuned with this seed. A vocabulary that the texts do not need would only cost time."""
         folder = self.folder / f"teacher-{seed}"
         if not folder.exists():
-            task = open_task("text-classification", str(fetch(self.data)), seed=seed)
+            task = open_task("text-classification", self.source, seed=seed)
             model = make("trim_vocabulary", {})(task.load(str(self.model)), task)
             make("finetune", {"epochs": 2, "learning_rate": 1e-4, "seed": seed})(model, task).save(folder)
         return folder
@@ -202,7 +208,8 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
     )
     name = "distillation" if bench.data == "reviews-en" else f"distillation_{bench.data.replace('-', '_')}"
     values = {"data": bench.data, "seeds": seeds, "teacher": teacher, "ways": values}
-    publish(name, [head, *rows], values, summary=summary, command=f"distillation.py --data {bench.data} --model {bench.name}")
+    command = f"distillation.py --data {bench.data} --model {bench.name}{f' --texts {bench.texts}' if bench.texts else ''}"
+    publish(name, [head, *rows], values, summary=summary, command=command)
 
 
 def difference(these: list[list[int]], those: list[list[int]]) -> dict[str, Any]:

@@ -3,9 +3,10 @@
     python benchmarks/reviews.py [--seeds 0 1 2] [--quick] [--recipe 1e-4 2] [-o runs/benchmark]
 
 The original is fine-tuned with every learning rate and number of epochs of a small grid (seed 0) and the best on validation is
-taken for all seeds; `--recipe` takes one that such a grid has found before. `shrink --max-drop 1` then walks down from it. The test split is read at the end, by `shrink` itself, for the
-original in torch fp32, the original's fastest int8 or fp32 export, and what ships, all three timed in turns: batch 1, the texts'
-own lengths, tokenizing included. A run that was stopped goes on where it was.
+taken for all seeds; `--recipe` takes one that such a grid has found before. `shrink --max-drop 1` then walks down from it. The
+test split is read at the end, by `shrink` itself, for the original in torch fp32, the original's fastest int8 or fp32 export, and
+what ships, all three timed in turns: batch 1, the texts' own lengths, tokenizing included. A run that was stopped goes on where it
+was.
 
 Once a run has chosen, every rung is scored on the test split too, for the last table alone: what a rung of some speed loses, over
 all seeds, without the luck of being chosen.
