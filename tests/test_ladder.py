@@ -149,6 +149,14 @@ def test_when_the_first_taught_rung_fails_those_above_are_taught_from_the_lowest
     assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", *taught]
 
 
+def test_half_a_step_is_taken_from_a_rung_that_holds_once_it_is_taught() -> None:
+    drops = {"rung-01": 0, "rung-02-taught": 0.5}
+    made = walk(drops, taught_from=3, retry=1)
+    assert [name for name, _, _ in made[:3]] == ["rung-02", "rung-03", "rung-03-longer"]
+    assert made[3:5] == [("rung-02-taught", "rung-02", 1.0), ("rung-04", "rung-02-taught", HALF)]
+    assert [name for name, _, _ in walk(drops, taught_from=3)] == ["rung-02", "rung-03", "rung-02-taught"]  # to be quick
+
+
 def test_an_untaught_rung_that_holds_needs_no_teaching() -> None:
     made = walk({"rung-01": 0, "rung-03": 0.2}, taught_from=4)
     assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", "rung-05"]

@@ -107,8 +107,7 @@ class Ladder(Landing):
                 if not (self._holds(name) or (whole and self._nearly_holds(name))):
                     while self._taught(above[-1]) and not self._holds(above[-1]):
                         above.pop()
-                    if not self._holds(above[-1]):
-                        self._go_back(above)
+                    if not self._holds(above[-1]) and not (self._go_back(above) and self.effort.retry):
                         return
                     if not whole:
                         return
@@ -116,11 +115,16 @@ class Ladder(Landing):
                     continue
             above.append(name)
 
-    def _go_back(self, above: list[str]) -> None:
-        """Teach the rungs that were passed untaught, from the lowest up, until one holds."""
-        for name in reversed(above[1:]):
-            if self._holds(name) or (not self._taught(name) and self._teach_again(f"{name}-taught", name)):
-                return
+    def _go_back(self, above: list[str]) -> bool:
+        """Teach the rungs that were passed untaught, from the lowest up, until one holds, which is then the last of `above`."""
+        while len(above) > 1:
+            name = above[-1]
+            if not self._holds(name) and not self._taught(name) and self._teach_again(f"{name}-taught", name):
+                above[-1] = f"{name}-taught"
+            if self._holds(above[-1]):
+                return True
+            above.pop()
+        return False
 
     def _teach_longer(self, name: str) -> str:
         """Teach a rung that dropped too much again, as often as that helps. The name of the best."""
