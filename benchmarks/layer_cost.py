@@ -5,7 +5,7 @@
 The same student (3 of MiniLM's 6 layers) is trained for one epoch on the same reviews, in batches of 32, dropout on: by `finetune`
 (labels alone), by `distill`, by `distill_layers` with one layer loss at a time beside the teacher's answers, and by the usual
 subclass of Trainer, which runs the teacher in every step, for answers alone and with hidden states. Whole epochs are interleaved;
-seconds are those of everything from the texts on; ratios are taken round by round. The cache is filled before. Then each is run
+seconds are the processor's, on one thread, of everything from the texts on; ratios are taken round by round. The cache is filled before. Then each is run
 once more in a process of its own for its peak memory.
 """
 
@@ -59,8 +59,8 @@ class UsualTrainer(Trainer):
 
 
 def run(name: str, folder: Path, task: Any, teacher: Model, student: Model) -> tuple[float, float]:
-    """Seconds of one epoch, and megabytes of states that were kept for it."""
-    started = time.perf_counter()
+    """Processor seconds of one epoch, and megabytes of states that were kept for it."""
+    started = time.process_time()
     if name.startswith("Trainer"):
         with tempfile.TemporaryDirectory() as scratch:
             args = TrainingArguments(
@@ -85,7 +85,7 @@ def run(name: str, folder: Path, task: Any, teacher: Model, student: Model) -> t
                 train_dataset=task.encode(copied, "train"),
                 data_collator=DataCollatorWithPadding(copied.tokenizer),
             ).train()
-        return time.perf_counter() - started, 0.0
+        return time.process_time() - started, 0.0
     if name == "finetune":
         step = make("finetune", {**SHARED, "learning_rate": 3e-4})
     else:
@@ -93,7 +93,7 @@ def run(name: str, folder: Path, task: Any, teacher: Model, student: Model) -> t
         layers = {} if name == "distill" else {"relations": 0.0, name: 1.0}
         step = make("distill_layers" if layers else "distill", {**taught, **layers})
     entry = step(student, task).history[-1]
-    return time.perf_counter() - started, entry.get("teacher_bytes", 0) / 1e6
+    return time.process_time() - started, entry.get("teacher_bytes", 0) / 1e6
 
 
 def opened(folder: Path) -> tuple[Any, Model, Model]:
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=1000, help="training texts")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         task = open_task("text-classification", str(reviews(folder, options.texts)))
@@ -130,7 +131,9 @@ def main() -> None:
         [name, f"{r['median']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", f"{kept[name]:.1f}", f"{peaks[name]:.0f}"]
         for name, r in ratios.items()
     ]
-    summary = f"{options.texts} texts, {options.rounds} rounds, batches of 32; ratios are medians of those of each round."
+    summary = (
+        f"{options.texts} texts, {options.rounds} rounds, batches of 32, one thread; ratios are medians of those of each round."
+    )
     values = {"seconds": seconds, "ratios": ratios, "kept_mb": kept, "peak_mb": peaks, **vars(options)}
     command = f"layer_cost.py --texts {options.texts} --rounds {options.rounds}"
     publish("layer_cost", rows, values, summary=summary, command=command)
