@@ -5,8 +5,8 @@
 The same student (3 of MiniLM's 6 layers) is trained for one epoch on the same reviews, in batches of 32, dropout on: by `finetune`
 (labels alone), by `distill`, by `distill_layers` with one layer loss at a time beside the teacher's answers, and by the usual
 subclass of Trainer, which runs the teacher in every step, for answers alone and with hidden states. Whole epochs are interleaved;
-seconds are the processor's, on one thread, of everything from the texts on; ratios are taken round by round. The cache is filled before. Then each is run
-once more in a process of its own for its peak memory.
+seconds are the processor's, on one thread, of everything from the texts on; ratios are taken round by round. The cache is filled
+before. Then each is run once more in a process of its own for its peak memory.
 """
 
 from __future__ import annotations
