@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from multum.core.task import IGNORED, UNKNOWN, Quality
 from multum.core.teacher import logits
 from multum.errors import InputError
-from multum.tasks import find, names
+from multum.tasks import PER_CENT, find, names
 from multum.tasks.fill_mask import FillMask
 from multum.tasks.text_classification import TextClassification
 from multum.tasks.text_generation import TextGeneration
@@ -137,6 +137,14 @@ def test_drop_is_in_points() -> None:
     high, low = (Quality(metric="accuracy", value=value, ci95=(0.0, 1.0), n=10) for value in (0.9, 0.88))
     assert task.drop(high, low) == pytest.approx(2.0)
     assert task.drop_of({"quality": high.to_json()}, {"quality": low.to_json()}) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", names())
+def test_drops_are_shares_of_the_original_where_it_is_said(name: str) -> None:
+    """Twice the metric on both sides is the same share, and twice the points."""
+    drop_of = find(name).drop_of
+    once, twice = (drop_of(None, {"quality": {"value": 4 * n}}, {"quality": {"value": 5 * n}}) for n in (1, 2))
+    assert twice == pytest.approx(once if name in PER_CENT else 2 * once)
 
 
 def test_a_base_encoder_gets_a_seeded_new_head(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ def test_amounts_that_are_right(parse, text, value):
     assert parse(text) == pytest.approx(value)
 
 
+def test_a_drop_in_per_cent_may_have_its_sign():
+    assert units.points("10%", per_cent=True) == units.points("10", per_cent=True) == 10.0
+    with pytest.raises(InputError, match="zero or more"):
+        units.points("-10%", per_cent=True)
+
+
 @pytest.mark.parametrize(
     ("parse", "text", "hint"),
     [

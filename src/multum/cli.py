@@ -68,13 +68,13 @@ def shrink(
     as_json: opt.Json = False,
 ) -> None:
     """Find the smallest, fastest form of a model that keeps the quality asked for. The same command again resumes."""
-    from . import recipe, units
+    from . import recipe, tasks, units
     from .commands import shrink_and_show, together
 
     wrong = recipe.check_sources(model, task, data, unlabelled)
     limits = together(
         wrong,
-        max_drop=lambda: units.points(max_drop, "--max-drop"),
+        max_drop=lambda: units.points(max_drop, "--max-drop", per_cent=task in tasks.PER_CENT),
         max_latency_ms=lambda: max_latency and units.milliseconds(max_latency, "--max-latency"),
         max_size_bytes=lambda: max_size and units.size(max_size, "--max-size"),
         min_speedup=lambda: min_speedup and units.factor(min_speedup, "--min-speedup"),

@@ -35,7 +35,9 @@ OptionalSeed = Annotated[int | None, typer.Option("--seed", help="Of the splits,
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to measure with; all cores by default.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
-MaxDrop = Annotated[str, typer.Option(metavar="POINTS", help="Points of the task's metric that may be lost.")]
+MaxDrop = Annotated[
+    str, typer.Option(metavar="POINTS", help="Points of the task's metric that may be lost; per cent of perplexity.")
+]
 MaxLatency = Annotated[str | None, typer.Option(metavar="5ms", help="Median time of one text, on this machine.")]
 MaxSize = Annotated[str | None, typer.Option(metavar="20MB", help="All files needed to run it.")]
 MinSpeedup = Annotated[str | None, typer.Option(metavar="4", help="Times faster than the original in torch.")]

@@ -43,13 +43,15 @@ def size(text: str, what: str = "size") -> int:
     return round(_amount(text, what, _SIZE, units=("MB", "kB", "GB")))
 
 
-def points(text: str, what: str = "drop") -> float:
-    """Points of a metric (`1`, `0.5`), zero or more, written without a unit.
+def points(text: str, what: str = "drop", *, per_cent: bool = False) -> float:
+    """Points of a metric (`1`, `0.5`), zero or more, written without a unit; where a drop is in per cent, that sign may stand.
 
     Raises:
-        InputError: a per cent sign or another unit, a negative number, or none.
+        InputError: a per cent sign on points or another unit, a negative number, or none.
     """
     number, unit = _parts(text, what, "1")
+    if unit == "%" and per_cent:
+        unit = ""
     if unit == "%":
         raise InputError(f"{what}: {text!r} is in points of the metric, not per cent; write {number:g}")
     if unit or number < 0:

@@ -8,6 +8,9 @@ from typing import Any
 
 from ..errors import InputError
 
+PER_CENT = ("text-generation",)
+"""Tasks whose drop is in per cent of the original's value; of the others it is in points."""
+
 
 def names() -> list[str]:
     """All tasks by their pipeline names."""
