@@ -136,6 +136,20 @@ def test_hub_sets_go_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1 row dropped: no label" in "\n".join(splits.notes)
 
 
+def test_hub_sets_that_are_no_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"], "label": ["good"]})})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: found)
+    with pytest.raises(InputError, match="no train split; it has: test"):
+        load("hf:someone/reviews")
+
+    def damaged(*_: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("a file is damaged")
+
+    monkeypatch.setattr(datasets, "load_dataset", damaged)
+    with pytest.raises(InputError, match="cannot load this data set: a file is damaged"):
+        load("hf:someone/reviews")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [

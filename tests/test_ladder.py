@@ -14,6 +14,7 @@ from multum.bench import Bench
 from multum.budget import FULL
 from multum.ladder import MAX_RUNGS, STEP, Ladder
 from multum.plan import LAST, MEASURE, teaching
+from multum.progress import Progress
 
 HALF = STEP**0.5
 
@@ -31,7 +32,8 @@ class MadeUp(Ladder):
         error: float = 0.0,
         goes_on: bool = True,
     ) -> None:
-        self.error, self.descent = error, SimpleNamespace(goes_on=goes_on)
+        self.error, self.descent = error, SimpleNamespace(goes_on=goes_on, exports=True)
+        self.progress = Progress.silent()
         self.run = SimpleNamespace(budget=SimpleNamespace(max_drop=1.0))
         self.drops, self.taught_from, self.room = drops, taught_from, room
         self.effort = SimpleNamespace(retry=retry)

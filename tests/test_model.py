@@ -109,10 +109,23 @@ def of_another_kind(folder: Path) -> Path:
     return folder
 
 
+def of_no_width(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "abc"}), encoding="utf-8")
+    return folder
+
+
+def without_sense(folder: Path) -> Path:
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
         (damaged, "weights are damaged"),
+        (of_no_width, "hidden_size"),
+        (without_sense, "cannot load its tokenizer"),
         (pickled, "pickled weights, which multum does not open"),
         (lambda folder: without(folder, "model.safetensors"), "no weights"),
         (lambda folder: without(folder, "config.json"), "no config.json"),

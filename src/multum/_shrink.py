@@ -88,12 +88,15 @@ def shrink(
     run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s)
     effort = effort_of(kind, QUICK if quick else FULL, quick=quick)
     ladder = Ladder(run, opened, effort, progress, kind=kind, trust_remote_code=trust_remote_code)
-    ladder.original()
-    ladder.vocabulary()
-    ladder.rungs()
-    ladder.packed()
-    best = ladder.ship()
-    ladder.test(best)
+    try:
+        ladder.original()
+        ladder.vocabulary()
+        ladder.rungs()
+        ladder.packed()
+        best = ladder.ship()
+        ladder.test(best)
+    finally:
+        run.keep_time()
     return _conclude(run, best)
 
 

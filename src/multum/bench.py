@@ -16,6 +16,7 @@ from .core.families import stacks_of
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.model import Model
+from .core.reporting import report
 from .core.sentences import written
 from .core.surgery import heads_and_neurons
 from .core.writing import prompt_of
@@ -78,6 +79,7 @@ class Bench:
             threads=self.threads,
             rounds=rounds or self.rounds,
             texts_per_round=self.texts_per_round,
+            progress=report,
         )
         if any(map(unsteady, found)):
             self.run.warn(DISTURBED)
@@ -108,12 +110,16 @@ class Bench:
         model: Model,
         metrics: dict[str, Any],
         made_from: str | None = None,
+        beside: float = 1.0,
     ) -> None:
-        """Put a measured candidate into the run; `made_from` names the folder it came from. `keep` writes it down."""
+        """Put a measured candidate into the run. `keep` writes it down.
+
+        Args:
+            made_from: names the folder it came from.
+            beside: speed-up over the original in torch of what it was timed beside.
+        """
         original = self.run.candidates[0] if self.run.candidates else None
         blocks = heads_and_neurons(model.module)
-        # Rungs are timed beside the original's fastest form, which was timed beside the original in torch.
-        beside = self.run.strongest()["speedup"] if original and folder.name != "original" else 1.0
         self.run.add(
             {
                 "name": name,

@@ -29,6 +29,17 @@ class Budget:
         if problems:
             raise InputError(*problems)
 
+    def excess(self, candidate: Mapping[str, Any]) -> float:
+        """The worst factor by which a candidate misses a limit on its speed or size; at most 1 where it keeps all of them."""
+        metrics, factors = candidate["validation"], [0.0]
+        if self.max_latency_ms is not None:
+            factors.append(metrics["speed"]["p50_ms"] / self.max_latency_ms)
+        if self.max_size_bytes is not None:
+            factors.append(metrics["size"]["bytes_on_disk"] / self.max_size_bytes)
+        if self.min_speedup is not None:
+            factors.append(self.min_speedup / candidate["speedup"])
+        return float(max(factors))
+
     def broken(self, candidate: Mapping[str, Any]) -> list[str]:
         """The limits that a candidate of `run.json` misses, each in words."""
         metrics = candidate["validation"]

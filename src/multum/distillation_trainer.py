@@ -284,7 +284,7 @@ class DistillationTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         if not self._projections:
-            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+            return super()._clip_grad_norm(model)
         return self.accelerator.clip_grad_norm_([*model.parameters(), *self._projections], self.args.max_grad_norm)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -57,6 +57,7 @@ class Ladder(Landing):
             self._check(model)
             self._look_at(model)
             self._expect(0)
+            self._say_limit()
             if not self.task.is_trained(model):
                 model = self._step("fine-tune the original", "finetune", model, **self.effort.finetune, seed=self.seed)
             self._save(model, folder)
@@ -117,6 +118,7 @@ class Ladder(Landing):
 
     def _go_back(self, above: list[str]) -> bool:
         """Teach the rungs that were passed untaught, from the lowest up, until one holds, which is then the last of `above`."""
+        self.progress.plan(self._last())
         while len(above) > 1:
             name = above[-1]
             if not self._holds(name) and not self._taught(name) and self._teach_again(f"{name}-taught", name):
@@ -184,6 +186,7 @@ class Ladder(Landing):
             stages = teaching(name, *self._work(self._share(model)), **self._teaching_costs())
             if not self._time_for(name, stages):
                 return False
+            self.progress.plan_first(stages)
             self._save(self._teach(name, model), self.folder / name)
         self._enter(name, "distilled for longer" if self._taught(source) else "distilled", source)
         return self._holds(name)

@@ -14,10 +14,13 @@ from .descent import Steps
 from .reckoning import Reckoning
 
 PACKED = {8: "weights in 8 bits", 4: "weights in 4 bits"}
+ANOTHER = "another runtime"
 PACKED_TRIES = 2
 """Models that are packed in each precision until one keeps the drop, the last of the walk first."""
 TEST_ROUNDS = 30
 """Of the measurement on the test split, at least."""
+TOGETHER = 10
+"""Models that are timed together before one is chosen, at most."""
 FAR_SLOWER = 1.5
 """A runtime that took so much longer than the fastest on the original is not tried on what ships."""
 
@@ -50,23 +53,47 @@ class Landing(Reckoning):
         self._enter(name, technique, source)
         return self._holds(name)
 
+    def time_together(self) -> None:
+        """Time exports once more, in turns with one another and the original, before one of them is chosen.
+
+        Until then a speed-up is one median by another, taken minutes apart, and machines do not stay as they are.
+        """
+        rungs = [c for c in self.run.candidates if c["folder"] != "original" and c["technique"] != ANOTHER]
+        rungs = sorted(rungs, key=lambda c: (c["drop"] > self.run.budget.max_drop, -c["speedup"]))[:TOGETHER]
+        names = sorted(c["name"] for c in rungs)
+        if not self.descent.exports or not rungs or self.run.values.get("timed_together") == names:
+            return
+        together = [self.run.candidates[0], *rungs]
+        with self.progress.stage("time all rungs together"):
+            found = self.bench.measure([self.folder / c["target"] for c in together])
+        for candidate, metrics in zip(together, found, strict=True):
+            self.run.time_again(candidate, metrics["speed"])
+        self.run.values["timed_together"] = names
+        self.bench.keep()
+
     def ship(self) -> dict[str, Any]:
         """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
-        self.progress.plan([("choose a runtime", 8), ("measure on the test split", 12)])
+        self.progress.plan(self._last())
+        self.time_together()
         best = self.run.best()
         source, folder = self.folder / best["folder"], self.folder / "chosen"
         model = self.task.load(str(source))
         walked = self.run.find(best["folder"]) or best
-        wanted = [offer for offer in self._worth_trying() if offer[1] == walked["precision"] or offer == ("onnxruntime", "int8")]
-        wanted = wanted if self.descent.exports else []
+        always = ("onnxruntime", "int8")
+        wanted = [
+            offer
+            for offer in self._offers()
+            if offer == always or (offer in self._worth_trying() and offer[1] == walked["precision"])
+        ]
         targets = self.bench.export(model, source, wanted)
         known = {candidate["target"] for candidate in self.run.candidates}
         if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
             with self.progress.stage("choose a runtime"):
-                measured = self.bench.measure([self.folder / self.run.strongest()["target"], *new])[1:]
+                measured = self.bench.measure([self.folder / best["target"], *new])[1:]
             for target, metrics in zip(new, measured, strict=True):
                 form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
-                self.bench.add(f"{source.name}, {form}", source, target, "another runtime", model, metrics, source.name)
+                named = f"{source.name}, {form}"
+                self.bench.add(named, source, target, ANOTHER, model, metrics, source.name, best["speedup"])
             self.bench.keep()
         best = self.run.best()
         if self.run.values.get("shipped") != best["name"] or not folder.exists():
@@ -127,9 +154,14 @@ class Landing(Reckoning):
         targets = self.bench.export(model, folder, [form]) if self.descent.exports else [folder]
         if not targets:
             return False
+        beside = strongest["speedup"]
         with self.progress.stage(f"{name}: measure"):
-            _, metrics = self.bench.measure([self.folder / strongest["target"], *targets])
-        self.bench.add(name, folder, targets[0], technique, model, metrics, made_from)
+            if self.descent.exports:  # the walk asks for its quality, and times it together with the others in the end
+                (metrics,) = self.bench.measure(targets)
+                beside *= strongest["validation"]["speed"]["p50_ms"] / metrics["speed"]["p50_ms"]
+            else:
+                _, metrics = self.bench.measure([self.folder / strongest["target"], *targets])
+        self.bench.add(name, folder, targets[0], technique, model, metrics, made_from, beside)
         self.bench.keep()
         return True
 

@@ -30,8 +30,8 @@ OptionalTask = Annotated[str, typer.Option("--task", metavar="T", help="By defau
 Columns = Annotated[
     str, typer.Option("--columns", metavar="A=B,...", help="The data's names for the task's columns: text=review,label=stars.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of splits, training and sampling.")]
-OptionalSeed = Annotated[int | None, typer.Option("--seed", help="Of the splits, where the data has none of its own.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of splits, training and sampling.")]
+OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the splits, where the data has none of its own.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to measure with; all cores by default.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]

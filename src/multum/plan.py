@@ -24,9 +24,9 @@ EXPORT, MEASURE, TABLE, VOCABULARY = 4.0, 5.0, 10.0, 5.0
 Stages = list[tuple[str, float]]
 
 
-def last(measure: float = MEASURE) -> Stages:
-    """What comes after the walk, where measuring a rung takes so many seconds."""
-    return [("choose a runtime", 8.0), ("measure on the test split", 3 * measure)]
+def last(measure: float = MEASURE, *, together: bool = True) -> Stages:
+    """What comes after the walk, where measuring a rung takes so many seconds; exports are timed together."""
+    return [("time all rungs together", 3 * measure)] * together + [("measure on the test split", 3 * measure)]
 
 
 LAST = last()
@@ -76,7 +76,7 @@ def ahead(
         work: dict[str, Any] = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
         stages += rung(name, effort, texts + unlabelled, pace, share, cutting=cutting, **work)
         taught = taught or share <= effort.teach_below
-    return [*stages, *last(measure)]
+    return [*stages, *last(measure, together=bool(offers))]
 
 
 def rung(

@@ -43,6 +43,10 @@ class Progress:
         """Replace what is expected to come after the running stage: (name, seconds) each."""
         self._plan = list(stages)
 
+    def plan_first(self, stages: Iterable[tuple[str, float]]) -> None:
+        """Put stages before those that are expected."""
+        self._plan = [*stages, *self._plan]
+
     def stages(self) -> list[dict[str, Any]]:
         """Name, seconds and planned seconds (0 for none) of every stage that is over, in order."""
         return list(self._done)

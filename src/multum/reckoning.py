@@ -35,10 +35,13 @@ class Reckoning:
     """Seconds that measuring a rung takes."""
 
     def _expect(self, rungs_done: int) -> None:
+        self.progress.plan(self._ahead(rungs_done))
+
+    def _ahead(self, rungs_done: int) -> Stages:
         costs = {"step": self.step, "first": self.number, **self._costs()}
         stages = ahead(self.effort, self.rows, self.pace, self._offers(), rungs_done, **costs)
         done = {stage["name"] for stage in self.progress.stages()}
-        self.progress.plan(stage for stage in stages if stage[0] not in done)
+        return [stage for stage in stages if stage[0] not in done]
 
     def _work(self, share: float) -> tuple[Effort, int, float, float]:
         """What the time of a rung is reckoned from: the teacher labels the unlabelled texts too."""
@@ -66,10 +69,23 @@ class Reckoning:
             done = [stage["seconds"] for stage in self.progress.stages() if stage["name"] == "measure the original"]
             self.measuring = 2 * done[0] if done else MEASURE + 2 * passes * self.pace
 
+    def _last(self) -> Stages:
+        """What comes after the walk."""
+        return last(self.measuring, together=self.descent.exports)
+
+    def _say_limit(self) -> None:
+        """Say it beforehand where the time limit ends before the first rung could."""
+        limit, others = self.run.values["time_limit_s"], (each for each in self._ahead(0) if not each[0].startswith("rung-"))
+        first = self.run.elapsed() + sum(seconds for _, seconds in others)
+        if limit is not None and first > limit:
+            text = f"the time limit of {limit:g} s leaves none for rungs: the original alone takes {first:.0f} s"
+            self.run.note(text)
+            self.progress.say(f"  {text}")
+
     def _time_for(self, name: str, stages: Stages) -> bool:
         """Whether these stages, and those after the walk, end within the time limit if they keep to the run's own pace."""
         limit = self.run.values["time_limit_s"]
-        seconds = sum(seconds for _, seconds in [*stages, *last(self.measuring)]) * self.progress.lag()
+        seconds = sum(seconds for _, seconds in [*stages, *self._last()]) * self.progress.lag()
         if limit is None or self.run.elapsed() + seconds <= limit:
             return True
         self.run.note(f"stopped before {name}: it would have ended after the time limit of {limit:g} s")

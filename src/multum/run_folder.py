@@ -16,6 +16,8 @@ from .data import sizes
 from .errors import InputError
 
 RUN = "run.json"
+OF_ONE_CALL = ("stopped before ", "the time limit ")
+"""How notes begin that a later call, with more time, may make untrue; where they still hold they are made again."""
 
 
 class RunFolder:
@@ -60,6 +62,8 @@ class RunFolder:
                 "machine": machine(),
                 "when": datetime.now(UTC).isoformat(timespec="seconds"),
             }
+        notes = self.values["data"]["notes"]
+        self.values["data"]["notes"] = [note for note in notes if not note.startswith(OF_ONE_CALL)]
         self.values |= {"budget": asdict(budget), "time_limit_s": time_limit_s, "chosen": None}
         for candidate in self.candidates:
             self._judge(candidate)
@@ -69,6 +73,12 @@ class RunFolder:
     def candidates(self) -> list[dict[str, Any]]:
         """All measured models, in the order of the walk. The first is the original in torch."""
         return list(self.values["candidates"])
+
+    def time_again(self, candidate: dict[str, Any], speed: Mapping[str, Any]) -> None:
+        """Take in what a candidate was timed at beside the original in torch."""
+        candidate["validation"] = {**candidate["validation"], "speed": dict(speed)}
+        candidate["speedup"] = round(speed["ratio_to_first"]["value"], 3)
+        self._judge(candidate)
 
     def find(self, name: str) -> dict[str, Any] | None:
         """The candidate of this name, if it is measured."""
@@ -91,12 +101,14 @@ class RunFolder:
         return min(holding, key=_latency)
 
     def best(self) -> dict[str, Any]:
-        """The fastest within all limits; if there is none, the fastest within the allowed drop.
+        """The fastest within all limits; if there is none, that within the allowed drop which comes nearest to the other limits.
 
         By its speed-up, which was taken in turns with the original: milliseconds of an hour ago are those of another machine.
         """
-        within = [c for c in self.candidates if c["holds"]] or [c for c in self.candidates if c["drop"] <= self.budget.max_drop]
-        return max(within, key=lambda candidate: float(candidate["speedup"]))
+        if within := [c for c in self.candidates if c["holds"]]:
+            return max(within, key=lambda candidate: float(candidate["speedup"]))
+        keeping = [c for c in self.candidates if c["drop"] <= self.budget.max_drop]
+        return min(keeping, key=lambda candidate: (self.budget.excess(candidate), -candidate["speedup"]))
 
     def note(self, text: str) -> None:
         """Something the reader of the report should know."""
@@ -117,6 +129,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.values["elapsed_s"] = round(self.elapsed(), 1)
         write_json(self.path / RUN, self.values)
+
+    def keep_time(self) -> None:
+        """Put the time spent so far into `run.json`, if there is one, and nothing else: the rest may be half of something."""
+        if (self.path / RUN).is_file():
+            write_json(self.path / RUN, {**read_json(self.path / RUN), "elapsed_s": round(self.elapsed(), 1)})
 
     def _judge(self, candidate: dict[str, Any]) -> None:
         broken = self.budget.broken(candidate)

@@ -31,18 +31,19 @@ def from_hub(name: str) -> dict[str, pd.DataFrame]:
         InputError: it cannot be loaded, or has no train split.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     name, _, config = name.partition(":")
     try:
         found = load_dataset(name, config or None)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise InputError(f"hf:{name}: cannot load this data set: {str(error).splitlines()[0]}") from error
     tables = {}
     for split in SPLITS:
         if alias := next((alias for alias in ALIASES[split] if alias in found), None):
             rows = found[alias]
             tables[split] = _named(rows.to_pandas(), rows.features)
-    if not tables:
+    if "train" not in tables:
         raise InputError(f"hf:{name} has no train split; it has: {', '.join(found)}")
     return tables
 

@@ -99,7 +99,7 @@ class Objective:
     """The documents of a block do not see each other; only a causal model can do that."""
 
 
-class Blocks(torch.utils.data.IterableDataset):
+class Blocks(torch.utils.data.IterableDataset[Any]):
     """The rows of a model for pass after pass over a corpus, all of one length, without end; the same for the same seed.
 
     What a pass leaves over begins the first block of the next one, so that nothing is lost.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
@@ -65,7 +66,7 @@ class Model:
         """
         source = str(source)
         _check_source(source)
-        where = loading(source)
+        where, part = loading(source), f"it as {auto_class}"
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **where, **config_changes)
             module, info = getattr(transformers, auto_class).from_pretrained(
@@ -76,13 +77,14 @@ class Model:
                 output_loading_info=True,
                 **where,
             )
+            part = "its tokenizer"
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, **where)
         except SafetensorError as error:
             raise InputError(f"{source}: the weights are damaged ({error}); fetch or save the model again") from error
-        except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, ImportError, StrictDataclassError) as error:
             if where and isinstance(error, OSError):
                 raise InputError(f"{source}: no such folder, and the Hugging Face Hub cannot be reached from here") from error
-            raise InputError(f"{source}: cannot load it as {auto_class}: {_first_line(error)}") from error
+            raise InputError(f"{source}: cannot load {part}: {_first_line(error)}") from error
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one of nothing, to which all words are unknown
             raise InputError(
                 f"{source} has no tokenizer that knows a word; save it with the model (tokenizer.save_pretrained), or copy "

@@ -39,7 +39,7 @@ TRIM_EVERY = 50
 
 def fit(
     model: Model,
-    rows: Rows | torch.utils.data.IterableDataset,
+    rows: Rows | torch.utils.data.IterableDataset[Any],
     loss: Loss,
     *,
     epochs: float = 1,
@@ -247,7 +247,7 @@ class _LossTrainer(Trainer):
         return self.loss(model, inputs)
 
 
-class _ListDataset(torch.utils.data.Dataset):
+class _ListDataset(torch.utils.data.Dataset[Any]):
     def __init__(self, rows: Rows) -> None:
         self.rows = list(rows)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig
 
@@ -140,7 +141,7 @@ class EncoderTask:
         """What to tell transformers about the head of a model that has none yet."""
         try:
             architectures = AutoConfig.from_pretrained(source, **loading(source)).architectures or []
-        except (OSError, ValueError, KeyError):  # Model.load says what is wrong with it, in our words
+        except (OSError, ValueError, KeyError, StrictDataclassError):  # Model.load says what is wrong with it, in our words
             architectures = []
         torch.manual_seed(self.seed)  # a new head is drawn while the model is loaded
         if any(name.endswith(self.head) for name in architectures):
