@@ -340,7 +340,7 @@ def test_unfinished_runs(tmp_path):
     page = Page(made(tmp_path, empty, chosen=False))
     assert "Nothing has been measured yet" in page.text
     assert "svg" not in page.tags
-    assert summary(empty) == [["name", "quality, % (95 %)", "drop", "p50 ms", "speed-up", "size MB", ""]]
+    assert summary(empty) == [["name", "quality, % (95 %)", "drop", "p50 ms", "threads", "speed-up", "size MB", ""]]
     assert not (tmp_path / "run" / "chosen").exists()
 
 
@@ -375,13 +375,13 @@ def test_better_than_the_original_and_the_original_itself(tmp_path):
 def test_summaries():
     run = sample_run()
     header, *rows = summary(run)
-    assert header == ["name", "accuracy, % (95 %)", "drop", "p50 ms", "speed-up", "size MB", ""]
+    assert header == ["name", "accuracy, % (95 %)", "drop", "p50 ms", "threads", "speed-up", "size MB", ""]
     assert [row[0] for row in rows] == [entry["name"] for entry in run["candidates"]]
-    assert rows[8] == ["rung-04", "86.1 (84.0–88.0)", "1.10", "0.970", "13.8×", "8.80", "chosen"]
+    assert rows[8] == ["rung-04", "86.1 (84.0–88.0)", "1.10", "0.970", "2", "13.8×", "8.80", "chosen"]
     assert [row[-1] for row in rows].count("chosen") == 1
     tested = test_summary(run)
     assert [row[0] for row in tested] == ["on test", "original", "original, onnxruntime int8", "rung-04"]
-    assert tested[3] == ["rung-04", "86.1 (84.0–88.0)", "0.60", "0.970", "13.8×", "8.80", "chosen"]
+    assert tested[3] == ["rung-04", "86.1 (84.0–88.0)", "0.60", "0.970", "2", "13.8×", "8.80", "chosen"]
     assert test_summary(sample_run(finished=False)) == []
 
 

@@ -92,6 +92,18 @@ def finished(sources: dict[str, str], small: None, tmp_path_factory: pytest.Temp
     return output
 
 
+def test_what_may_ship_is_timed_together_with_the_original(finished: Path) -> None:
+    values = json.loads((finished / "run.json").read_text())
+    original, *_ = values["candidates"]
+    rungs = [one for one in values["candidates"] if one["folder"] != "original"]
+    assert values["timed_together"] == sorted(one["name"] for one in rungs)
+    assert original["speedup"] == original["validation"]["speed"]["ratio_to_first"]["value"] == 1.0
+    for one in rungs:
+        assert one["speedup"] == pytest.approx(one["validation"]["speed"]["ratio_to_first"]["value"], abs=1e-3)
+    stages = [stage["name"] for stage in values["stages"]]
+    assert stages.index("time all rungs together") < stages.index("measure on the test split")
+
+
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     values = json.loads((finished / "run.json").read_text())
     names = [candidate["name"] for candidate in values["candidates"]]

@@ -17,8 +17,10 @@ from typing import Any
 from ._pictures import write as write_pictures
 from ._report_page import drawings, interval, page, ratio, test_drop
 from ._report_run import Candidate, Metrics, Run, parse, read_run
-from ._report_words import duration, lost, megabytes, milliseconds, points, runtime, short, times
+from ._report_words import duration, lost, megabytes, milliseconds, points, runtime, short, threads, times
 from .errors import InputError, MultumError
+
+COLUMNS = ("drop", "p50 ms", "threads", "speed-up", "size MB", "")
 
 
 def report(folder: Path, output: Path | None = None) -> Path:
@@ -64,8 +66,9 @@ def summary(run: Mapping[str, Any]) -> list[list[str]]:
     """The run as a table for the terminal: a header row, then a row for every candidate. On validation."""
     seen = parse(run)
     metric = seen.original.validation.metric if seen.candidates else "quality"
-    rows = [["name", f"{metric}{',' if seen.percent else ''}{seen.percent} (95 %)", "drop", "p50 ms", "speed-up", "size MB", ""]]
-    return rows + [_row(seen, c, c.validation, c.drop, c.speedup) for c in seen.candidates]
+    return [["name", f"{metric}{',' if seen.percent else ''}{seen.percent} (95 %)", *COLUMNS]] + [
+        _row(seen, c, c.validation, c.drop, c.speedup) for c in seen.candidates
+    ]
 
 
 def test_summary(run: Mapping[str, Any]) -> list[list[str]]:
@@ -76,8 +79,7 @@ def test_summary(run: Mapping[str, Any]) -> list[list[str]]:
         return []
     rows = [_row(seen, c, m, test_drop(seen, c), ratio(seen, c)[0]) for c, m in tested]
     metric = seen.original.validation.metric
-    header = ["on test", f"{metric}{',' if seen.percent else ''}{seen.percent} (95 %)", "drop", "p50 ms", "speed-up", "size MB", ""]
-    return [header, *rows]
+    return [["on test", f"{metric}{',' if seen.percent else ''}{seen.percent} (95 %)", *COLUMNS], *rows]
 
 
 test_summary.__test__ = False  # type: ignore[attr-defined]  # its name is no test's for pytest
@@ -86,7 +88,8 @@ test_summary.__test__ = False  # type: ignore[attr-defined]  # its name is no te
 def _row(run: Run, c: Candidate, metrics: Metrics, drop: float, speedup: float) -> list[str]:
     mark = "chosen" if c is run.chosen else ""
     size = short(metrics.size / 1e6)
-    return [c.name, interval(run, metrics), lost(drop), short(metrics.p50), times(speedup), size, mark]
+    used = threads(metrics).split(" ")[0]
+    return [c.name, interval(run, metrics), lost(drop), short(metrics.p50), used, times(speedup), size, mark]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 from . import _report_charts as charts
 from ._report_curve import curve
 from ._report_run import Candidate, Metrics, Run
-from ._report_words import amount, megabytes, milliseconds, runtime, sample_input, short, times
+from ._report_words import amount, megabytes, milliseconds, runtime, sample_input, short, threads, times
 
 AUTO_CLASSES = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -49,6 +49,7 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "writes": task in WRITING,
         "timed": timed(run),
         "tokens": tokens,
+        "threads": threads,
         "asked": sample_input(task),
         "base_model": _hub_id(str(recipe.get("base") or raw["model"])),
         "served": run.chosen and runtime(run.chosen),

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ._report_run import Candidate
+    from ._report_run import Candidate, Metrics
 
 RUNTIMES = {"pytorch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 """How the runtimes write their own names."""
@@ -68,6 +68,12 @@ def sample_input(task: str) -> dict[str, str]:
     first, *second = ASKED.get(task, ("what a film",))
     shell, python = f'"{first}"', f'("{first}", "{second[0]}")' if second else f'"{first}"'
     return {"shell": " ".join([shell, *(f'--pair "{text}"' for text in second)]), "python": python}
+
+
+def threads(metrics: Metrics) -> str:
+    """`1 thread`, `2 threads`; nothing where it was not written down."""
+    count = metrics.raw["speed"].get("threads")
+    return f"{count} thread{'s' * (count != 1)}" if isinstance(count, int) else ""
 
 
 def runtime(candidate: Candidate) -> str:

@@ -106,7 +106,7 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
 def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """`metrics.json` dicts as a table, header first; speed-ups are against the first."""
     metric = metrics[0]["quality"]["metric"]
-    rows = [["", metric, "95 %", "runtime", "p50 ms", "speed-up", "texts/s", "MB", "parameters"]]
+    rows = [["", metric, "95 %", "runtime", "p50 ms", "threads", "speed-up", "texts/s", "MB", "parameters"]]
     writes = all("decode_tokens_per_s" in one["speed"] for one in metrics)
     rows[0] += ["first token ms", "decode tokens/s", "speed-up"] if writes else []
     for name, one in zip(names, metrics, strict=True):
@@ -119,6 +119,7 @@ def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> l
                 f"{low:.3f} to {high:.3f}",
                 f"{speed['runtime']} {speed['precision']}",
                 f"{speed['p50_ms']:.3g}",
+                f"{speed['threads']}",
                 f"{speed['ratio_to_first']['value']:.2f}x",
                 f"{speed['examples_per_s']:.0f}",
                 f"{size['bytes_on_disk'] / 1e6:.2f}",
