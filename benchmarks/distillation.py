@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import median_with_range, publish, reviews
+from common import difference, median_with_range, publish, reviews
 from scipy.special import log_softmax
 
 from multum.core.folders import digest, read_json, write_json
@@ -210,14 +210,6 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
     values = {"data": bench.data, "seeds": seeds, "teacher": teacher, "ways": values}
     command = f"distillation.py --data {bench.data} --model {bench.name}{f' --texts {bench.texts}' if bench.texts else ''}"
     publish(name, [head, *rows], values, summary=summary, command=command)
-
-
-def difference(these: list[list[int]], those: list[list[int]]) -> dict[str, Any]:
-    """Points that these are better, averaged over seeds, with a bootstrap over texts."""
-    apart = 100 * (np.asarray(these, float) - np.asarray(those, float)).mean(axis=0)
-    drawn = np.random.default_rng(0).integers(0, len(apart), (2000, len(apart)))
-    low, high = np.percentile(apart[drawn].mean(axis=1), [2.5, 97.5])
-    return {"value": float(apart.mean()), "ci95": [float(low), float(high)]}
 
 
 if __name__ == "__main__":
