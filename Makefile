@@ -22,7 +22,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	for script in startup distil_cost one_shot latency_agreement distillation reviews; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in startup.py distil_cost.py one_shot.py latency_agreement.py distillation.py "reviews.py --quick" reviews.py; do $(BIN)/python benchmarks/$$script || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info src/*.egg-info
