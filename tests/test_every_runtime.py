@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -229,6 +230,20 @@ def test_opening_an_export_imports_no_torch(tmp_path: Path) -> None:
             "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pandas')))"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, runtime
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+def test_ctrl_c_after_an_export_is_no_crash(runtime: str, tmp_path: Path) -> None:
+    """Libraries may leave a stack for signals behind that is gone when a signal comes."""
+    tiny.model().save(tmp_path / "model")
+    code = (
+        "import signal, sys, tiny; from pathlib import Path; from multum import runtimes; from multum.targets import export_model; "
+        f"task = tiny.task(); model = task.load({str(tmp_path / 'model')!r}); "
+        f"export_model(runtimes.find({runtime!r}), model, Path({str(tmp_path / 'out')!r}), 'fp32', task, 0); "
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130)); signal.raise_signal(signal.SIGINT)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 130
 
 
 def test_a_model_folder_is_run_by_torch_and_a_shipped_one_by_its_export(tmp_path: Path) -> None:

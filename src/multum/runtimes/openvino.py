@@ -7,6 +7,7 @@ without bf16 instructions would silently compute in fp32, so that such an export
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def export(
 
     if precision == "bf16" and not computes_in_bf16():
         raise InputError("this processor has no bf16 instructions; take int8, which is faster, or fp32, which is exact")
+    _core()
     with quiet():
         graph = _convert(model, calibration, quantize=precision == "int8", max_length=max_length)
     manifest = {
@@ -118,7 +120,7 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     def load(threads: int) -> Run:
         wanted = options | {"INFERENCE_NUM_THREADS": threads}
         try:
-            request = openvino.Core().compile_model(str(folder / GRAPH), "CPU", wanted).create_infer_request()
+            request = _core().compile_model(str(folder / GRAPH), "CPU", wanted).create_infer_request()
         except RuntimeError as error:
             raise InputError(f"{folder / GRAPH} cannot be opened: {str(error).strip().splitlines()[-1]}") from error
 
@@ -138,16 +140,27 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
 
 def kernels() -> str:
     """What it computes with here."""
-    import openvino
-
-    return f"oneDNN ({', '.join(sorted(openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')))})"
+    return f"oneDNN ({', '.join(sorted(_core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')))})"
 
 
 def computes_in_bf16() -> bool:
     """Whether OpenVINO finds instructions for bf16 in this processor."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@cache
+def _core() -> Any:
+    """The one core of this process, with its CPU plugin loaded.
+
+    The plugin gives the thread that loads it a stack for signals, and frees it with the last core that holds it, but leaves it
+    registered: the next Ctrl-C then ends in a segmentation fault. So there is one that is never let go, before anything else
+    (NNCF) makes its own.
+    """
     import openvino
 
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    core = openvino.Core()
+    core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return core
 
 
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
