@@ -37,12 +37,12 @@ def depths(result: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def said(found: Mapping[str, Any], floor: Mapping[str, Any] | None) -> str:
-    """Which depth of the model before the last blocks of the model after are like, and how alike all of them are."""
+    """How alike the likest depths are in the mean, and which depth of the model before the last one after is like."""
     nearest = found["nearest"]
     last, mean = nearest[-1], _mean(nearest)
     text = (
-        f"Layer by layer: every depth of the model after is set beside the depth of the model before that it is most like, "
-        f"and the mean of those ρ is {mean:.2f}. Behind {place(last['after'])}, the last depth after at which words still "
+        f"Every depth of the model after is set beside the depth of the model before that it is most like; the mean of those ρ "
+        f"is {mean:.2f}. Behind {place(last['after'])}, the last depth after at which words still "
         f"count, it is {place(last['before'])} (ρ = {interval(last)})."
     )
     if floor and floor["nearest"]:

@@ -39,7 +39,7 @@ class Level:
     """Of the sums that conductances are."""
 
 
-LEVELS = {"quick": Level(1000, 2000, 0, 0, 0, 0), "full": Level(None, 5000, 3, 100, 20, 20)}
+LEVELS = {"quick": Level(1000, 2000, 0, 0, 0, 0), "full": Level(None, 5000, 3, 100, 20, 10)}
 
 
 class Look:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def word_conductances(model: Model, texts: Sequence[Text], *, max_length: int, s
     return found
 
 
-def _conductances(module: nn.Module, row: Encoded, steps: int) -> tuple[np.ndarray, float]:
+def _conductances(module: Any, row: Encoded, steps: int) -> tuple[np.ndarray, float]:
     """c of every depth and token, (depths, tokens), and F(e) − F(e')."""
     with torch.no_grad():
         y = module(input_ids=row.ids, **row.rest).logits.argmax(dim=1)

@@ -110,9 +110,7 @@ def encoded(model: Model, text: Text, max_length: int) -> Encoded:
     blank = blank_token(tokenizer)
     if not tokenizer.is_fast or blank is None:
         raise InputError(f"{model.source}: attributions take a fast tokenizer (tokenizer.json) with a mask or padding token")
-    found = tokenizer(
-        *sides, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True
-    )
+    found = tokenizer(*sides, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
     names = ["input_ids", "attention_mask"]
     if len(sides) == 2 and "token_type_ids" in found and getattr(model.module.config, "type_vocab_size", 1) > 1:
         names.append("token_type_ids")
