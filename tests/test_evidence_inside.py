@@ -6,18 +6,22 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import on_disk
 import pytest
 import tiny
 import tiny_families
 import torch
 from captum.attr import LayerConductance
 
+from multum._compare import compare
 from multum._compare_attribution import Attributor
 from multum._compare_charts import depth_chart
 from multum._compare_depths import depths as depths_said
 from multum._compare_depths import led
 from multum._compare_depths import rollout as rollout_said
 from multum._compare_inside import Insider, depth_figures, inside_figures, rollout_figures, rollout_shares
+from multum._compare_look import LEVELS
+from multum._compare_page import summary
 from multum._compare_work import Work
 from multum.core.families import blocks_of
 from multum.evidence._attentions import attentions
@@ -273,6 +277,31 @@ def test_a_model_whose_attention_cannot_be_seen_has_its_layers_all_the_same(tmp_
     result = {"models": {"before": {"inside": alone}, "after": {"inside": alone}}, "comparisons": {"after": {"rollout": None}}}
     said = rollout_said(result, {"before": "before", "after": "after"})
     assert said == {"said": "", "blind": "before and after"}
+
+
+def test_compare_shows_both_on_its_page(tmp_path, monkeypatch):
+    less = replace(LEVELS["full"], draws=50, perturbed=1, attributed=6, points=2, steps=3)
+    monkeypatch.setitem(LEVELS, "full", less)
+    splits = tiny.splits(30, 30, 40)
+    for name in ("train", "validation", "test"):
+        on_disk.write_csv(tmp_path / "data" / f"{name}.csv", getattr(splits, name).to_list())
+    original = tiny.model(layers=4, seed=1)
+    original.save(tmp_path / "before")
+    tiny.uneven(original).save(tmp_path / "after")
+    where = {"data": str(tmp_path / "data"), "task": "text-classification", "level": "full", "threads": 1}
+    result = compare(tmp_path / "before", tmp_path / "after", floor=tmp_path / "before", output=tmp_path / "out", **where)
+    floor, after = (result["comparisons"][role] for role in ("floor", "after"))
+    assert [row[at] for at, row in enumerate(floor["depths"]["rho"])][:4] == pytest.approx([1] * 4)
+    assert floor["rollout"]["rank"]["value"] == pytest.approx(1)
+    assert floor["depths"]["n"] == 6
+    assert after["depths"]["n"] <= after["attribution"]["alike"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count('aria-label="How alike words are ranked at every pair of depths') == 2  # wide and narrow
+    assert "the mean of those ρ is" in page
+    assert "Attention leads to words in both models alike to ρ" in page
+    assert "Behind block 4 of the model after nothing stands on words" in page
+    assert page.count("attention rollout</span>") == 2 * len(after["attribution"]["examples"])
+    assert {"Likest depths, mean", "Rank agreement of attention rollout"} <= {row[0] for row in summary(result)}
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------------
