@@ -322,7 +322,8 @@ def test_what_is_said_of_depths():
     }
     said = depths_said(result)
     assert "the mean of those ρ is −0.10" in said["said"]
-    assert "Behind block 1, the last depth after at which words still count, it is block 3 (ρ = −0.70 (" in said["said"]
+    assert "For block 1, the last of the model after where words still count, that is block 3" in said["said"]
+    assert "(ρ = −0.70 (−0.80 to −0.60))" in said["said"]
     assert "two trainings" in said["said"]
     assert [row["before"] for row in said["rows"]] == ["the embeddings", "block 3"]
     assert said["rows"][1]["words"].startswith("40.0")

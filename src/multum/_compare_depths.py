@@ -42,8 +42,8 @@ def said(found: Mapping[str, Any], floor: Mapping[str, Any] | None) -> str:
     last, mean = nearest[-1], _mean(nearest)
     text = (
         f"Every depth of the model after is set beside the depth of the model before that it is most like; the mean of those ρ "
-        f"is {mean:.2f}. Behind {place(last['after'])}, the last depth after at which words still "
-        f"count, it is {place(last['before'])} (ρ = {interval(last)})."
+        f"is {mean:.2f}. For {place(last['after'])}, the last of the model after where words still count, that is "
+        f"{place(last['before'])} of the model before (ρ = {interval(last)})."
     )
     if floor and floor["nearest"]:
         text += f" Between two trainings of the original that differ in their seed only that mean is {_mean(floor['nearest']):.2f}."
