@@ -32,7 +32,7 @@ def _unit_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks with ties at their mean, less their mean, each row of length 1; rows of one value nan."""
     ranks = rankdata(values, axis=1) - (values.shape[1] + 1) / 2
     length = np.sqrt((ranks**2).sum(axis=1, keepdims=True))
-    return np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
+    return np.asarray(np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0))
 
 
 def depth_agreement(
