@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_families
 import torch
 from torch import nn
 from transformers import BartConfig, BartModel, LlamaConfig, LlamaForCausalLM, MPNetConfig, MPNetModel
@@ -125,6 +126,23 @@ def test_shared_key_heads_serve_several_queries() -> None:
     for head in range(4):
         expected = part.query[:, head] @ part.key[:, head // 2].transpose(-1, -2) / math.sqrt(SIZE)
         assert torch.allclose(scores[:, head], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "modernbert", *tiny_families.DECODERS])
+def test_probabilities_are_those_of_eager_attention(family: str, implementation: str) -> None:
+    """With padding, causal, behind windows; of heads that share keys."""
+    module, inputs = tiny.model(family, layers=3).module, batch()
+    module.set_attn_implementation(implementation)
+    with torch.no_grad(), capture(module) as captured:
+        module(**inputs)
+    module.set_attn_implementation("eager")
+    with torch.no_grad():
+        theirs = module(**inputs, output_attentions=True).attentions
+    real = inputs["attention_mask"].bool()
+    for layer, expected in enumerate(theirs, start=1):
+        ours = captured.attention[layer].probabilities()
+        assert torch.allclose(ours.transpose(1, 2)[real], expected.transpose(1, 2)[real].float(), atol=1e-5)
 
 
 def test_gradients_flow_through_what_was_captured() -> None:

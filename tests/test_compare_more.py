@@ -39,7 +39,7 @@ TRAIN, OTHERS = 40, 40
 @pytest.fixture(autouse=True)
 def _less(monkeypatch):
     for name, level in LEVELS.items():
-        monkeypatch.setitem(LEVELS, name, replace(level, draws=100, attributed=min(level.attributed, 4), points=3))
+        monkeypatch.setitem(LEVELS, name, replace(level, draws=100, attributed=min(level.attributed, 4), points=3, steps=3))
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,13 @@ def test_an_export_is_attributed_in_its_torch_form(places, tmp_path):
     assert result["comparisons"]["after"]["attribution"]["rank"]["value"] == pytest.approx(1)
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"its torch form {tmp_path / 'model'} was asked" in page
+    found = result["comparisons"]["after"]
+    assert [row[at] for at, row in enumerate(found["depths"]["rho"])][:-1] == pytest.approx([1] * (len(found["depths"]["rho"]) - 1))
+    assert [row["before"] for row in found["depths"]["nearest"]] == [row["after"] for row in found["depths"]["nearest"]]
+    assert found["rollout"]["rank"]["value"] == pytest.approx(1)
+    assert "Layer by layer" in page
+    assert "attention rollout</span>" in page
+    assert page.count('aria-label="How alike words are ranked at every pair of depths') == 2  # wide and narrow
     shutil.move(tmp_path / "model" / "onnxruntime-fp32", tmp_path / "alone")
     alone = compare(places / "model", tmp_path / "alone", **options(places, tmp_path / "two", level="full"))
     assert alone["comparisons"]["after"]["attribution"] is None

@@ -170,7 +170,7 @@ def compare(
         "n": len(look.texts),
         "n_of_split": len(on.inputs(split)),
         "members": len(look.members),
-        "attributed": {"texts": len(look.attributed), "points": look.points},
+        "attributed": {"texts": len(look.attributed), "points": look.points, "steps": look.steps},
         "labels": list(on.labels),
         "margin": asked.margin,
         "draws": asked.draws,

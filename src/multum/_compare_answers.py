@@ -14,10 +14,11 @@ import numpy as np
 
 from ._compare_attribution import Attributed, Attributor, torch_form, why_not
 from ._compare_figures import Answers
+from ._compare_inside import Inside, Insider
 from ._compare_look import Look
 from ._compare_shadows import Shadows
 from ._compare_targets import Predictor
-from ._compare_work import Work
+from ._compare_work import ByText, Work
 from ._report_words import duration
 from .core.reporting import report as report_progress
 from .progress import Progress
@@ -26,7 +27,7 @@ CHUNK = 512
 """Texts between two reports of progress."""
 FIGURES = 5.0
 """Seconds for all figures and the page, about."""
-ATTRIBUTIONS, SHADOWS = "attributions", "shadow models"
+ATTRIBUTIONS, INSIDE, SHADOWS = "attributions", "layers", "shadow models"
 KNOWN = ("test", "validation", "shift", "members")
 
 
@@ -37,7 +38,8 @@ def gather(
     sets = look.sets()
     forms = {role: torch_form(predictor.folder) for role, predictor in predictors.items()}
     attributors = _attributors(look, forms, task, seed)
-    plan = _plan(sets, predictors, attributors, work, shadows)
+    insiders = {role: Insider(attributor, task, look.steps) for role, attributor in attributors.items()}
+    plan = _plan(sets, predictors, {ATTRIBUTIONS: attributors, INSIDE: insiders}, work, shadows)
     progress.plan([*plan, ("figures", FIGURES)])
     progress.say(cost([*plan, ("figures", FIGURES)]))
     logits: dict[str, dict[str, np.ndarray]] = {}
@@ -47,7 +49,11 @@ def gather(
     words: dict[str, Attributed] = {}
     for role, attributor in attributors.items():
         with progress.stage(f"{ATTRIBUTIONS} {role}"):
-            words[role] = attributor.run(work, f"attribution-{role}")
+            words[role] = attributor.run(work, _kept(ATTRIBUTIONS, role))
+    insides: dict[str, Inside] = {}
+    for role, insider in insiders.items():
+        with progress.stage(f"{INSIDE} {role}"):
+            insides[role] = insider.run(work, _kept(INSIDE, role))
     confidences: dict[str, np.ndarray] = {}
     if shadows:
         with progress.stage(SHADOWS):
@@ -57,6 +63,7 @@ def gather(
             **{name: logits[role].get(name) for name in KNOWN},  # type: ignore[arg-type]
             perturbed={name: logits[role][name] for name in look.changes()},
             attribution=words.get(role),
+            inside=insides.get(role),
             shadows=confidences.get(role),
             shadows_inside=shadows.inside if shadows else None,
         )
@@ -84,7 +91,7 @@ def _attributors(look: Look, forms: dict[str, Path | None], task: Any, seed: int
 def _plan(
     sets: Mapping[str, Sequence[Any]],
     predictors: Mapping[str, Predictor],
-    attributors: Mapping[str, Attributor],
+    looks: Mapping[str, Mapping[str, ByText]],
     work: Work,
     shadows: Shadows | None,
 ) -> list[tuple[str, float]]:
@@ -93,9 +100,14 @@ def _plan(
     for role, predictor in predictors.items():
         left = sum(len(texts) for name, texts in sets.items() if not work.has(f"{role}-{name}"))
         plan.append((role, left * predictor.seconds(sets["test"]) if left else 0.0))
-    for role, attributor in attributors.items():
-        plan.append((f"{ATTRIBUTIONS} {role}", attributor.seconds(work, f"attribution-{role}")))
+    for kind, of in looks.items():
+        plan += [(f"{kind} {role}", one.seconds(work, _kept(kind, role))) for role, one in of.items()]
     return [*plan, *([(SHADOWS, shadows.seconds(work))] if shadows else [])]
+
+
+def _kept(kind: str, role: str) -> str:
+    """The name under which what is computed text by text is kept."""
+    return f"{kind.removesuffix('s')}-{role}"
 
 
 def _answers(role: str, predictor: Predictor, sets: Mapping[str, Sequence[Any]], work: Work) -> dict[str, np.ndarray]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ._compare_work import Arrays, Work
-from .core.reporting import report as report_progress
+from ._compare_work import Arrays, ByText, Work, portions
 from .errors import MissingExtra
-from .evidence._words import kept_words, words_of
-from .evidence.attribution import FEWEST, deletions, order
+from .evidence._words import FEWEST, kept_words, words_of
+from .evidence.attribution import deletions, order
 
-CHUNK, ORDERS = 10, 3
-"""Texts that are kept at once; random orders that every attribution is set against."""
+ORDERS = 3
+"""Random orders that every attribution is set against."""
 LONGEST = 400
 """Characters of a text that is attributed, of pairs both: what is longer costs much and is read by nobody."""
 
@@ -61,50 +60,32 @@ def chosen(texts: Sequence[Any], count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(fit, min(count, len(fit))))
 
 
-class Attributor:
+class Attributor(ByText):
     """Attributes the answers of one model, some texts at a time."""
 
     def __init__(self, form: Path, task: Any, texts: Sequence[Any], points: int, seed: int) -> None:
-        self._task, self._texts, self._points, self._seed = task, texts, points, seed
+        super().__init__(texts)
+        self._task, self._points, self._seed = task, points, seed
         self._form = form
-        self._model: Any = None
-
-    def seconds(self, work: Work, name: str) -> float:
-        """About how long those texts take that are not there yet, from one of middling length."""
-        left = sum(min(CHUNK, len(self._texts) - at) for at in self._starts() if not work.has(f"{name}-{at:05d}"))
-        if not left:
-            return 0.0
-        middle = sorted(range(len(self._texts)), key=lambda at: len(str(self._texts[at])))[len(self._texts) // 2]
-        self._compute(middle, middle + 1)  # the first call of everything takes longer
-        started = time.monotonic()
-        self._compute(middle, middle + 1)
-        return (time.monotonic() - started) * left
 
     def run(self, work: Work, name: str) -> Attributed:
         """All texts; what an earlier call has done is taken from `work`."""
-        parts = []
-        for start in self._starts():
-            end = min(start + CHUNK, len(self._texts))
-            parts.append(work.arrays(f"{name}-{start:05d}", self._later(start, end)))
-            report_progress(end / len(self._texts))
-        words = [part["words"][begin:end] for part in parts for begin, end in _spans(part["lengths"])]
+        parts = self.parts(work, name)
+        words = [part["words"][begin:end] for part in parts for begin, end in portions(part["lengths"])]
         joined = {key: np.concatenate([part[key] for part in parts]) for key in ("answers", "errors", "whole", "guided", "random")}
         return Attributed(words=words, **joined)
 
-    def _starts(self) -> range:
-        return range(0, len(self._texts), CHUNK)
-
-    def _later(self, start: int, end: int) -> Callable[[], Arrays]:
-        return lambda: self._compute(start, end)
+    @cached_property
+    def model(self) -> Any:
+        """The torch form, loaded when it is first asked for."""
+        return self._task.load(str(self._form))
 
     def _compute(self, start: int, end: int) -> Arrays:
         from .evidence._gradients import word_attributions
 
-        if self._model is None:
-            self._model = self._task.load(str(self._form))
-        texts = self._texts[start:end]
-        limit = self._task.length_limit(self._model)
-        words, answers, errors = word_attributions(self._model, texts, max_length=limit, steps=self._points)
+        texts = self.texts[start:end]
+        limit = self._task.length_limit(self.model)
+        words, answers, errors = word_attributions(self.model, texts, max_length=limit, steps=self._points)
         tested = [
             self._test(start + at, text, values, int(answer))
             for at, (text, values, answer) in enumerate(zip(texts, words, answers, strict=True))
@@ -140,12 +121,7 @@ class Attributor:
 
         from .core.training import pad
 
-        rows = self._task.encode_texts(self._model, texts).remove_columns("labels")
+        rows = self._task.encode_texts(self.model, texts).remove_columns("labels")
         with torch.inference_mode():
-            logits = self._model.module(**pad(list(rows), self._model.tokenizer.pad_token_id)).logits.float()
+            logits = self.model.module(**pad(list(rows), self.model.tokenizer.pad_token_id)).logits.float()
         return np.asarray(logits.softmax(dim=1).double().numpy())
-
-
-def _spans(lengths: np.ndarray) -> list[tuple[int, int]]:
-    ends = np.cumsum(lengths)
-    return list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))

@@ -91,3 +91,32 @@ def reliability_chart(before: Sequence[Mapping[str, Any]], after: Sequence[Mappi
             base.mark_point(filled=True, opacity=1, shape=shape, size=60, color=color).encode(x=x, y=y),
         ]
     return svg(alt.layer(*layers).properties(width=width - 60, height=round(0.75 * width)))
+
+
+def depth_chart(found: Mapping[str, Any], *, width: int) -> str:
+    """How alike the words are ranked at every pair of depths: ρ in hundredths in every cell, the likest of each column in a frame.
+
+    Args:
+        found: as `depth_agreement` gives it; depths without any ρ are left out.
+        width: pixels, axes not counted.
+    """
+    alt = altair()
+    likest = {(row["before"], row["after"]) for row in found["nearest"]}
+    cells = [
+        {"before": i, "after": j, "shade": 0.05 + 0.75 * max(value, 0.0), "text": f"{100 * value:.0f}".replace("-", "−")}
+        for i, row in enumerate(found["rho"])
+        for j, value in enumerate(row)
+        if value is not None
+    ]
+    columns, rows = (len({cell[side] for cell in cells}) for side in ("after", "before"))
+    axis = alt.Axis(orient="top", labelAngle=0)
+    x, y = alt.X("after:O", title="Depth after", axis=axis), alt.Y("before:O", title="Depth before")
+    size = max(7.0, min(FONT_SIZE - 1.0, width / columns / 2.2))
+    base = alt.Chart(alt.Data(values=cells)).encode(x=x, y=y)
+    framed = alt.Chart(alt.Data(values=[cell for cell in cells if (cell["before"], cell["after"]) in likest])).encode(x=x, y=y)
+    layers = [
+        base.mark_rect(color=COLORS["rung"], cornerRadius=2).encode(opacity=alt.Opacity("shade:Q", scale=None)),
+        framed.mark_rect(filled=False, stroke=COLORS["ink"], strokeWidth=2, cornerRadius=2),
+        base.mark_text(color=COLORS["ink"], fontSize=size).encode(text="text:N"),
+    ]
+    return svg(alt.layer(*layers).properties(width=width, height=max(60, 28 * rows)))

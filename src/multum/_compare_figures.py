@@ -14,6 +14,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from ._compare_attribution import Attributed
+from ._compare_inside import Inside, depth_figures, inside_figures, rollout_figures, rollout_shares
 from .evidence import robustness
 from .evidence.attribution import agreement, deletion
 from .evidence.calibration import calibration, calibration_change
@@ -65,6 +66,8 @@ class Answers:
     members: np.ndarray | None = None
     """To training texts."""
     attribution: Attributed | None = None
+    inside: Inside | None = None
+    """What goes on inside the model on the texts that are attributed."""
     shadows: np.ndarray | None = None
     """φ of shadow models for the members and then for the texts, (models, members + texts)."""
     shadows_inside: np.ndarray | None = None
@@ -80,6 +83,7 @@ def own_figures(answers: Answers, asked: Asked) -> dict[str, Any]:
         "calibration": calibration(answers.test, asked.truth, answers.validation, asked.validation_truth),
         "ranking": ranking(answers.test, asked.truth),
         "attribution": _deletion(answers.attribution, asked),
+        "inside": inside_figures(answers.inside, answers.attribution, **asked.drawing),
         "privacy": {name: attack(*scores) for name, scores in _attacks(answers, asked).items()},
     }
 
@@ -180,7 +184,12 @@ def _attribution(before: Answers, other: Answers, asked: Asked) -> dict[str, Any
     rest = ranked[APART:]
     middle = max(0, len(rest) // 2 - MIDDLING // 2)
     listed = [*ranked[:APART], *rest[middle : middle + MIDDLING]]
-    return found | {"examples": [_weighed(at, each[at], first, second, asked) for at in listed]}
+    examples = [
+        _weighed(at, each[at], first, second, asked)
+        | {"rollout": {name: rollout_shares(one.inside, at) for name, one in (("before", before), ("after", other))}}
+        for at in listed
+    ]
+    return found | {"examples": examples}
 
 
 def _weighed(at: int, rank: float, first: Attributed, second: Attributed, asked: Asked) -> dict[str, Any]:
@@ -198,6 +207,14 @@ def _weighed(at: int, rank: float, first: Attributed, second: Attributed, asked:
     }
 
 
+def _depths(before: Answers, other: Answers, asked: Asked) -> Any:
+    return depth_figures(before.inside, other.inside, (before.attribution, other.attribution), **asked.drawing)
+
+
+def _rollout(before: Answers, other: Answers, asked: Asked) -> Any:
+    return rollout_figures(before.inside, other.inside, (before.attribution, other.attribution), **asked.drawing)
+
+
 def _privacy(before: Answers, other: Answers, asked: Asked) -> dict[str, Any]:
     """Whether the other model tells more of who it was trained on."""
     first, second = _attacks(before, asked), _attacks(other, asked)
@@ -213,6 +230,8 @@ SECTIONS: dict[str, Callable[[Answers, Answers, Asked], Any]] = {
     "perturbations": _perturbations,
     "shift": _shift,
     "attribution": _attribution,
+    "depths": _depths,
+    "rollout": _rollout,
     "privacy": _privacy,
 }
 

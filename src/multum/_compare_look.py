@@ -35,9 +35,11 @@ class Level:
     """Texts whose answers are attributed to their words."""
     points: int
     """Of the integral that an attribution is."""
+    steps: int
+    """Of the sums that conductances are."""
 
 
-LEVELS = {"quick": Level(1000, 2000, 0, 0, 0), "full": Level(None, 5000, 3, 100, 20)}
+LEVELS = {"quick": Level(1000, 2000, 0, 0, 0, 0), "full": Level(None, 5000, 3, 100, 20, 10)}
 
 
 class Look:
@@ -75,6 +77,10 @@ class Look:
     @property
     def points(self) -> int:
         return self._level.points
+
+    @property
+    def steps(self) -> int:
+        return self._level.steps
 
     @property
     def truth(self) -> Any:

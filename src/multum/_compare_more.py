@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import _compare_depths as inside
 from ._compare_words import change, percent
 from .evidence._words import words_of
 
@@ -38,6 +39,9 @@ def reasons(result: Mapping[str, Any]) -> dict[str, Any] | None:
         ],
         "points": result["attributed"]["points"],
         "error": max(test["error"] for _, test in tests),
+        "depths": inside.depths(result),
+        "rollout": inside.rollout(result, ROLES),
+        "led": any(example.get("rollout", {}).get(role) for example in found["examples"] for role in ("before", "after")),
     }
 
 
@@ -84,11 +88,16 @@ def _shown(example: Mapping[str, Any]) -> dict[str, Any]:
         **{key: example[key] for key in ("answer", "label")},
         "rank": _minus(f"{example['rank']:.2f}"),
         "sides": [(role, weighed(example["text"], example[role])) for role in ("before", "after")],
+        "led": [
+            (role, weighed(example["text"], inside.led(shares), kind="led"))
+            for role, shares in example.get("rollout", {}).items()
+            if shares
+        ],
     }
 
 
-def weighed(text: str | Sequence[str], weights: Sequence[float | None]) -> list[dict[str, Any]]:
-    """The text in pieces: words with their weight in percent, sign and strength, and what stands between them."""
+def weighed(text: str | Sequence[str], weights: Sequence[float | None], kind: str = "") -> list[dict[str, Any]]:
+    """The text in pieces: words with their weight in percent, sign (or `kind`) and strength, and what stands between them."""
     sides = [text] if isinstance(text, str) else list(text)
     spans = words_of(text if isinstance(text, str) else (sides[0], sides[1]))
     pieces: list[dict[str, Any]] = []
@@ -101,7 +110,7 @@ def weighed(text: str | Sequence[str], weights: Sequence[float | None]) -> list[
             pieces.append({"text": sides[at][last:start]})
         word: dict[str, Any] = {"text": sides[at][start:end]}
         if weight is not None:
-            word["kind"] = ("for" if weight > 0 else "against") + (" strong" if abs(weight) >= STRONG else "")
+            word["kind"] = (kind or ("for" if weight > 0 else "against")) + (" strong" if abs(weight) >= STRONG else "")
             word["weight"] = round(60 * abs(weight))
         pieces.append(word)
         last = end
@@ -201,6 +210,7 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
         rows.append(
             ["Rank agreement of words", "", f"{found['rank']['value']:.2f}", "", f"{floor['rank']['value']:.2f}" if floor else ""]
         )
+        rows += inside.rows_of(result)
     for row in (privacy(result) or {"rows": []})["rows"]:
         if row["name"] == "AUC":
             rows.append(

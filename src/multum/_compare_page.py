@@ -27,6 +27,7 @@ GROUPS = (
     ("original", "◇", "training twice"),
 )
 """What the signs in the pictures mean."""
+DEPTHS = (("rung", "▢", "ρ in hundredths; framed: the depth before that a depth after is most like"),)
 NAMES = {
     "accuracy": "Accuracy",
     "f1_macro": "Macro F1",
@@ -201,4 +202,8 @@ def drawings(result: Mapping[str, Any], variant: str = "wide") -> dict[str, Draw
         label = "; ".join(f"{named(row)}: {signed(row['value'])} points" for row in groups["drawn"])
         drawn = charts.group_chart(groups["drawn"], groups["floor"], width=width)
         pictures["groups"] = Drawing(drawn, label, GROUPS if floor else GROUPS[:-1])
+    if (found := after.get("depths")) and found["nearest"]:
+        likest = "; ".join(f"{row['after']} after: {row['before']} before, {row['value']:.2f}" for row in found["nearest"])
+        drawn = charts.depth_chart(found, width=half - 60)
+        pictures["depths"] = Drawing(drawn, f"How alike words are ranked at every pair of depths, the likest: {likest}", DEPTHS)
     return pictures

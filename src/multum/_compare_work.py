@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .core.folders import read_json, write_json
+from .core.reporting import report as report_progress
 from .errors import InputError, MultumError
 
 WORK, ARGUMENTS = "work", "arguments.json"
+CHUNK = 10
+"""Texts that are kept at once."""
 Arrays = dict[str, np.ndarray]
 
 
@@ -69,6 +73,53 @@ class Work:
             raise MultumError(f"cannot write {self.folder}: {error.strerror}") from error
         if not (self.folder / ARGUMENTS).is_file():
             write_json(self.folder / ARGUMENTS, self._arguments)
+
+
+class ByText:
+    """Something computed of one text after the other, some texts at a time; `_compute` says what.
+
+    Args:
+        texts: all of them.
+    """
+
+    def __init__(self, texts: Sequence[Any]) -> None:
+        self.texts = texts
+
+    def seconds(self, work: Work, name: str) -> float:
+        """About how long those texts take that are not there yet, from one of middling length."""
+        left = sum(min(CHUNK, len(self.texts) - at) for at in self._starts() if not work.has(f"{name}-{at:05d}"))
+        if not left:
+            return 0.0
+        middle = sorted(range(len(self.texts)), key=lambda at: len(str(self.texts[at])))[len(self.texts) // 2]
+        self._compute(middle, middle + 1)  # the first call of everything takes longer
+        started = time.monotonic()
+        self._compute(middle, middle + 1)
+        return (time.monotonic() - started) * left
+
+    def parts(self, work: Work, name: str) -> list[Arrays]:
+        """All texts; what an earlier call has done is taken from `work`."""
+        found = []
+        for start in self._starts():
+            end = min(start + CHUNK, len(self.texts))
+            found.append(work.arrays(f"{name}-{start:05d}", self._later(start, end)))
+            report_progress(end / len(self.texts))
+        return found
+
+    def _starts(self) -> range:
+        return range(0, len(self.texts), CHUNK)
+
+    def _later(self, start: int, end: int) -> Callable[[], Arrays]:
+        return lambda: self._compute(start, end)
+
+    def _compute(self, start: int, end: int) -> Arrays:
+        """Of the texts from one to before another."""
+        raise NotImplementedError
+
+
+def portions(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Where each text's words are, of so many words each, when those of all texts stand one after the other."""
+    ends = np.cumsum(lengths)
+    return list(zip((ends - lengths).tolist(), ends.tolist(), strict=True))
 
 
 def unfinished(output: Path) -> bool:

@@ -27,6 +27,8 @@ from .progress import Progress
 from .targets import fingerprint, measured_files, open_for
 
 RUN, COMPARISON = "run.json", "comparison.json"
+OWN = ("accuracy", "calibration", "ranking", "attribution", "inside", "privacy", "canaries")
+"""Figures that a comparison has of each model alone."""
 EXACT = 1e-9
 """Relative difference that writing a number as text explains."""
 ROUNDS, FEWEST_ROUNDS = 20, 3
@@ -222,7 +224,7 @@ def _comparison(folder: Path, data: str, threads: int | None, progress: Progress
         again = now["models"][role]
         yield Line(f"{role}: files", model["fingerprint"], again["fingerprint"], model["fingerprint"] == again["fingerprint"])
         yield Line(f"{role}: bytes", f"{model['bytes']:,}", f"{again['bytes']:,}", model["bytes"] == again["bytes"])
-        yield from _sections(role, model, again, ("accuracy", "calibration", "ranking", "attribution", "privacy", "canaries"))
+        yield from _sections(role, model, again, OWN)
     for role, found in then["comparisons"].items():
         yield from _sections(f"{role} against before", found, now["comparisons"][role], tuple(found))
 

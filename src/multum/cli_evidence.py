@@ -21,7 +21,7 @@ Shift = Annotated[
 ]
 Margin = Annotated[str, typer.Option("--margin", metavar="POINTS", help="The largest difference in accuracy that does not matter.")]
 HowMuch = Annotated[
-    str, typer.Option("--level", metavar="L", help="quick: 1,000 texts; full: all texts, changed ones, attributions.")
+    str, typer.Option("--level", metavar="L", help="quick: 1,000 texts; full: all texts, changed ones, attributions, layers.")
 ]
 Lexicon = Annotated[
     Path | None,

@@ -4,6 +4,7 @@
         outputs = model(**batch)
     captured.hidden[0], captured.hidden[3]      # embeddings, output of the third block: (batch, tokens, width)
     captured.attention[3].scores()              # Q Kᵀ · scaling of the third block: (batch, heads, tokens, tokens)
+    captured.attention[3].probabilities()       # the same masked, rows normalized to 1
 
 Layers count from 1 and 0 are the embeddings, as in the papers and in transformers' `hidden_states`. Nothing is detached:
 losses on what was captured train the model. Fused attention never forms the scores, and asked for them (`output_attentions`)
@@ -41,11 +42,24 @@ class Attention:
     scaling: float
     causal: bool
     """Whether a token attends to itself and those before it only."""
+    mask: torch.Tensor | None = None
+    """What the attention was given beside, as torch's `scaled_dot_product_attention` takes it: booleans (True: may be looked at)
+    or numbers to add, (batch, 1 or heads, tokens, tokens); None where nothing but `causal` hides a token."""
 
     def scores(self) -> torch.Tensor:
         """Q Kᵀ · scaling, neither masked nor normalised, float32: (batch, heads, tokens, tokens)."""
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
         return self.query.float() @ key.float().transpose(-1, -2) * self.scaling
+
+    def probabilities(self) -> torch.Tensor:
+        """softmax(Q Kᵀ · scaling + mask): how much each token (row) looks at each, float32, (batch, heads, tokens, tokens)."""
+        scores, mask = self.scores(), self.mask
+        if mask is None and self.causal:
+            mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            mask = mask[..., : scores.shape[-1]]
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return scores.softmax(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -87,12 +101,20 @@ class _Recorder:
     into: Captured
     calls: int = 0
 
-    def record(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> None:
+    def record(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+    ) -> None:
         self.calls += 1
         if not any(isinstance(child, Removed) for child in module.children()):
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             causal = bool(getattr(module, "is_causal", False))
-            self.into.attention[self.calls] = Attention(query, key, value, scaling, causal)
+            self.into.attention[self.calls] = Attention(query, key, value, scaling, causal, mask)
 
 
 _PREFIX = "multum_"
@@ -104,17 +126,23 @@ def _attend(name: str) -> Any:
     """The attention function `name`, which first writes down what it is given."""
 
     def attention(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         if (recorder := _recorders.get(module)) is not None:
-            recorder.record(module, query, key, value, kwargs.get("scaling"))
+            recorder.record(module, query, key, value, attention_mask, kwargs.get("scaling"))
         if name == "eager":  # every architecture has its own, beside its attention class
             function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
             if function is None:
                 raise MultumError(f"the attention of {type(module).__name__} cannot be captured: it has no eager form")
         else:
             function = AttentionInterface()[name]
-        return cast(tuple[torch.Tensor, Any], function(module, query, key, value, *args, **kwargs))
+        return cast(tuple[torch.Tensor, Any], function(module, query, key, value, attention_mask, *args, **kwargs))
 
     return attention
 

@@ -13,6 +13,7 @@ Tokens differ from model to model, words do not: a word's attribution is the sum
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,35 +55,28 @@ def word_attributions(
     """
     from captum.attr import LayerIntegratedGradients
 
-    module, tokenizer = model.module.eval(), model.tokenizer
-    blank = blank_token(tokenizer)
-    if not tokenizer.is_fast or blank is None:
-        raise InputError(f"{model.source}: attributions take a fast tokenizer (tokenizer.json) with a mask or padding token")
-    gradients = LayerIntegratedGradients(lambda ids, rest, y: _margin(module, ids, rest, y), module.get_input_embeddings())
+    module = model.module.eval()
+    gradients = LayerIntegratedGradients(lambda ids, rest, y: margin(module, ids, rest, y), module.get_input_embeddings())
     found: list[np.ndarray] = []
     answers, errors = np.empty(len(texts), dtype=np.int64), np.empty(len(texts))
     for at, text in enumerate(texts):
-        row, spans = _encoded(model, text, max_length), words_of(text)
-        batch = {name: value for name, value in pad([row["inputs"]], tokenizer.pad_token_id).items() if name != "labels"}
-        ids, rest = batch.pop("input_ids"), batch
+        row = encoded(model, text, max_length)
         with torch.no_grad():
-            y = module(input_ids=ids, **rest).logits.argmax(dim=1)
-        special = torch.tensor([row["special"]], dtype=torch.bool)
-        baseline = torch.where(special, ids, torch.full_like(ids, blank))
+            y = module(input_ids=row.ids, **row.rest).logits.argmax(dim=1)
         values, delta = gradients.attribute(
-            ids, baselines=baseline, additional_forward_args=(rest, y), n_steps=steps, internal_batch_size=BATCH,
+            row.ids, baselines=row.blank, additional_forward_args=(row.rest, y), n_steps=steps, internal_batch_size=BATCH,
             return_convergence_delta=True,
         )  # fmt: skip
         tokens = values.detach().sum(dim=-1)[0].double().numpy()
         total = float(tokens.sum()) - float(delta[0])
         answers[at] = int(y[0])
         errors[at] = abs(float(delta[0])) / max(abs(total), 0.01 * float(np.abs(tokens).sum()), 1e-12)
-        found.append(_by_word(tokens, row["places"], spans))
+        found.append(by_word(tokens, row.places, words_of(text)))
         done(at + 1)
     return found, answers, errors
 
 
-def _margin(module: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+def margin(module: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
     """F of every row; captum asks about many points of one text at once."""
     logits: torch.Tensor = module(
         input_ids=ids, **{name: value.expand(len(ids), -1) for name, value in rest.items()}
@@ -92,26 +86,45 @@ def _margin(module: Any, ids: torch.Tensor, rest: dict[str, torch.Tensor], y: to
     return chosen - others / (logits.shape[1] - 1)
 
 
-def _encoded(model: Model, text: Text, max_length: int) -> dict[str, Any]:
-    """One text as the model reads it, and where each token stands in it."""
-    sides = (text,) if isinstance(text, str) else text
-    encoded = model.tokenizer(
-        *sides, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True
-    )
+@dataclass(frozen=True)
+class Encoded:
+    """One text as a model reads it."""
+
+    ids: torch.Tensor
+    """(1, tokens)."""
+    blank: torch.Tensor
+    """The same with nothing in it: every token but the special ones replaced, (1, tokens)."""
+    rest: dict[str, torch.Tensor]
+    """What else the model is given."""
+    places: list[Span | None]
+    """Where each token stands in the text; None for special ones."""
+
+
+def encoded(model: Model, text: Text, max_length: int) -> Encoded:
+    """One text as the model reads it, and where each token stands in it.
+
+    Raises:
+        InputError: the tokenizer is not a fast one, or the model has no token to put in the place of others.
+    """
+    tokenizer, sides = model.tokenizer, (text,) if isinstance(text, str) else text
+    blank = blank_token(tokenizer)
+    if not tokenizer.is_fast or blank is None:
+        raise InputError(f"{model.source}: attributions take a fast tokenizer (tokenizer.json) with a mask or padding token")
+    found = tokenizer(*sides, truncation=True, max_length=max_length, return_offsets_mapping=True, return_special_tokens_mask=True)
     names = ["input_ids", "attention_mask"]
-    if len(sides) == 2 and "token_type_ids" in encoded and getattr(model.module.config, "type_vocab_size", 1) > 1:
+    if len(sides) == 2 and "token_type_ids" in found and getattr(model.module.config, "type_vocab_size", 1) > 1:
         names.append("token_type_ids")
-    return {
-        "inputs": {name: encoded[name] for name in names},
-        "special": encoded["special_tokens_mask"],
-        "places": [
-            None if side is None or end <= start else (side, start, end)
-            for side, (start, end) in zip(encoded.sequence_ids(0), encoded["offset_mapping"], strict=True)
-        ],
-    }
+    batch = {name: value for name, value in pad([{n: found[n] for n in names}], tokenizer.pad_token_id).items() if name in names}
+    ids = batch.pop("input_ids")
+    special = torch.tensor([found["special_tokens_mask"]], dtype=torch.bool)
+    places = [
+        None if side is None or end <= start else (side, start, end)
+        for side, (start, end) in zip(found.sequence_ids(0), found["offset_mapping"], strict=True)
+    ]
+    return Encoded(ids=ids, blank=torch.where(special, ids, torch.full_like(ids, blank)), rest=batch, places=places)
 
 
-def _by_word(tokens: np.ndarray, places: Sequence[Span | None], spans: Sequence[Span]) -> np.ndarray:
+def by_word(tokens: np.ndarray, places: Sequence[Span | None], spans: Sequence[Span]) -> np.ndarray:
     """Sums over the tokens of every word; a token belongs to the word that its last character stands in."""
     owner = {(side, at): word for word, (side, start, end) in enumerate(spans) for at in range(start, end)}
     found = np.full(len(spans), np.nan)

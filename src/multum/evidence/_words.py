@@ -14,6 +14,8 @@ import numpy as np
 Text = str | tuple[str, str]
 Span = tuple[int, int, int]
 """Which of a pair's texts (0 if it is one text), first character, one past the last."""
+FEWEST = 3
+"""Words below which a text says nothing about order."""
 ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+(?:['’\-][^\W_{ALONE}]+)*|[^\w\s]|_")
 

@@ -25,12 +25,11 @@ import numpy as np
 from scipy.stats import rankdata
 
 from ._bootstrap import mean_interval
+from ._words import FEWEST
 
 TOP = 5
 SHARES = (0.1, 0.2, 0.5)
 """Of a text's words, that the deletion test takes out or leaves alone."""
-FEWEST = 3
-"""Words below which a text says nothing about order."""
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
