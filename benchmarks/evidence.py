@@ -189,7 +189,7 @@ def report(run: Mapping[str, Any], found: Mapping[str, Any], seconds: list[float
     rows = [row(name, speed.get(name, ""), **one) for name, one in found["models"].items()]
     took = median_with_range(seconds)
     lengths = found["models"][FLOOR]["found"]["lengths"]
-    than = " and ".join(f"{name} than {one['than']} characters" for name, one in lengths.items())
+    than = " or ".join(f"{name} than {one['than']} characters" for name, one in lengths.items())
     summary = [
         f"On {found['n']:,} test texts, against the original in torch. {FLOOR.capitalize()}: the same fine-tuning with another "
         "seed, what training twice changes. ▼ and ▲: worse or better by more than chance explains, groups corrected for their "
