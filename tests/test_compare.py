@@ -98,7 +98,6 @@ def test_a_folder_may_be_compared_with_itself_and_with_a_floor(places, tmp_path)
     assert same["shift"]["accuracy"]["excess"] == 0
     assert set(same["perturbations"]) == {"typos", "case", "punctuation", "word order", "first half", "two joined"}
     assert all(one["excess"] == 0 for one in same["perturbations"].values())
-    assert abs(same["perturbations"]["two joined"]["drop_before"]) < same["perturbations"]["first half"]["drop_before"]
     assert same["perturbations"]["case"]["drop_before"] == 0  # the tokenizer knows no capitals
     assert same["perturbations"]["typos"]["drop_before"] > 0.02
     assert same["attribution"]["rank"]["value"] == pytest.approx(1)
