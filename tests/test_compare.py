@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import multum
 from multum._compare import LEVELS, compare
-from multum._compare_data import elsewhere, group_columns
+from multum._compare_data import elsewhere, group_columns, unusual_lengths
 from multum._compare_figures import SECTIONS, Answers, Asked, compared
 from multum._compare_page import render
 from multum._compare_words import flipped, headline, p_value, said, signed, whom
@@ -96,7 +96,7 @@ def test_a_folder_may_be_compared_with_itself_and_with_a_floor(places, tmp_path)
     assert same["flips"]["flips"]["value"] == 0 < floor["flips"]["flips"]["value"]
     assert floor["difference"]["verdict"] == "lower"
     assert same["shift"]["accuracy"]["excess"] == 0
-    assert set(same["perturbations"]) == {"typos", "case", "punctuation", "word order"}
+    assert set(same["perturbations"]) == {"typos", "case", "punctuation", "word order", "first half", "two joined"}
     assert all(one["excess"] == 0 for one in same["perturbations"].values())
     assert same["perturbations"]["case"]["drop_before"] == 0  # the tokenizer knows no capitals
     assert same["perturbations"]["typos"]["drop_before"] > 0.02
@@ -170,6 +170,30 @@ def test_damage_to_a_class_or_a_users_group_is_named(by, name, words_for):
     lost = found["flips"]["examples"]["lost"]
     assert len(lost) == 30
     assert [one["after"]["probability"] for one in lost] == sorted((one["after"]["probability"] for one in lost), reverse=True)
+
+
+def test_a_model_that_fails_where_texts_are_longer_than_those_trained_on_is_named():
+    rng, n = np.random.default_rng(1), 600
+    lengths, truth = np.arange(n) + 1, rng.integers(0, 2, n)
+    texts, trained = ["x" * at for at in lengths], ["x" * at for at in range(1, 501)]
+    unusual = unusual_lengths(texts, trained)
+    assert {name: (than, int(rows.sum())) for name, (than, rows) in unusual.items()} == {"shorter": (50, 49), "longer": (450, 150)}
+    before = np.where(rng.random(n) < 0.9, truth, 1 - truth)
+    after = np.where((lengths > 450) & (rng.random(n) < 0.3), 1 - before, before)
+    asked = Asked(
+        texts=texts, truth=truth, validation_truth=truth, labels=("bad", "good"), groupings={}, unusual=unusual,
+        shift_truth=None, margin=0.02, draws=50, seed=0,
+    )  # fmt: skip
+    first, second = (Answers(test=np.eye(2)[guess], validation=np.eye(2)[guess]) for guess in (before, after))
+    found = SECTIONS["lengths"](first, second, asked)
+    usual = (lengths >= 50) & (lengths <= 450)
+    right = [(guess == truth).astype(float) for guess in (before, after)]
+    drops = [one[usual].mean() - one[lengths > 450].mean() for one in right]
+    assert found["longer"]["excess"] == pytest.approx(drops[1] - drops[0])
+    assert (found["longer"]["n"], found["longer"]["verdict"]) == (150, "more fragile")
+    assert (found["shorter"]["than"], found["shorter"]["excess"], found["shorter"]["verdict"]) == (50, 0, "not shown")
+    few = replace(asked, unusual={"longer": (590, lengths > 590), "shorter": (590, lengths < 590)})
+    assert SECTIONS["lengths"](first, second, few) == {}  # ten texts, and one text that is neither: nothing is claimed
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------------

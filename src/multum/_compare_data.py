@@ -19,6 +19,8 @@ Text = str | tuple[str, str]
 NONE = "(none)"
 """The group of examples whose field is empty."""
 MOST_GROUPS = 50
+UNUSUAL = (0.1, 0.9)
+"""Quantiles of the training texts' lengths beyond which a length is unusual."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,19 @@ class Elsewhere:
 
 def built_in_groups(texts: Sequence[Text], truth: np.ndarray, labels: Sequence[str]) -> dict[str, np.ndarray]:
     """The groups that every text has: its class, and its quarter by length."""
-    lengths = np.array([len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts])
-    return {"class": np.array(labels)[truth], "length": length_groups(lengths)}
+    return {"class": np.array(labels)[truth], "length": length_groups(_lengths(texts))}
+
+
+def unusual_lengths(texts: Sequence[Text], trained: Sequence[Text]) -> dict[str, tuple[int, np.ndarray]]:
+    """Of what length nine in ten of the texts trained on are longer, or shorter, and which texts are not: `shorter`, `longer`."""
+    low, high = np.quantile(_lengths(trained), UNUSUAL, method="inverted_cdf")
+    lengths = _lengths(texts)
+    return {"shorter": (int(low), lengths < low), "longer": (int(high), lengths > high)}
+
+
+def _lengths(texts: Sequence[Text]) -> np.ndarray:
+    """In characters, of a pair both sides."""
+    return np.array([len(text) if isinstance(text, str) else sum(map(len, text)) for text in texts])
 
 
 def group_columns(

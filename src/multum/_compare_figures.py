@@ -20,7 +20,7 @@ from .evidence.attribution import agreement, deletion
 from .evidence.calibration import calibration, calibration_change
 from .evidence.difference import difference
 from .evidence.flips import closeness, flips
-from .evidence.groups import groups
+from .evidence.groups import ENOUGH, groups
 from .evidence.privacy import attack, auc_change, confidence, lira_offline, log_likelihood
 from .evidence.ranking import ranking, ranking_change
 
@@ -39,6 +39,8 @@ class Asked:
     validation_truth: np.ndarray
     labels: Sequence[str]
     groupings: Mapping[str, np.ndarray]
+    unusual: Mapping[str, tuple[int, np.ndarray]] = field(default_factory=dict)
+    """`shorter`, `longer`: which of the texts are so than nine in ten of those trained on, and than how many characters that is."""
     shift_truth: np.ndarray | None
     members_truth: np.ndarray | None = None
     """What is right of training texts; None where there are none to attack."""
@@ -150,12 +152,36 @@ def _ranking(before: Answers, other: Answers, asked: Asked) -> dict[str, Any]:
 def _perturbations(before: Answers, other: Answers, asked: Asked) -> dict[str, Any]:
     """Every change; where a text was changed by several seeds, its own answers are set beside each."""
     clean = _right(before.test, asked.truth), _right(other.test, asked.truth)
-    result = {}
+    result, together = {}, len(before.perturbed) + len(_unusual(asked))
     for name in before.perturbed:
         seeds = len(before.perturbed[name]) // len(asked.truth)
         first, second = (_share_right(one.perturbed[name], asked.truth, seeds) for one in (before, other))
-        result[name] = robustness.same_texts(clean, (first, second), together=len(before.perturbed), **asked.drawing)
+        result[name] = robustness.same_texts(clean, (first, second), together=together, **asked.drawing)
     return result
+
+
+def _lengths(before: Answers, other: Answers, asked: Asked) -> dict[str, Any]:
+    """The texts that are shorter or longer than those trained on, against those that are neither."""
+    first, second = (_right(one.test, asked.truth) for one in (before, other))
+    usual, unusual, result = _usual(asked), _unusual(asked), {}
+    for name, (than, rows) in unusual.items():
+        sides = (first[usual], second[usual]), (first[rows], second[rows])
+        result[name] = {"than": than, **robustness.other_texts(*sides, together=len(before.perturbed) + len(unusual))}
+    return result
+
+
+def _unusual(asked: Asked) -> dict[str, tuple[int, np.ndarray]]:
+    """The unusual lengths, where there are enough texts of them and enough others to say anything."""
+    if _usual(asked).sum() < ENOUGH:
+        return {}
+    return {name: (than, rows) for name, (than, rows) in asked.unusual.items() if rows.sum() >= ENOUGH}
+
+
+def _usual(asked: Asked) -> np.ndarray:
+    rows = np.ones(len(asked.truth), dtype=bool)
+    for _, unusual in asked.unusual.values():
+        rows &= ~unusual
+    return rows
 
 
 def _shift(before: Answers, other: Answers, asked: Asked) -> dict[str, Any] | None:
@@ -167,7 +193,7 @@ def _shift(before: Answers, other: Answers, asked: Asked) -> dict[str, Any] | No
             (_right(getattr(before, name), truth), _right(getattr(other, name), truth))
             for name, truth in (("test", asked.truth), ("shift", asked.shift_truth))
         )
-        found["accuracy"] = robustness.other_texts(clean, there, **asked.drawing)
+        found["accuracy"] = robustness.other_texts(clean, there)
     return found
 
 
@@ -228,6 +254,7 @@ SECTIONS: dict[str, Callable[[Answers, Answers, Asked], Any]] = {
     "calibration": _calibration,
     "ranking": _ranking,
     "perturbations": _perturbations,
+    "lengths": _lengths,
     "shift": _shift,
     "attribution": _attribution,
     "depths": _depths,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._compare_attribution import chosen
-from ._compare_data import Elsewhere, built_in_groups
+from ._compare_data import Elsewhere, built_in_groups, unusual_lengths
 from ._compare_figures import Asked
 from .evidence.difference import examples_needed
 from .evidence.groups import ENOUGH
-from .evidence.perturbations import DRAWN, PERTURBATIONS, SYNONYMS, perturb
+from .evidence.perturbations import DRAWN, JOINED, PERTURBATIONS, SYNONYMS, join, perturb
 
 VALIDATION, TRAIN = "validation", "train"
 USUAL_FLIPS = 0.06
@@ -61,6 +61,7 @@ class Look:
         self._truth, self._validation_truth = task.targets[split][rows], task.targets[VALIDATION][fitted]
         self._validation = [task.inputs(VALIDATION)[at] for at in fitted]
         self._groupings = built_in_groups(self.texts, self._truth, task.labels)
+        self._unusual = {} if split == TRAIN else unusual_lengths(self.texts, task.inputs(TRAIN))
         self._shift: Elsewhere | None = None
         self._lexicon: Mapping[str, Sequence[str]] = {}
         self.notes: list[str] = []
@@ -112,11 +113,16 @@ class Look:
 
     def changes(self) -> list[str]:
         """The names of all changes."""
-        return [*(PERTURBATIONS if self._level.perturbed else ()), *([SYNONYMS] if self._lexicon else [])]
+        return [*((*PERTURBATIONS, JOINED) if self._level.perturbed else ()), *([SYNONYMS] if self._lexicon else [])]
 
     def _changed(self, name: str) -> list[Any]:
         seeds = max(1, self._level.perturbed) if name in DRAWN else 1
-        return [text for number in range(seeds) for text in perturb(self.texts, name, self._seed + number, self._lexicon)]
+        return [text for number in range(seeds) for text in self._changed_once(name, self._seed + number)]
+
+    def _changed_once(self, name: str, seed: int) -> list[Any]:
+        if name == JOINED:
+            return join(self.texts, self._truth.tolist(), seed)
+        return perturb(self.texts, name, seed, self._lexicon)
 
     def asked(self) -> Asked:
         """What the answers are held against."""
@@ -126,6 +132,7 @@ class Look:
             validation_truth=self._validation_truth,
             labels=self._task.labels,
             groupings=self._groupings,
+            unusual=self._unusual,
             shift_truth=self._shift.truth if self._shift else None,
             members_truth=self.members_truth,
             attributed=self.attributed,

@@ -65,7 +65,9 @@ def page(result: Mapping[str, Any]) -> dict[str, Any]:
         "first": FIRST,
         "charts": _charts(result),
         "perturbations": [
-            (name, row, floor["perturbations"][name] if floor else None) for name, row in after["perturbations"].items()
+            (_other_texts(kind, name, row), row, floor[kind][name] if floor else None)
+            for kind in ("perturbations", "lengths")
+            for name, row in after[kind].items()
         ],
         "reasons": more.reasons(result),
         "privacy": more.privacy(result),
@@ -164,6 +166,11 @@ def _groups(groups: Mapping[str, Any], floor: Mapping[str, Any] | None) -> dict[
     if len(drawn) > charts.MOST_ROWS:
         drawn = sorted(drawn, key=lambda row: row["value"])[: charts.MOST_ROWS]
     return {"rows": rows, "drawn": drawn, "floor": {named(row): row for row in floor["rows"]} if floor else {}}
+
+
+def _other_texts(kind: str, name: str, row: Mapping[str, Any]) -> str:
+    """What texts a row is of: `typos`, `180 texts longer than 95 characters`."""
+    return f"{row['n']:,} texts {name} than {row['than']:,} characters" if kind == "lengths" else name
 
 
 def _cut(example: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,11 @@
     punctuation  every mark of punctuation left out
     word order   each pair of neighbouring words swapped, with chance 0.3, no word twice
     synonyms     each word that a lexicon has synonyms of, with chance 0.3, is replaced by one of them
+    first half   what stands behind the middle left out, at the end of a word if one ends near it
+    two joined   each text with another of its class behind it, drawn so that each stands behind one other
 
-Equal seeds give equal texts; a text's changes do not depend on the texts before it.
+The last two leave the meaning less often, but make texts shorter and longer than those that were trained on. Equal seeds give equal
+texts; a text's changes do not depend on the texts before it, but for those that are joined.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from math import ceil
 
 Text = str | tuple[str, str]
 TYPO, SWAP, LETTERS = 0.15, 0.3, 4
@@ -63,14 +67,22 @@ def word_order(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def first_half(text: str, rng: random.Random) -> str:
+    """The text up to its middle; whole words, but where none ends within a quarter of the text from there."""
+    middle = len(text) / 2
+    nearest = min((gap.start() for gap in re.finditer(r"\s+", text)), key=lambda end: abs(end - middle), default=0)
+    return text[: nearest if abs(nearest - middle) <= middle / 2 else ceil(middle)]
+
+
 PERTURBATIONS: dict[str, Callable[[str, random.Random], str]] = {
     "typos": typos,
     "case": case,
     "punctuation": punctuation,
     "word order": word_order,
+    "first half": first_half,
 }
-SYNONYMS = "synonyms"
-DRAWN = ("typos", "word order", SYNONYMS)
+SYNONYMS, JOINED = "synonyms", "two joined"
+DRAWN = ("typos", "word order", SYNONYMS, JOINED)
 """Those of which another seed makes quite another text."""
 
 
@@ -102,8 +114,28 @@ def lexicon_of(lines: Sequence[str]) -> dict[str, list[str]]:
     return {word: list(others) for word, others in found.items() if others}
 
 
+def join(texts: Sequence[Text], classes: Sequence[int], seed: int) -> list[Text]:
+    """Every text with another of its class behind it (a text without any such: itself); of a pair both sides.
+
+    The texts of a class go round in a drawn order, so that each is the second one once.
+    """
+    rng, rows = random.Random(f"{seed}/{JOINED}"), range(len(texts))
+    behind: dict[int, int] = {}
+    for name in sorted(set(classes)):
+        order = [at for at in rows if classes[at] == name]
+        rng.shuffle(order)
+        behind |= dict(zip(order, order[1:] + order[:1], strict=True))
+    return [_joined(texts[at], texts[behind[at]]) for at in rows]
+
+
+def _joined(one: Text, other: Text) -> Text:
+    if isinstance(one, str):
+        return f"{one} {other}"
+    return f"{one[0]} {other[0]}", f"{one[1]} {other[1]}"
+
+
 def perturb(texts: Sequence[Text], name: str, seed: int, lexicon: Lexicon | None = None) -> list[Text]:
-    """All texts changed in one way; of a pair both sides. `synonyms` takes a lexicon."""
+    """All texts changed in one way; of a pair both sides. `synonyms` takes a lexicon; for `two joined` see `join`."""
     result: list[Text] = []
     for at, text in enumerate(texts):
         rng = random.Random(f"{seed}/{name}/{at}")
