@@ -106,7 +106,6 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     """
     if find_spec("openvino") is None:
         raise MissingExtra("OpenVINO", "openvino")
-    import openvino
 
     folder = Path(folder)
     manifest = read_manifest(folder)
