@@ -104,7 +104,8 @@ def _of_classes(task: Any, kept: Mapping[str, Mapping[str, np.ndarray]], margin:
     look = Look(task, LOOK, TEST, seed, margin)
     asked = look.asked()
     answers = {
-        role: classes.Answers(**{split: found[split][rows] for split, rows in look.rows.items()}) for role, found in kept.items()
+        role: classes.Answers(test=found[TEST][look.rows[TEST]], validation=found[VALIDATION][look.rows[VALIDATION]])
+        for role, found in kept.items()
     }
     compared = classes.compared(answers["before"], answers["after"], asked)
     compared["flips"]["examples"] = {kind: rows[:LISTED] for kind, rows in compared["flips"]["examples"].items()}
