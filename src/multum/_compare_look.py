@@ -14,7 +14,7 @@ from .evidence.difference import examples_needed
 from .evidence.groups import ENOUGH
 from .evidence.perturbations import DRAWN, JOINED, PERTURBATIONS, SYNONYMS, join, perturb
 
-VALIDATION, TRAIN = "validation", "train"
+TEST, VALIDATION, TRAIN = "test", "validation", "train"
 USUAL_FLIPS = 0.06
 """Share of answers that change sides between two trainings of one model, for a first guess at how many examples it takes."""
 MANY_MEMBERS = 20_000
@@ -57,6 +57,8 @@ class Look:
         self._task, self._level, self._seed, self._margin = task, level, seed, margin
         self._rng = random.Random(seed)
         rows, fitted = (self._some(len(task.inputs(name))) for name in (split, VALIDATION))
+        self.rows = {TEST: rows, VALIDATION: fitted}
+        """Which examples of the two splits are looked at: those compared, and those that a temperature is fitted to."""
         self.texts = [task.inputs(split)[at] for at in rows]
         self._truth, self._validation_truth = task.targets[split][rows], task.targets[VALIDATION][fitted]
         self._validation = [task.inputs(VALIDATION)[at] for at in fitted]
@@ -106,7 +108,7 @@ class Look:
 
     def sets(self) -> dict[str, list[Any]]:
         """Every set of texts that the models are asked."""
-        found = {"test": self.texts, "validation": self._validation}
+        found = {TEST: self.texts, VALIDATION: self._validation}
         found |= {"shift": self._shift.texts} if self._shift else {}
         found |= {"members": self.members} if self.members else {}
         return found | {name: self._changed(name) for name in self.changes()}

@@ -108,29 +108,10 @@ def compare_outputs(
         with progress.stage(role):
             predictions[role] = work.array(f"{role}-outputs", lambda one=one: one.predict(seen.inputs))  # type: ignore[misc]
     with progress.stage("figures"):
-        outputs = {role: view.puts_out(seen, found) for role, found in predictions.items()}
-        adds = {role: view.adds(seen, found, outputs[role]) for role, found in predictions.items()}
-        draws = {"draws": LEVELS[level].draws, "seed": seed}
-        how: dict[str, Any] = {"margin": margin if view.share else None, "lower_is_better": view.lower_is_better, **draws}
-        members = {"length": length_groups(np.array([_size(text) for text in seen.inputs]))}
-        comparisons = {
-            role: {
-                "difference": ev.difference(adds["before"], adds[role], view.figure, **how),
-                "same": ev.same(outputs["before"], outputs[role]) if view.discrete else None,
-                "closeness": [
-                    {"name": name, "share": share, **ev.mean(values, **draws)}
-                    for name, share, values in view.apart(
-                        predictions["before"], predictions[role], outputs["before"], outputs[role]
-                    )
-                ],
-                "groups": ev.by_group(adds["before"], adds[role], view.figure, members, **how),
-                "examples": _examples(seen, outputs["before"], outputs[role]) if view.discrete else [],
-            }
-            for role in executed
-            if role != "before"
-        }
+        drawing = {"draws": LEVELS[level].draws, "seed": seed}
+        comparisons = compared(seen, view, predictions, margin=margin, **drawing)
     result = {
-        "metric": {"name": view.metric, "share": view.share, "lower_is_better": view.lower_is_better},
+        "metric": metric_of(view),
         "n": len(rows),
         "n_of_split": count,
         "margin": margin,
@@ -140,8 +121,47 @@ def compare_outputs(
     }
     if task.name == "text-generation":
         with progress.stage("tokens"):
-            _token_by_token(result, folders, seen, level, canaries, draws)
+            _token_by_token(result, folders, seen, level, canaries, drawing)
     return result
+
+
+def metric_of(view: View) -> dict[str, Any]:
+    """What a result says of the metric that it is about."""
+    return {"name": view.metric, "share": view.share, "lower_is_better": view.lower_is_better}
+
+
+def compared(
+    seen: Seen, view: View, predictions: Mapping[str, np.ndarray], *, margin: float | None, draws: int, seed: int
+) -> dict[str, dict[str, Any]]:
+    """Every section, for each other model against `before`.
+
+    Args:
+        seen: the examples.
+        view: how their task is looked at.
+        predictions: of every role, (examples, ...), as a runtime returns them.
+        margin: the largest difference that does not matter; not asked where the metric is no share.
+        draws: of the bootstrap, and exchanges.
+        seed: of both.
+    """
+    outputs = {role: view.puts_out(seen, found) for role, found in predictions.items()}
+    adds = {role: view.adds(seen, found, outputs[role]) for role, found in predictions.items()}
+    drawing = {"draws": draws, "seed": seed}
+    how: dict[str, Any] = {"margin": margin if view.share else None, "lower_is_better": view.lower_is_better, **drawing}
+    members = {"length": length_groups(np.array([_size(text) for text in seen.inputs]))}
+    return {
+        role: {
+            "difference": ev.difference(adds["before"], adds[role], view.figure, **how),
+            "same": ev.same(outputs["before"], outputs[role]) if view.discrete else None,
+            "closeness": [
+                {"name": name, "share": share, **ev.mean(values, **drawing)}
+                for name, share, values in view.apart(predictions["before"], predictions[role], outputs["before"], outputs[role])
+            ],
+            "groups": ev.by_group(adds["before"], adds[role], view.figure, members, **how),
+            "examples": _examples(seen, outputs["before"], outputs[role]) if view.discrete else [],
+        }
+        for role in predictions
+        if role != "before"
+    }
 
 
 def _token_by_token(

@@ -7,14 +7,15 @@ from typing import Any
 
 from ._compare_page import CUT, FIRST, SHOWN, _form
 from ._compare_words import change, named, p_said, p_value, percent, signed
-from ._report import _template
 from ._report_charts import COLORS
+from ._report_template import template
 from ._report_words import points, short
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The page."""
-    text: str = _template("comparison_outputs.html.j2").render(page(result))
+    seen = page(result)
+    text: str = template("comparison_outputs.html.j2").render(seen, seen=seen)
     return text.rstrip() + "\n"
 
 

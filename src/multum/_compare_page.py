@@ -11,8 +11,8 @@ from typing import Any
 from . import _compare_charts as charts
 from . import _compare_more as more
 from ._compare_words import change, named, p_value, percent, said, signed
-from ._report import _template
 from ._report_charts import COLORS, Drawing, inlined
+from ._report_template import template
 from ._report_words import RUNTIMES, short
 
 SHOWN, CUT = 50, 600
@@ -46,7 +46,8 @@ LOWER_IS_BETTER = ("ece", "ece_mass", "brier", "nll", "scaled")
 
 def render(result: Mapping[str, Any]) -> str:
     """The page."""
-    text: str = _template("comparison.html.j2").render(page(result))
+    seen = page(result)
+    text: str = template("comparison.html.j2").render(seen, seen=seen)
     return text.rstrip() + "\n"
 
 

@@ -1,23 +1,23 @@
 """The report of a run: one HTML page that opens anywhere without a network, and a model card.
 
-Everything shown comes from `run.json` and, for the steps, from `chosen/recipe.json`. Both are treated as untrusted text.
+Everything shown comes from `run.json`, for the steps from `chosen/recipe.json`, and for what it cost from `evidence.json`. All are
+treated as untrusted text.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import _report_cost
 from ._pictures import write as write_pictures
 from ._report_page import drawings, interval, page, ratio, test_drop
 from ._report_run import Candidate, Metrics, Run, parse, read_run
-from ._report_words import duration, lost, megabytes, milliseconds, points, runtime, short, threads, times
+from ._report_template import template
+from ._report_words import lost, short, threads, times
 from .errors import InputError, MultumError
 
 COLUMNS = ("drop", "p50 ms", "threads", "speed-up", "size MB", "")
@@ -34,19 +34,19 @@ def report(folder: Path, output: Path | None = None) -> Path:
         The page's path.
 
     Raises:
-        InputError: `run.json` (or the chosen model's `recipe.json`) is missing or damaged.
+        InputError: `run.json` is missing, or damaged as `evidence.json` or the chosen model's `recipe.json` may be.
     """
     folder = Path(folder)
     run = parse(read_run(folder / "run.json"))
     recipe_file = folder / (run.ships if run.chosen else Path(run.shown.folder).name if run.shown else ".") / "recipe.json"
     recipe = read_run(recipe_file) if recipe_file.is_file() else {}
     name = folder.resolve().name
-    context = page(run, recipe, name)
+    context = page(run, recipe, name, _evidence(folder))
     output = Path(output) if output else folder / "report.html"
     if output.is_dir():
         raise InputError(f"{output} is a folder; -o takes the name of the page, for example {output / 'report.html'}")
-    _write(output, _template("report.html.j2").render(context))
-    card = _template("card.md.j2")
+    _write(output, template("report.html.j2").render(context))
+    card = template("card.md.j2")
     _write(folder / "README.md", card.render(context, at_chosen=False))
     if (folder / run.ships).is_dir() and run.chosen:
         _write(folder / run.ships / "README.md", card.render(context, at_chosen=True))
@@ -57,9 +57,16 @@ def pictures(folder: Path, output: Path) -> list[Path]:
     """Write the charts of a run's page as SVG and PNG into a folder. Returns the files.
 
     Raises:
-        InputError: `run.json` is missing or damaged, or `output` is a file.
+        InputError: `run.json` is missing or damaged, `evidence.json` is damaged, or `output` is a file.
     """
-    return write_pictures(drawings(parse(read_run(Path(folder) / "run.json"))), Path(output))
+    run = parse(read_run(Path(folder) / "run.json"))
+    return write_pictures(drawings(run) | _report_cost.drawings(run, _evidence(Path(folder))), Path(output))
+
+
+def _evidence(folder: Path) -> dict[str, Any]:
+    """What shrinking cost; nothing in runs that have it not."""
+    path = folder / "evidence.json"
+    return read_run(path) if path.is_file() else {}
 
 
 def summary(run: Mapping[str, Any]) -> list[list[str]]:
@@ -93,41 +100,6 @@ def _row(run: Run, c: Candidate, metrics: Metrics, drop: float, speedup: float) 
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _template(name: str) -> Any:
-    from jinja2 import ChainableUndefined, Environment, PackageLoader
-
-    env = Environment(
-        loader=PackageLoader("multum", "."), autoescape=True, undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    env.filters |= {"ms": milliseconds, "mb": megabytes, "times": times, "short": short, "duration": duration, "points": points}
-    env.filters |= {"runtime": runtime, "drop": lost, "md": _markdown, "yaml": _yaml, "count": _count, "value": _value}
-    return env.get_template(name)
-
-
-def _markdown(value: Any) -> Any:
-    """Text that Markdown shows as it is."""
-    from markupsafe import Markup, escape
-
-    return Markup(re.sub(r"([\\`*_\[\]|~#!])", r"\\\1", str(escape(value)).replace("&#39;", "'").replace("&#34;", '"')))  # noqa: S704
-
-
-def _yaml(value: Any) -> Any:
-    """A scalar of YAML: JSON is a part of it."""
-    from markupsafe import Markup
-
-    return Markup(json.dumps(value, ensure_ascii=False))  # noqa: S704
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, (int, float)) else str(value)
-
-
-def _value(value: Any) -> str:
-    """A value of a provenance table."""
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else "–" if value is None else str(value)
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _report_charts as charts
+from ._report_cost import cost
 from ._report_curve import curve
 from ._report_run import Candidate, Metrics, Run
 from ._report_words import amount, megabytes, milliseconds, runtime, sample_input, short, threads, times
@@ -29,9 +30,9 @@ KEY = (("original", "■", "original"), ("export", "◆", "original, exported"),
 """What the signs in the curve mean."""
 
 
-def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+def page(run: Run, recipe: Mapping[str, Any], name: str, evidence: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that the templates show."""
-    raw = run.raw
+    raw, found = run.raw, cost(run, evidence, name)
     task = str(raw["task"])
     return {
         "run": run,
@@ -39,7 +40,8 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
         "name": name,
         "title": _title(str(raw["model"])),
         "warnings": [text for text in _listing(raw.get("warnings")) if isinstance(text, str)],
-        "verdict": verdict(run),
+        "verdict": verdict(run, found["headline"] if found else ""),
+        "cost": found,
         "limits": _limits(run),
         "charts": _charts(run),
         "blocks": _blocks(run, recipe),
@@ -65,8 +67,11 @@ def page(run: Run, recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def verdict(run: Run) -> dict[str, str]:
-    """The result in plain words: state (`met`, `missed` or `unfinished`), headline, what it rests on, why."""
+def verdict(run: Run, paired: str = "") -> dict[str, str]:
+    """The result in plain words: state (`met`, `missed` or `unfinished`), headline, what it rests on, why.
+
+    Whether the difference is real is said by `paired` where there is that, for want of it by two intervals.
+    """
     if run.chosen is None:
         done = len(run.candidates)
         text = f"{done} candidate{'s' * (done != 1)} measured so far." if done else "Nothing has been measured yet."
@@ -87,11 +92,12 @@ def verdict(run: Run) -> dict[str, str]:
         if best is first
         else f"{_compared(speed, 'faster', 'slower')}, {_compared(size, 'smaller', 'larger')}, {_moved(run, drop)} {where}"
     )
-    overlap = "overlap" if before.low <= after.high and after.low <= before.high else "do not overlap"
+    apart = not (before.low <= after.high and after.low <= before.high)
+    intervals = "do not overlap, so chance is an unlikely cause" if apart else "overlap; by them alone no difference is shown"
+    real = paired or f"The two intervals {intervals}."
     evidence = (
         f"{after.metric[:1].upper()}{after.metric[1:]} {interval(run, after, '95 % interval ', run.percent)} against "
-        f"{interval(run, before, unit=run.percent)} for the original, on the same {after.n:,} texts. The two intervals {overlap}"
-        + ("; by them alone no difference is shown." if overlap == "overlap" else ", so chance is an unlikely cause.")
+        f"{interval(run, before, unit=run.percent)} for the original, on the same {after.n:,} texts. {real}"
     )
     met = bool(run.raw.get("met"))
     why = str(run.raw.get("why") or "; ".join(best.broken))

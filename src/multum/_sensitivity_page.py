@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._report import _template
 from ._report_charts import COLORS, FONT_SIZE, altair, inline, svg
+from ._report_template import template
 from ._report_words import short
 
 Unit = Mapping[str, Any]
@@ -18,7 +18,7 @@ WIDTHS = {"wide": 900, "narrow": 330}
 def render(result: Mapping[str, Any]) -> str:
     """The page, complete in itself."""
     units = result["units"]
-    text: str = _template("sensitivity.html.j2").render(
+    text: str = template("sensitivity.html.j2").render(
         result=result,
         headline=headline(result),
         colors=COLORS,

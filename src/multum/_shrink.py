@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ._cost import write_cost
 from ._report import report
 from .budget import FULL, QUICK, Budget
 from .core.folders import write_json
@@ -95,6 +96,7 @@ def shrink(
         ladder.packed()
         best = ladder.ship()
         ladder.test(best)
+        write_cost(run, opened, best)
     finally:
         run.keep_time()
     return _conclude(run, best)

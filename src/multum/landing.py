@@ -117,6 +117,7 @@ class Landing(Reckoning):
         shipped = self.folder / "chosen" / Path(best["target"]).relative_to(best["folder"])
         if best["test"]:  # shipped before, for this or another budget
             write_json(shipped / "metrics.json", best["test"])
+            self._keep_answers(best, shipped)
             return
         compared = {c["name"]: c for c in (self.run.candidates[0], self.run.strongest(), best)}
         targets = [shipped if c is best else self.folder / c["target"] for c in compared.values()]
@@ -124,7 +125,15 @@ class Landing(Reckoning):
             metrics = self.bench.measure(targets, split="test", rounds=max(TEST_ROUNDS, self.effort.rounds))
         for candidate, found in zip(compared.values(), metrics, strict=True):
             candidate["test"] = found
+        self._keep_answers(best, shipped)
         self.bench.keep()
+
+    def _keep_answers(self, best: dict[str, Any], shipped: Path) -> None:
+        """Put the answers to the test split beside those to validation; `chosen/` goes when another budget chooses anew."""
+        answers = Path("predictions") / "test.npy"
+        if (shipped / answers).is_file():
+            (self.folder / best["target"] / answers).parent.mkdir(exist_ok=True)
+            shutil.copyfile(shipped / answers, self.folder / best["target"] / answers)
 
     # -- what every leg uses -------------------------------------------------------------------------------------------------
 
