@@ -23,7 +23,7 @@ from .evidence.groups import ENOUGH
 from .run_folder import RunFolder
 
 EVIDENCE = "evidence.json"
-LOOK = Level(texts=20_000, draws=2000, perturbed=0, attributed=0, points=0)
+LOOK = Level(texts=20_000, draws=2000, perturbed=0, attributed=0, points=0, steps=0)
 """All texts, unless the bootstrap of so many would take minutes."""
 FEWER = 2000
 """Of other tasks, whose outputs take longer to compare."""
