@@ -34,7 +34,7 @@ from multum.runtimes import open as open_target
 
 GRID = [{"learning_rate": rate, "epochs": epochs} for rate in (5e-5, 1e-4, 2e-4) for epochs in (2, 4)]
 
-EDGES = (4, 5.5, 7.5, 10, 14, 19, 24)
+EDGES = (4, 5.5, 7.5, 10, 14, 19, 24, 32, 45, 60)
 """Speed-ups between which rungs are put together."""
 
 
