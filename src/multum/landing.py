@@ -12,6 +12,7 @@ from .core.model import Model
 from .core.step import make
 from .descent import Steps
 from .reckoning import Reckoning
+from .run_folder import first_p50_ms
 
 PACKED = {8: "weights in 8 bits", 4: "weights in 4 bits"}
 ANOTHER = "another runtime"
@@ -63,7 +64,7 @@ class Landing(Reckoning):
         names = sorted(c["name"] for c in rungs)
         if not self.descent.exports or not rungs or self.run.values.get("timed_together") == names:
             return
-        together = [self.run.candidates[0], *rungs]
+        together = [self.run.candidates[0], self.run.strongest(), *rungs]
         with self.progress.stage("time all rungs together"):
             found = self.bench.measure([self.folder / c["target"] for c in together])
         for candidate, metrics in zip(together, found, strict=True):
@@ -108,8 +109,8 @@ class Landing(Reckoning):
 
     def _worth_trying(self) -> list[tuple[str, str]]:
         """The forms in which the original was not far slower than in its fastest."""
-        limit = FAR_SLOWER * self.run.strongest()["validation"]["speed"]["p50_ms"]
-        forms = [c for c in self.run.candidates[1:] if c["folder"] == "original" and c["validation"]["speed"]["p50_ms"] <= limit]
+        limit = FAR_SLOWER * first_p50_ms(self.run.strongest())
+        forms = [c for c in self.run.candidates[1:] if c["folder"] == "original" and first_p50_ms(c) <= limit]
         return [(c["runtime"], c["precision"]) for c in forms]
 
     def test(self, best: dict[str, Any]) -> None:
