@@ -60,8 +60,8 @@ class Landing(Reckoning):
         Until then a speed-up is one median by another, taken minutes apart, and machines do not stay as they are.
         """
         rungs = [c for c in self.run.candidates if c["folder"] != "original" and c["technique"] != ANOTHER]
-        rungs = sorted(rungs, key=lambda c: (c["drop"] > self.run.budget.max_drop, -c["speedup"]))[:TOGETHER]
         names = sorted(c["name"] for c in rungs)
+        rungs = sorted(rungs, key=lambda c: (c["drop"] > self.run.budget.max_drop, -c["speedup"]))[:TOGETHER]
         if not self.descent.exports or not rungs or self.run.values.get("timed_together") == names:
             return
         together = [self.run.candidates[0], self.run.strongest(), *rungs]
