@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import on_disk
 import pytest
@@ -176,7 +177,7 @@ def test_the_command(run, as_measured):
 
 
 def test_a_comparison_is_made_again(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(LEVELS, "quick", LEVELS["quick"].__class__(1000, 50, 0, 0, 0))
+    monkeypatch.setitem(LEVELS, "quick", replace(LEVELS["quick"], draws=50))
     data = read_json(run / "run.json")["data"]["source"]
     compare(run / "original", run / "rung-01", data=data, output=tmp_path / "out", threads=1)
     found = verify(tmp_path / "out", threads=1)
