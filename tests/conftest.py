@@ -1,4 +1,7 @@
-"""Tests see no network, no cache of the user's, and one thread: what they compute must not depend on any of them."""
+"""Tests see no network, no cache of the user's, and one thread: what they compute must not depend on any of them.
+
+`test_real.py` alone fetches packages through pip.
+"""
 
 from __future__ import annotations
 
