@@ -105,7 +105,7 @@ def test_shadow_models_go_through_the_same_steps_with_teachers_of_their_own(plac
         found = result["models"][role]["privacy"]["lira"]
         assert 0 <= found["auc"]["value"] <= 1
         assert found["members"] + found["others"] <= TRAIN + OTHERS
-    assert result["models"]["before"]["privacy"]["lira"]["auc"]["ci95"][0] > 0.5  # no chance
+    assert result["models"]["before"]["privacy"]["lira"]["auc"]["ci95"][0] > 0.55
     assert on_disk.listing(tmp_path / "out") == ["comparison.json", "report.html"]
     assert "LiRA, 4 shadow models" in (tmp_path / "out" / "report.html").read_text()
 
