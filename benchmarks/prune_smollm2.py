@@ -5,8 +5,9 @@
 Random weights (the control), the smallest, Wanda and SparseGPT at 50 %, and the last three at 2:4; Wanda and SparseGPT are given
 the same blocks of other articles. Every way runs in a process of its own, on all cores: seconds are those of the step on a model
 that is loaded, memory is the highest resident set meanwhile, and what of it came on top of the loaded model. Wanda and SparseGPT
-also prune the first 10 of the 30 blocks alone: memory that is streamed does not grow with the number of blocks, but for the copy of
-the model that every step makes. Ratios of perplexities are taken on the same windows; intervals come from a bootstrap over windows.
+also prune the first 10 of the 30 blocks alone: memory that is streamed does not grow with the number of blocks. They work on the
+model that is loaded, as `multum apply` does, and not on a copy. Ratios of perplexities are taken on the same windows; intervals
+come from a bootstrap over windows.
 
 Then structure, at equal multiply-accumulates: a quarter of every block's neurons, the smallest by torch-pruning or random ones, and
 `prune_structured`, which chooses where; and an eighth of the hidden width by `slice_hidden`, which saves about as many.
@@ -178,7 +179,7 @@ def work(way: str, folder: Path, place: Path) -> None:
     with Peak() as peak:
         started = time.perf_counter()
         if "step" in what:
-            made = make(what["step"], fields)(model, task)
+            made = make(what["step"], fields).take(model, task)
         else:
             made = randomly(model, what["random"]) if "random" in what else model
         seconds = time.perf_counter() - started

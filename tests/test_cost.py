@@ -13,6 +13,7 @@ import pytest
 import tiny
 from test_report import HOSTILE, Page, places, sample_run, write
 
+from multum import _verify
 from multum._cost import LISTED, MARGIN, cost, write_cost
 from multum._report import pictures, report
 from multum._report_cost import cost as section
@@ -51,13 +52,12 @@ def run(tmp_path: Path, task: Any) -> Any:
             quality = task.score(logits, split)
             candidate[split]["quality"] |= {"value": quality.value, "ci95": list(quality.ci95)}
     path = write(tmp_path / "run", values)
-    budget = SimpleNamespace(max_drop=values["budget"]["max_drop"])
-    return SimpleNamespace(path=path, candidates=values["candidates"], values=values, budget=budget, best=chosen)
+    return SimpleNamespace(path=path, candidates=values["candidates"], values=values, best=chosen)
 
 
 def written(run: Any, task: Any) -> dict[str, Any]:
     write_cost(run, task, run.best)
-    found: dict[str, Any] = json.loads((run.path / "evidence.json").read_text())
+    found: dict[str, Any] = json.loads((run.path / "cost.json").read_text())
     return found
 
 
@@ -77,14 +77,14 @@ def test_the_figures_are_of_the_kept_answers(run, task):
     assert all(model["calibration"]["temperature"] for model in found["models"].values())
     assert len(moved["flips"]["examples"]["lost"]) == LISTED < moved["flips"]["lost"]
     assert (found["n"], found["n_of_split"]) == (N, N)
-    again = (run.path / "evidence.json").read_bytes()
+    again = (run.path / "cost.json").read_bytes()
     written(run, task)
-    assert (run.path / "evidence.json").read_bytes() == again
+    assert (run.path / "cost.json").read_bytes() == again
 
 
 @pytest.mark.parametrize(("max_drop", "margin"), [(0.0, MARGIN), (2.5, 0.025), (100.0, MARGIN)])
 def test_the_margin_is_the_drop_allowed_where_that_is_one(run, task, max_drop, margin):
-    run.budget.max_drop = max_drop
+    run.values["budget"]["max_drop"] = max_drop
     assert written(run, task)["margin"] == margin
 
 
@@ -95,17 +95,31 @@ def test_without_answers_that_were_scored_nothing_is_said(run, task):
     other[0] = other[0, ::-1]  # the folder was measured again, on other texts
     np.save(kept, other)
     write_cost(run, task, run.best)
-    assert not (run.path / "evidence.json").exists()
+    assert not (run.path / "cost.json").exists()
     for content in (b"", kept.read_bytes()[:-8]):
         kept.write_bytes(content)
-        assert cost(run, task, run.best) is None
+        assert cost(run.path, run.values, task, run.best) is None
     kept.unlink()
-    assert cost(run, task, run.best) is None
+    assert cost(run.path, run.values, task, run.best) is None
+
+
+def test_verify_takes_the_figures_again(run, task):
+    found = written(run, task)
+    said = list(_verify._cost(run.path, run.values, task))
+    assert {"what it cost: flips", "what it cost: before: calibration"} <= {line.what for line in said}
+    assert all(line.agrees for line in said)
+    found["comparisons"]["after"]["flips"]["lost"] += 1
+    (run.path / "cost.json").write_text(json.dumps(found))
+    assert [line.what for line in _verify._cost(run.path, run.values, task) if not line.agrees] == ["what it cost: flips"]
+    (run.path / run.best["target"] / "predictions" / "test.npy").unlink()
+    assert [line.agrees for line in _verify._cost(run.path, run.values, task)] == [None]
+    (run.path / "cost.json").unlink()
+    assert list(_verify._cost(run.path, run.values, task)) == []
 
 
 def test_nothing_is_said_of_the_original_itself_and_of_a_few_texts(run, task):
-    assert cost(run, task, run.candidates[0]) is None
-    assert cost(run, tiny.task(64, N, 19), run.best) is None
+    assert cost(run.path, run.values, task, run.candidates[0]) is None
+    assert cost(run.path, run.values, tiny.task(64, N, 19), run.best) is None
 
 
 # -- the page and the card ---------------------------------------------------------------------------------------------------
@@ -150,7 +164,7 @@ def test_a_run_without_evidence_and_evidence_of_another_choice(run, task, monkey
     found = written(run, task)
     for wrong in ("another", None):
         found["models"]["after"]["fingerprint"] = wrong
-        (run.path / "evidence.json").write_text(json.dumps(found))
+        (run.path / "cost.json").write_text(json.dumps(found))
         assert report(run.path).read_text() == before
     values = run.values | {"chosen": None}
     (run.path / "run.json").write_text(json.dumps(values))
@@ -164,7 +178,7 @@ def test_nothing_in_it_can_abuse_the_page_or_the_card(run, task):
     for row in [*moved["groups"]["rows"], *moved["groups"]["damaged"], moved["groups"]["worst"]]:
         row |= {"by": HOSTILE, "name": HOSTILE}
     found["data"] = {"source": HOSTILE, "columns": {HOSTILE: HOSTILE}}
-    (run.path / "evidence.json").write_text(json.dumps(found))
+    (run.path / "cost.json").write_text(json.dumps(found))
     seen = Page(report(run.path).read_text())
     assert "What it cost" in seen.text
     assert seen.links == seen.handlers == []
@@ -189,10 +203,10 @@ def test_any_one_wrong_value_gives_a_page_or_an_input_error(run, task, monkeypat
         for key in path[:-1]:
             inside = inside[key]
         inside[path[-1]] = junk
-        (run.path / "evidence.json").write_text(json.dumps(found))
+        (run.path / "cost.json").write_text(json.dumps(found))
         try:
-            section(seen, read_run(run.path / "evidence.json"), "reviews")
+            section(seen, read_run(run.path / "cost.json"), "reviews")
             pages += 1
         except InputError as error:
-            assert "evidence.json is damaged" in str(error), path  # noqa: PT017
+            assert "cost.json is damaged" in str(error), path  # noqa: PT017
     assert pages > 20

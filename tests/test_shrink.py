@@ -116,7 +116,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     for candidate in values["candidates"]:
         assert (finished / candidate["target"]).is_dir()
         assert candidate["holds"] == (not candidate["broken"])
-    assert {"report.html", "README.md", "evidence.json"} <= {path.name for path in finished.iterdir()}
+    assert {"report.html", "README.md", "cost.json"} <= {path.name for path in finished.iterdir()}
     assert {"config.json", "model.safetensors", "README.md", "evidence.json", "onnxruntime-int8"} <= {
         p.name for p in (finished / "chosen").iterdir()
     }
@@ -178,7 +178,7 @@ def test_a_run_killed_anywhere_comes_to_the_same_models(
 
 def test_what_it_cost_is_what_compare_finds(finished: Path, tmp_path: Path) -> None:
     """The answers that were kept against both models executed again."""
-    found = json.loads((finished / "evidence.json").read_text())
+    found = json.loads((finished / "cost.json").read_text())
     margin = 100 * found["margin"]
     result = multum.compare(finished / "original", finished / "chosen", output=tmp_path / "out", margin=margin, threads=1)
     for kind, rows in result["comparisons"]["after"]["flips"]["examples"].items():
@@ -198,23 +198,23 @@ def test_what_it_cost_is_what_compare_finds(finished: Path, tmp_path: Path) -> N
 def test_what_it_cost_is_said_again_after_a_kill_and_after_another_choice(
     sources: dict[str, str], finished: Path, tmp_path: Path
 ) -> None:
-    folder, once = tmp_path / "run", (finished / "evidence.json").read_bytes()
+    folder, once = tmp_path / "run", (finished / "cost.json").read_bytes()
     shutil.copytree(finished, folder)
-    (folder / "evidence.json").unlink()  # killed before it was written
+    (folder / "cost.json").unlink()  # killed before it was written
     run(sources, folder)
-    assert (folder / "evidence.json").read_bytes() == once
+    assert (folder / "cost.json").read_bytes() == once
     values = json.loads((folder / "run.json").read_text())
     first = next(candidate for candidate in values["candidates"] if candidate["name"] == values["chosen"])
     was, first["drop"] = first["drop"], 20.0
     (folder / "run.json").write_text(json.dumps(values))
     other = run(sources, folder, max_drop=10.0, time_limit_s=0.001)
     assert other["chosen"] != values["chosen"]
-    assert not (folder / "evidence.json").exists() or (folder / "evidence.json").read_bytes() != once
+    assert not (folder / "cost.json").exists() or (folder / "cost.json").read_bytes() != once
     found = next(candidate for candidate in other["candidates"] if candidate["name"] == values["chosen"])
     found["drop"] = was
     (folder / "run.json").write_text(json.dumps(other))
     assert run(sources, folder, time_limit_s=0.001)["chosen"] == values["chosen"]
-    assert (folder / "evidence.json").read_bytes() == once
+    assert (folder / "cost.json").read_bytes() == once
 
 
 def test_a_budget_out_of_reach_names_the_best_found(sources: dict[str, str], finished: Path, tmp_path: Path) -> None:

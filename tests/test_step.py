@@ -42,6 +42,16 @@ def test_a_step_changes_a_copy_and_accounts_for_every_layer() -> None:
     assert entry["parameters"] == [model.parameters(), model.parameters()]
 
 
+def test_a_step_can_use_its_model_up() -> None:
+    model = tiny.model()
+    weights, expected = model.linears()["classifier"].weight, Shift()(model, tiny.task())
+    taken = Shift().take(model, tiny.task())
+    assert taken is model
+    assert taken.linears()["classifier"].weight is weights  # no copy of it
+    assert taken.fingerprint() == expected.fingerprint()
+    assert {**taken.history[-1], "seconds": 0} == {**expected.history[-1], "seconds": 0}
+
+
 def test_numbers_may_come_as_text() -> None:
     assert make("finetune", {"learning_rate": "2e-5", "epochs": "3"}) == find("finetune")(learning_rate=2e-5, epochs=3)
 

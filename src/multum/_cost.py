@@ -1,7 +1,7 @@
 """What shrinking cost: the original in torch against what ships, from the answers to the test split that `measure` kept of both.
 
 The figures are those of a comparison (`_compare_figures`, of other tasks `_compare_outputs`), and nothing is executed for them.
-They stand in the run's `evidence.json` as `comparison.json` would have them.
+They stand in the run's `cost.json` as `comparison.json` would have them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .core.folders import write_json
 from .evidence.groups import ENOUGH
 from .run_folder import RunFolder
 
-EVIDENCE = "evidence.json"
+COST = "cost.json"
 LOOK = Level(texts=20_000, draws=2000, perturbed=0, attributed=0, points=0, steps=0)
 """All texts, unless the bootstrap of so many would take minutes."""
 FEWER = 2000
@@ -34,31 +34,37 @@ MARGIN = 0.01
 
 
 def write_cost(run: RunFolder, task: Any, best: Mapping[str, Any]) -> None:
-    """Write `evidence.json` into the run; what an earlier choice left there goes if nothing can be said of this one.
+    """Write `cost.json` into the run; what an earlier choice left there goes if nothing can be said of this one.
 
     Args:
         run: measured on the test split.
         task: on its data.
         best: the candidate that ships.
     """
-    found = cost(run, task, best)
+    found = cost(run.path, run.values, task, best)
     if found is None:
-        (run.path / EVIDENCE).unlink(missing_ok=True)
+        (run.path / COST).unlink(missing_ok=True)
     else:
-        write_json(run.path / EVIDENCE, found)
+        write_json(run.path / COST, found)
 
 
-def cost(run: RunFolder, task: Any, best: Mapping[str, Any]) -> dict[str, Any] | None:
+def cost(folder: Path, run: Mapping[str, Any], task: Any, best: Mapping[str, Any]) -> dict[str, Any] | None:
     """The figures, shares and not points. None where the original itself ships, where answers are no longer there, and of too few
-    texts to claim anything."""
-    models, view, source = {"before": run.candidates[0], "after": best}, view_of(task), Path(run.values["arguments"]["data"])
-    if best["name"] == run.candidates[0]["name"] or len(task.inputs(TEST)) < ENOUGH:
+    texts to claim anything.
+
+    Args:
+        folder: of the run.
+        run: its `run.json`.
+    """
+    original = run["candidates"][0]
+    models, view, source = {"before": original, "after": best}, view_of(task), Path(run["arguments"]["data"])
+    if best["name"] == original["name"] or len(task.inputs(TEST)) < ENOUGH:
         return None
     splits = (TEST,) if view else (TEST, VALIDATION)
-    kept = {role: _kept(run.path / one["target"], task, one, splits) for role, one in models.items()}
+    kept = {role: _kept(folder / one["target"], task, one, splits) for role, one in models.items()}
     if not all(kept.values()):
         return None
-    drop, seed = run.budget.max_drop / 100, run.values["seed"]
+    drop, seed = run["budget"]["max_drop"] / 100, run["seed"]
     margin = drop if 0 < drop < 1 else MARGIN
     found = _of_outputs(task, view, kept, margin, seed) if view else _of_classes(task, kept, margin, seed)
     own = found.pop("models", {role: {} for role in models})
@@ -69,7 +75,7 @@ def cost(run: RunFolder, task: Any, best: Mapping[str, Any]) -> dict[str, Any] |
         "seed": seed,
         "data": {
             "source": str(source.absolute() if source.exists() else source),
-            "columns": run.values["arguments"]["columns"],
+            "columns": run["arguments"]["columns"],
         },
         "n_of_split": len(task.inputs(TEST)),
         **found,

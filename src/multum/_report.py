@@ -1,6 +1,6 @@
 """The report of a run: one HTML page that opens anywhere without a network, and a model card.
 
-Everything shown comes from `run.json`, for the steps from `chosen/recipe.json`, and for what it cost from `evidence.json`. All are
+Everything shown comes from `run.json`, for the steps from `chosen/recipe.json`, and for what it cost from `cost.json`. All are
 treated as untrusted text.
 """
 
@@ -34,14 +34,14 @@ def report(folder: Path, output: Path | None = None) -> Path:
         The page's path.
 
     Raises:
-        InputError: `run.json` is missing, or damaged as `evidence.json` or the chosen model's `recipe.json` may be.
+        InputError: `run.json` is missing, or damaged as `cost.json` or the chosen model's `recipe.json` may be.
     """
     folder = Path(folder)
     run = parse(read_run(folder / "run.json"))
     recipe_file = folder / (run.ships if run.chosen else Path(run.shown.folder).name if run.shown else ".") / "recipe.json"
     recipe = read_run(recipe_file) if recipe_file.is_file() else {}
     name = folder.resolve().name
-    context = page(run, recipe, name, _evidence(folder))
+    context = page(run, recipe, name, _cost(folder))
     output = Path(output) if output else folder / "report.html"
     if output.is_dir():
         raise InputError(f"{output} is a folder; -o takes the name of the page, for example {output / 'report.html'}")
@@ -57,15 +57,15 @@ def pictures(folder: Path, output: Path) -> list[Path]:
     """Write the charts of a run's page as SVG and PNG into a folder. Returns the files.
 
     Raises:
-        InputError: `run.json` is missing or damaged, `evidence.json` is damaged, or `output` is a file.
+        InputError: `run.json` is missing or damaged, `cost.json` is damaged, or `output` is a file.
     """
     run = parse(read_run(Path(folder) / "run.json"))
-    return write_pictures(drawings(run) | _report_cost.drawings(run, _evidence(Path(folder))), Path(output))
+    return write_pictures(drawings(run) | _report_cost.drawings(run, _cost(Path(folder))), Path(output))
 
 
-def _evidence(folder: Path) -> dict[str, Any]:
+def _cost(folder: Path) -> dict[str, Any]:
     """What shrinking cost; nothing in runs that have it not."""
-    path = folder / "evidence.json"
+    path = folder / "cost.json"
     return read_run(path) if path.is_file() else {}
 
 

@@ -1,4 +1,4 @@
-"""What the report says of what shrinking cost: a run's `evidence.json`, shown as the page of a comparison shows such figures.
+"""What the report says of what shrinking cost: a run's `cost.json`, shown as the page of a comparison shows such figures.
 
 Runs of earlier versions and those that are not finished have none. What is shown is treated as untrusted text.
 """
@@ -26,11 +26,11 @@ def cost(run: Run, found: Mapping[str, Any], name: str) -> dict[str, Any] | None
 
     Args:
         run: the run.
-        found: its `evidence.json`, empty if it has none.
+        found: its `cost.json`, empty if it has none.
         name: of the run's folder.
 
     Raises:
-        InputError: `evidence.json` is damaged.
+        InputError: `cost.json` is damaged.
     """
     from markupsafe import Markup
 
@@ -50,7 +50,7 @@ def drawings(run: Run, found: Mapping[str, Any]) -> dict[str, Drawing]:
     """The section's pictures by name.
 
     Raises:
-        InputError: `evidence.json` is damaged.
+        InputError: `cost.json` is damaged.
     """
     with _checked():
         drawn = _of_this_choice(run, found) and _page_of(found) is _compare_page
@@ -70,7 +70,7 @@ def _checked() -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError) as error:
-        raise InputError(f"evidence.json is damaged ({error!r}); the command of the run writes it anew") from error
+        raise InputError(f"cost.json is damaged ({error!r}); the command of the run writes it anew") from error
 
 
 def _of_this_choice(run: Run, found: Mapping[str, Any]) -> bool:

@@ -134,7 +134,7 @@ class _Chain:
         before = self.recipe.stages[place - 1] if place else ORIGINAL
         step = self._make(self.recipe.steps[place], place)
         with self.progress.stage(name):
-            model = step(self.task.load(str(self.folder / before)), self.task)
+            model = step.take(self.task.load(str(self.folder / before)), self.task)
         self._save(model, folder)
         self.summary["stages"] = self.progress.stages()
         write_json(self.folder / RUN, self.summary)

@@ -5,6 +5,7 @@
     size          bytes, exact
     quality       exact: to the last digit on the same machine and versions
     speed         the ratio to the original, within a tolerance around the interval that was kept
+    what it cost  the figures of `cost.json`, exact, from the answers that were kept
 
 What was read on the test split is timed and scored again there, every other candidate is scored on validation. A comparison is
 made again as a whole. Nothing in the folder is changed: targets are executed in a folder of links to their files.
@@ -12,6 +13,7 @@ made again as a whole. Nothing in the folder is changed: targets are executed in
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,6 +117,26 @@ def _run(folder: Path, data: str, tolerance: float, rounds: int, threads: int | 
             metrics = _measured([there[one["name"]]], task, "validation", threads, FEWEST_ROUNDS)[0]
             yield from _compared(one["name"], one["validation"], metrics)
             report_progress((number + 1) / len(rest))
+    yield from _cost(folder, run, task)
+
+
+def _cost(folder: Path, run: Mapping[str, Any], task: Any) -> Iterator[Line]:
+    """What was said that shrinking cost, once more from the answers of both models, whose score was compared above."""
+    from ._cost import COST, cost
+
+    if not (folder / COST).is_file():
+        return
+    then, chosen = read_json(folder / COST), next(one for one in run["candidates"] if one["name"] == run["chosen"])
+    now = cost(folder, run, task, chosen)
+    if now is None:
+        yield Line("what it cost", "figures", "none", None, "the answers that were kept are not those of run.json, or not there")
+        return
+    now = json.loads(json.dumps(now))  # what a file makes of it: lists, and names that are text
+    for role, model in then["models"].items():
+        yield from _sections(f"what it cost: {role}", model, now["models"][role], OWN)
+    yield from _sections(
+        "what it cost", then["comparisons"]["after"], now["comparisons"]["after"], tuple(then["comparisons"]["after"])
+    )
 
 
 def _target_of(folder: Path, run: Mapping[str, Any], one: Mapping[str, Any]) -> Path:

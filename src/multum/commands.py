@@ -82,7 +82,7 @@ def apply_and_show(
     for note in [*opened.notes, *cut(opened, before)]:
         terminal.say(note)
     with progress().stage(step.name):
-        after = step(before, opened)
+        after = step.take(before, opened)
     after.save(output, {"task": task, "seed": seed})
     entry = after.history[-1]
     terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")

@@ -7,6 +7,7 @@ The name of a step is the name of its file in `multum.steps`; there is no other 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import pkgutil
 import time
 from abc import ABC, abstractmethod
@@ -24,6 +25,9 @@ from .model import Model
 from .packed import packed_parts, refuse_packed
 from .shapes import current_shapes
 from .task import Task
+
+Layer = tuple[tuple[int, int], torch.Tensor | bytes]
+"""A linear layer as it was: (out, in), and its weights or, where these may be written over, a digest of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +64,27 @@ class Step(ABC):
         """A changed copy of `model`, its history one entry longer. `model` itself is left as it was."""
         if not self.takes_packed:
             refuse_packed(model.module, self.name)
-        started = time.perf_counter()
-        result = model.copy()
+        return self._made(model.copy(), task, {name: (shape_of(part), part.weight) for name, part in model.linears().items()})
+
+    def take(self, model: Model, task: Task) -> Model:
+        """What calling the step gives, made of `model` itself, which is used up: memory never holds a second copy of its weights."""
+        if not self.takes_packed:
+            refuse_packed(model.module, self.name)
+        return self._made(model, task, {name: (shape_of(part), _digest(part.weight)) for name, part in model.linears().items()})
+
+    def _made(self, result: Model, task: Task, before: Mapping[str, Layer]) -> Model:
+        """`result` changed in place, its history one entry longer."""
+        started, parameters = time.perf_counter(), result.parameters()
         notes = dict(self.apply(result, task) or {})
         result.module.eval()
-        changed, skipped = _account(model, result, notes.pop("skipped", {}))
+        changed, skipped = _account(before, result, notes.pop("skipped", {}))
         result.history.append(
             {
                 "step": self.name,
                 "fields": asdict(self),
                 "changed": changed,
                 "skipped": skipped,
-                "parameters": [model.parameters(), result.parameters()],
+                "parameters": [parameters, result.parameters()],
                 "seconds": round(time.perf_counter() - started, 1),
                 **({"data": data} if (data := getattr(task, "fingerprints", {}).get("train")) and self.needs_data else {}),
                 **notes,
@@ -80,22 +93,26 @@ class Step(ABC):
         return result
 
 
-def _account(before: Model, after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Every linear layer of `before` as changed (new shape, `weights`, or how it is packed) or skipped (and why)."""
-    old, new, shapes = before.linears(), after.linears(), current_shapes(after.module)
+def _digest(weight: torch.Tensor) -> bytes:
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
+
+
+def _account(before: Mapping[str, Layer], after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Every linear layer there was as changed (new shape, `weights`, or how it is packed) or skipped (and why)."""
+    new, shapes = after.linears(), current_shapes(after.module)
     packed = packed_parts(after.module)
     changed: dict[str, Any] = {}
     skipped: dict[str, str] = {}
-    for name, linear in old.items():
+    for name, (shape, weight) in before.items():
         other = new.get(name)
         if name in packed:
             changed[name] = str(packed[name].packing)
         elif other is None:
             now = shapes.get(name, ())
-            changed[name] = [list(shape_of(linear)), list(now)] if len(now) == 3 else "removed"
-        elif shape_of(other) != shape_of(linear):
-            changed[name] = [list(shape_of(linear)), list(shape_of(other))]
-        elif not torch.equal(other.weight, linear.weight):
+            changed[name] = [list(shape), list(now)] if len(now) == 3 else "removed"
+        elif shape_of(other) != shape:
+            changed[name] = [list(shape), list(shape_of(other))]
+        elif not (torch.equal(other.weight, weight) if isinstance(weight, torch.Tensor) else _digest(other.weight) == weight):
             changed[name] = "weights"
         else:
             skipped[name] = reasons.get(name, "not touched by this step")
