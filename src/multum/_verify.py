@@ -134,9 +134,8 @@ def _cost(folder: Path, run: Mapping[str, Any], task: Any) -> Iterator[Line]:
     now = json.loads(json.dumps(now))  # what a file makes of it: lists, and names that are text
     for role, model in then["models"].items():
         yield from _sections(f"what it cost: {role}", model, now["models"][role], OWN)
-    yield from _sections(
-        "what it cost", then["comparisons"]["after"], now["comparisons"]["after"], tuple(then["comparisons"]["after"])
-    )
+    was, is_now = (found["comparisons"]["after"] for found in (then, now))
+    yield from _sections("what it cost", was, is_now, tuple(was))
 
 
 def _target_of(folder: Path, run: Mapping[str, Any], one: Mapping[str, Any]) -> Path:

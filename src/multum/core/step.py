@@ -67,7 +67,7 @@ class Step(ABC):
         return self._made(model.copy(), task, {name: (shape_of(part), part.weight) for name, part in model.linears().items()})
 
     def take(self, model: Model, task: Task) -> Model:
-        """What calling the step gives, made of `model` itself, which is used up: memory never holds a second copy of its weights."""
+        """What calling the step gives, made of `model` itself, which is used up: memory never holds its weights twice."""
         if not self.takes_packed:
             refuse_packed(model.module, self.name)
         return self._made(model, task, {name: (shape_of(part), _digest(part.weight)) for name, part in model.linears().items()})
