@@ -25,7 +25,7 @@ from scipy.special import log_softmax
 from multum.core.folders import digest, read_json, write_json
 from multum.core.model import Model
 from multum.core.step import make
-from multum.core.teacher import logits
+from multum.core.teacher import cached_logits, logits
 from multum.data import open_task
 from multum.example import fetch
 
@@ -142,9 +142,8 @@ class Bench:
 
     def _taught(self, way: str, layers: int, seed: int, fields: dict[str, Any], split: Any) -> dict[str, Any]:
         made, teacher = self._train(way, layers, seed, fields), self.task.load(str(self.teacher(seed)))
-        ours, theirs = (
-            logits(m.module, list(self.task.encode(m, split)), m.tokenizer.pad_token_id, precision="fp32") for m in (made, teacher)
-        )
+        ours = logits(made.module, list(self.task.encode(made, split)), made.tokenizer.pad_token_id, precision="fp32")
+        theirs = cached_logits(teacher, list(self.task.encode(teacher, split)), self.folder / "outputs", precision="fp32")
         log_q, log_p = log_softmax(ours, axis=1), log_softmax(theirs, axis=1)
         entry, truth = made.history[-1], self.task.targets[split]
         return {

@@ -346,8 +346,10 @@ def test_figures_of_our_own_are_those_of_the_benchmarks() -> None:
         (Path(multum.__file__).parent / name).read_text(encoding="utf-8") for name in ("_advice.py", "_advice_estimates.py")
     )
     one_shot = json.loads((RESULTS / "one_shot.json").read_text(encoding="utf-8"))["models"]
-    known = {f"{each['quality']['value']:.4f}" for each in one_shot.values()}
-    quoted = set(re.findall(r"0\.[78]\d{3}", source))
+    known = {f"{100 * each['accuracy']['median']:.1f}" for each in one_shot.values()}
+    quoted = set(re.findall(r"(\d\d\.\d) %", source))
+    speeds = {f"{each['speedup']['median']:.2f}" for each in one_shot.values()}
+    assert set(re.findall(r"(\d\.\d\d)x", source)) <= speeds
     assert quoted
     assert quoted <= known
     quick = json.loads((RESULTS / "reviews_quick.json").read_text(encoding="utf-8"))["median"]

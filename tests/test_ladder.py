@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 import tiny
 
+from multum import landing
 from multum.bench import Bench
 from multum.budget import FULL
 from multum.ladder import MAX_RUNGS, STEP, Ladder
+from multum.landing import TOGETHER, Landing
 from multum.plan import LAST, MEASURE, teaching
 from multum.progress import Progress
 
@@ -210,3 +214,73 @@ def test_an_original_that_learned_nothing_is_said(low: float, warned: bool) -> N
     Bench.doubt(bench, {"quality": {"value": 0.65, "ci95": [low, 0.75]}})  # type: ignore[arg-type]
     assert bool(said) is warned
     assert all("no better than guessing (65.0 %" in text and "right in 60.0 %" in text for text in said)
+
+
+def landing_of(folder: Path, candidates: list[dict[str, Any]], values: dict[str, Any], max_drop: float = 1.0) -> Any:
+    """What comes behind a walk, on made-up candidates, the first of which is the original; a measurement is counted in `timed`."""
+    found: Any = Landing()
+    found.folder, found.descent = folder, SimpleNamespace(exports=True)
+    found.progress = SimpleNamespace(stage=lambda _: nullcontext(), plan=lambda _: None)
+    found.run = SimpleNamespace(
+        candidates=candidates,
+        budget=SimpleNamespace(max_drop=max_drop),
+        values=values,
+        strongest=lambda: candidates[0],
+        time_again=lambda one, _: one.update(timed=one.get("timed", 0) + 1),
+    )
+    found.bench = SimpleNamespace(measure=lambda targets: [{"speed": {}}] * len(targets), keep=lambda: None)
+    return found
+
+
+def candidate(name: str, drop: float = 0.0, speedup: float = 1.0) -> dict[str, Any]:
+    about = {"folder": name, "target": name, "technique": "", "runtime": "onnxruntime", "precision": "int8"}
+    return {"name": name, "drop": drop, "speedup": speedup, **about}
+
+
+def test_what_another_budget_may_choose_of_is_timed_together_too() -> None:
+    """Fourteen rungs, more than are timed at a time; the faster, the worse."""
+    rungs = [candidate(f"rung-{number:02d}", number / 10, number) for number in range(1, 15)]
+    there, values = [candidate("original"), *rungs], {}
+    landing_of(Path(), there, values, max_drop=2.0).time_together()
+    assert [one["name"] for one in rungs if "timed" in one] == [one["name"] for one in rungs[-TOGETHER:]]
+    landing_of(Path(), there, values, max_drop=2.0).time_together()
+    assert {one.get("timed", 0) for one in rungs} == {0, 1}
+    landing_of(Path(), there, values, max_drop=0.4).time_together()
+    assert all(one["timed"] for one in rungs if one["drop"] <= 0.4)
+
+
+def test_what_ships_is_what_was_chosen_whenever_a_call_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another budget's call dies after its model is in place and before that is written down; then the first budget again."""
+    rungs, disk = [candidate("rung-05"), candidate("rung-03")], {}
+    for one in rungs:
+        (tmp_path / one["name"]).mkdir()
+        (tmp_path / one["name"] / "model.safetensors").write_text(one["name"])
+
+    def call(best: dict[str, Any]) -> None:
+        found = landing_of(tmp_path, rungs, dict(disk))
+        found.run.best, found.run.find = lambda: best, lambda _: best
+        found.run.write = lambda: disk.update(found.run.values)
+        found.task, found.bench.export = SimpleNamespace(load=lambda _: None), lambda *_: []
+        found.time_together, found._last, found._offers, found._worth_trying = lambda: None, list, list, list
+        found.ship()
+
+    def shipped() -> str:
+        return (tmp_path / "chosen" / "model.safetensors").read_text()
+
+    call(rungs[0])
+    assert (shipped(), disk["shipped"]) == ("rung-05", "rung-05")
+    whole = landing.whole_folder
+
+    @contextmanager
+    def killed(target: Path) -> Any:
+        with whole(target) as work:
+            yield work
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(landing, "whole_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(rungs[1])
+    assert shipped() == "rung-03"
+    monkeypatch.setattr(landing, "whole_folder", whole)
+    call(rungs[0])
+    assert shipped() == "rung-05"

@@ -14,7 +14,8 @@ import torch
 from multum.core import teacher as module
 from multum.core import teacher_states
 from multum.core.capture import Captured, Wanted, capture
-from multum.core.teacher import cached_logits, logits, model_inputs
+from multum.core.model import Model
+from multum.core.teacher import cached_logits, key_of, logits, model_inputs
 from multum.core.teacher_states import CachedStates, cached_states, states
 from multum.core.training import pad
 from multum.errors import InputError, MultumError
@@ -80,7 +81,7 @@ def test_a_second_call_computes_nothing(teacher: Any, rows: list[Any], tmp_path:
     assert calls == []
 
 
-@pytest.mark.parametrize("what", ["weights", "tokenizer", "texts", "precision", "token types", "padding", "dtype"])
+@pytest.mark.parametrize("what", ["weights", "tokenizer", "texts", "precision", "token types", "padding", "dtype", "heads"])
 def test_what_changes_the_outputs_changes_the_key(what: str, teacher: Any, rows: list[Any], tmp_path: Path) -> None:
     cached_logits(teacher, rows, tmp_path, precision="fp32")
     other = teacher.copy()
@@ -88,6 +89,8 @@ def test_what_changes_the_outputs_changes_the_key(what: str, teacher: Any, rows:
         other.module.classifier.bias.data[0] += 1e-3
     elif what == "tokenizer":
         other.tokenizer.add_tokens(["zebra"])
+    elif what == "heads":  # the same weights, cut in other places
+        other.module.config.num_attention_heads //= 2
     elif what == "texts":
         rows = rows[:-1] + rows[:1]
     elif what == "token types":
@@ -101,6 +104,37 @@ def test_what_changes_the_outputs_changes_the_key(what: str, teacher: Any, rows:
         other.module.bfloat16()
     cached_logits(other, rows, tmp_path, precision="bf16" if what == "precision" else "fp32")
     assert len(list(tmp_path.glob("*.f32"))) == (3 if what == "dtype" else 2)
+
+
+def test_the_key_outlives_a_folder_and_other_names(teacher: Any, rows: list[Any], tmp_path: Path) -> None:
+    teacher.copy().save(tmp_path / "model")
+    again = Model.load(tmp_path / "model", auto_class="AutoModelForSequenceClassification")
+    again.module.config.id2label = {0: "bad", 1: "good"}
+    assert key_of(again, rows, "fp32") == key_of(teacher, rows, "fp32")
+
+
+def test_two_processes_at_once_take_nothing_from_each_other(
+    teacher: Any, rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one finishes after this one has looked and before it begins."""
+    make_room, others = module._make_room, []
+
+    def meanwhile(*args: Any) -> None:
+        make_room(*args)
+        if not others:
+            others.append(None)
+            others[0] = cached_logits(teacher, rows, tmp_path, precision="fp32")
+
+    monkeypatch.setattr(module, "_make_room", meanwhile)
+    compute = module.logits
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        assert others[0] is None or np.array(others[0]).any(axis=1).all()
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(module, "logits", looking)
+    mine = cached_logits(teacher, rows, tmp_path, precision="fp32")
+    assert np.array_equal(mine, others[0])
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(

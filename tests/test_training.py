@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import AutoModelForTokenClassification
 
 from multum.core import training
 from multum.core.model import Model
 from multum.core.reporting import listening
+from multum.core.task import IGNORED
 from multum.core.training import autocast, fit, on_accelerator, pad, resolve_precision, training_problems
 from multum.errors import MultumError
 
@@ -96,6 +100,32 @@ def test_saving_memory_changes_no_answer(more: dict[str, Any]) -> None:
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     assert (one - before).abs().max() > 0.01
     assert vars(saving.module).keys() == vars(plain.module).keys()
+
+
+def test_parts_are_weighed_by_their_tokens() -> None:
+    """Four parts, of which some have far more tokens with a label than others, have the gradient of the whole batch."""
+    start = tiny.model(seed=3)
+    head = AutoModelForTokenClassification.from_config(start.module.config)
+    rows = [
+        {"input_ids": list(range(5, 5 + n)), "attention_mask": [1] * n, "labels": [i % 2] * (n - 1) + [IGNORED]}
+        for i, n in enumerate((3, 12, 4, 20, 5, 6, 15, 8))
+    ]
+    found: list[dict[str, torch.Tensor]] = []
+    for accumulate in (1, 4):
+        model = replace(start, module=copy.deepcopy(head))
+        sums = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
+        for name, p in model.module.named_parameters():
+
+            def add(gradient: torch.Tensor, total: torch.Tensor = sums[name]) -> None:
+                total.add_(gradient)
+
+            p.register_hook(add)
+        fit(model, rows, label_loss, epochs=1, batch_size=8, accumulate=accumulate, **QUICK)
+        found.append(sums)
+    whole, parts = found
+    assert max(float(value.abs().max()) for value in whole.values()) > 0.01
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_zeros_stay_zero() -> None:

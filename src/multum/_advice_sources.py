@@ -23,5 +23,5 @@ INT8 = (
     "MiniLM 6x384 2.09x, BERT-mini 1.86x, BERT-base 3.36x, DistilBERT 2.92x and 3.46x"
 )
 LEAK = "Jagielski et al. 2023 (NeurIPS)"
-ONE_SHOT = "benchmarks/results/one_shot.md: MiniLM, film reviews, on two cores"
+ONE_SHOT = "benchmarks/results/one_shot.md: MiniLM, film reviews, medians of three seeds"
 OWN = "benchmarks/results/reviews_quick.md: MiniLM, film reviews, on two cores"

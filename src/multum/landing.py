@@ -60,9 +60,9 @@ class Landing(Reckoning):
         Until then a speed-up is one median by another, taken minutes apart, and machines do not stay as they are.
         """
         rungs = [c for c in self.run.candidates if c["folder"] != "original" and c["technique"] != ANOTHER]
-        names = sorted(c["name"] for c in rungs)
         rungs = sorted(rungs, key=lambda c: (c["drop"] > self.run.budget.max_drop, -c["speedup"]))[:TOGETHER]
-        if not self.descent.exports or not rungs or self.run.values.get("timed_together") == names:
+        names = sorted(c["name"] for c in rungs)  # of another budget they may be others
+        if not self.descent.exports or set(names) <= set(self.run.values.get("timed_together", ())):
             return
         together = [self.run.candidates[0], self.run.strongest(), *rungs]
         with self.progress.stage("time all rungs together"):
@@ -98,6 +98,8 @@ class Landing(Reckoning):
             self.bench.keep()
         best = self.run.best()
         if self.run.values.get("shipped") != best["name"] or not folder.exists():
+            self.run.values["shipped"] = None  # a call that is killed here has shipped nobody knows what
+            self.run.write()
             with whole_folder(folder) as work:
                 ignored = shutil.ignore_patterns("metrics*.json", "predictions")
                 shutil.copytree(source, work, dirs_exist_ok=True, ignore=ignored)

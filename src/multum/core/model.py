@@ -25,6 +25,11 @@ from .linears import Linear, is_linear
 from .packed import parameters_of
 
 RECIPE = "recipe.json"
+NOTHING_TO_NUMBERS = {
+    *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype", "problem_type", "return_dict", "use_cache"),
+    *("id2label", "label2id", "finetuning_task", "task_specific_params", "output_attentions", "output_hidden_states"),
+}
+"""Fields of a config that what a model answers does not depend on. The type of its numbers is looked at in the weights."""
 
 
 @dataclass(kw_only=True)
@@ -143,6 +148,12 @@ class Model:
     def parameters(self) -> int:
         """Number of parameters, tied ones once and packed ones like others."""
         return parameters_of(self.module)
+
+    def settings(self) -> str:
+        """What the config says of how the weights are used (heads, activations, positions) as JSON; names, labels and versions,
+        which change no number, left out."""
+        values = self.module.config.to_dict()
+        return json.dumps({name: values[name] for name in sorted(values.keys() - NOTHING_TO_NUMBERS)}, default=str)
 
     def fingerprint(self) -> str:
         """A digest of the weights and the tokenizer, the same in every process."""

@@ -54,5 +54,17 @@ def real_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones_like(batch["input_ids"]) if mask is None else mask
 
 
+def item_count(batch: Mapping[str, Any], *, causal: bool = False) -> int:
+    """How many items a mean over a batch is over: its examples or, where labels are of tokens, the tokens that have one.
+
+    Args:
+        causal: the model answers for the next token, so that nothing is asked about the first.
+    """
+    labels = batch.get("labels")
+    if labels is None or labels.dim() < 2 or labels.is_floating_point():
+        return len(batch["input_ids"])
+    return int((labels[:, 1:] if causal else labels).ne(IGNORED).sum())
+
+
 def _is_for_tokens(labels: Any, tokens: int) -> bool:
     return isinstance(labels, list) and len(labels) == tokens and isinstance(labels[0], int)

@@ -203,7 +203,9 @@ def key_of(teacher: Model, rows: Rows, precision: Precision, *what: str) -> str:
     columns = [_column(rows, name) for name in model_inputs(rows[0])]
     told = [column for number, column in enumerate(columns) if number == 0 or len(set(column.tolist()) - {-1}) > 1]
     own = [] if teacher.module.dtype == torch.float32 else [str(teacher.module.dtype)]
-    return digest(teacher.fingerprint(), *(column.tobytes() for column in told), resolve_precision(precision), *what, *own)
+    return digest(
+        teacher.fingerprint(), teacher.settings(), *(column.tobytes() for column in told), resolve_precision(precision), *what, *own
+    )
 
 
 def _column(rows: Rows, name: str) -> np.ndarray:
@@ -245,7 +247,7 @@ def kept(
     if len(done) < len(starts):
         _make_room(path, size)
     if not done:
-        with path.open("wb") as file:
+        with path.open("ab") as file:  # what another process may have put there since stays; a digest tells what is whole
             file.truncate(size)
     values = np.memmap(path, dtype=dtype, mode="r+", shape=(int(ends[-1]), width))
     for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):

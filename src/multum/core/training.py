@@ -8,33 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..errors import MultumError
 from .estimate import estimate, is_long
 from .lora import Spec, adapted, lora_problems
-from .memory import give_back, trim
+from .loss_trainer import AfterStep, ListDataset, LossTrainer
+from .loss_trainer import Loss as Loss
+from .loss_trainer import Rows as Rows
+from .memory import give_back
 from .model import Model
 from .packed import refuse_packed
 from .padding import FEW_SHAPES as FEW_SHAPES
 from .padding import pad as pad
 from .private import Budget, train_privately
-from .reporting import anyone_reads, remark, report
+from .reporting import anyone_reads, remark
 from .while_training import attention_for_training, dropout_as, joined, recomputed, zeros_kept
 
-Rows = Sequence[Mapping[str, Any]]
-Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 Precision = Literal["auto", "fp32", "bf16"]
-TRIM_EVERY = 50
-"""Optimizer steps after which freed memory goes back to the system: batches of many shapes leave holes in it."""
 
 
 def fit(
@@ -67,7 +65,7 @@ def fit(
     Args:
         model: changed in place.
         rows: encoded examples (`input_ids`, `attention_mask`, ...), unpadded; or a stream of them, which takes `steps`.
-        loss: (module, padded batch) -> scalar, a mean over the batch.
+        loss: (module, padded batch) -> scalar, a mean over its items (`item_count`).
         epochs: passes over `rows`.
         steps: optimizer steps, in the place of `epochs`. A stream is read until they are done, and must be long enough.
         learning_rate: the highest, reached after the share `warmup` of all steps.
@@ -92,7 +90,7 @@ def fit(
     """
     refuse_packed(model.module, "training")
     give_back()  # what an earlier fit has left
-    module, data = model.module, rows if isinstance(rows, torch.utils.data.IterableDataset) else _ListDataset(rows)
+    module, data = model.module, rows if isinstance(rows, torch.utils.data.IterableDataset) else ListDataset(rows)
     with (
         tempfile.TemporaryDirectory() as scratch,
         on_accelerator(module),
@@ -103,7 +101,7 @@ def fit(
         adapted(model, lora, seed),
         joined(module, extra),
     ):
-        if private is not None and isinstance(data, _ListDataset):
+        if private is not None and isinstance(data, ListDataset):
             return train_privately(
                 module,
                 data.rows,
@@ -121,7 +119,7 @@ def fit(
             )
         if anyone_reads():
             _tell_what_it_takes(model, data, epochs, steps, batch_size, batch_size // accumulate, precision)
-        trainer = _LossTrainer(
+        trainer = LossTrainer(
             loss=loss,
             model=module,
             args=_arguments(
@@ -130,7 +128,7 @@ def fit(
                 save_steps=save_every or 500,
                 num_train_epochs=epochs,
                 max_steps=steps or -1,
-                train_sampling_strategy="group_by_length" if isinstance(data, _ListDataset) else "random",
+                train_sampling_strategy="group_by_length" if isinstance(data, ListDataset) else "random",
                 learning_rate=learning_rate,
                 per_device_train_batch_size=batch_size // accumulate,
                 gradient_accumulation_steps=accumulate,
@@ -143,7 +141,7 @@ def fit(
             ),
             train_dataset=data,
             data_collator=lambda features: pad(features, model.tokenizer.pad_token_id, multiple=FEW_SHAPES),
-            callbacks=[_AfterStep([zero_again, *([after_step] if after_step else [])])],
+            callbacks=[AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
         result = trainer.train(
             resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
@@ -175,7 +173,7 @@ def _tell_what_it_takes(
     model: Model, data: Any, epochs: float, steps: int | None, batch_size: int, at_once: int, precision: Precision
 ) -> None:
     """One line with the time and the memory, if it will take a while."""
-    rows = data.rows if isinstance(data, _ListDataset) else [next(iter(data))]
+    rows = data.rows if isinstance(data, ListDataset) else [next(iter(data))]
     if not rows or "input_ids" not in rows[0]:
         return
     mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
@@ -232,42 +230,6 @@ def on_accelerator(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.to(before)
-
-
-class _LossTrainer(Trainer):
-    def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.loss = loss
-        self.model_accepts_loss_kwargs = False  # a loss is a mean, so that the parts of a batch are averaged
-        self.remove_callback(PrinterCallback)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        return self.loss(model, inputs)
-
-
-class _ListDataset(torch.utils.data.Dataset[Any]):
-    def __init__(self, rows: Rows) -> None:
-        self.rows = list(rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self.rows[index])
-
-
-class _AfterStep(TrainerCallback):
-    def __init__(self, actions: Sequence[Callable[[nn.Module], None]]) -> None:
-        self.actions = actions
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for action in self.actions:
-            action(kwargs["model"])
-        if state.global_step % TRIM_EVERY == 0:
-            trim()
-        report(state.global_step / state.max_steps)
 
 
 def memory_problems(batch_size: int, accumulate: int, lora: Spec | None) -> list[str]:

@@ -1,7 +1,7 @@
 r"""How far a student's outputs are from its teacher's, by the kind of output (after Hinton et al. 2015, arXiv:1503.02531).
 
     one label          T² KL(p ‖ q),  p = softmax(z_t / T), q = softmax(z_s / T), summed over the classes
-    several labels     T² Σ_c KL(b(p_c) ‖ b(q_c)),  p = σ(z_t / T), q = σ(z_s / T): each class is a coin of its own
+    several labels     T² / C Σ_c KL(b(p_c) ‖ b(q_c)),  p = σ(z_t / T), q = σ(z_s / T): each of C classes is a coin of its own
     a number           (z_s - z_t)²
     tokens             T² KL as above for every token that has a label; a causal model's token answers for the next one
     a span             the mean of T² KL over the places of the start and T² KL over those of the end, padding left out
@@ -174,7 +174,7 @@ def output_loss(
     if kind == "single_label":
         return distillation_loss(ours, theirs, temperature, divergence)
     if kind == "multi_label":
-        return binary_kl(ours, theirs, temperature, divergence).mean()
+        return binary_kl(ours, theirs, temperature, divergence).mean() / ours.shape[-1]  # as the loss on labels is a mean over them
     if kind == "regression":
         return squared_error(ours, theirs).mean()
     counts, last = items(kind, batch), -1 if kind == "causal_lm" else None

@@ -126,6 +126,11 @@ class Distill(Step):
             )
         folder = Path(self.cache) if self.cache else cache_folder()
         variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
+        if variants and kind == "seq2seq":
+            raise InputError(
+                "distill: this model writes, and is taught at every token of a reference, which unlabelled texts and variants "
+                "(augment) do not have; leave them out, or take distill_generation, for which the teacher writes them"
+            )
         ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, variants)] for each in (model, teacher))
         private = budget_of(self)
         earlier = check_accounting(self.name, model, task, len(ours) - len(variants), {"the teacher": teacher}) if private else []

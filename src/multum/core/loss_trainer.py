@@ -1,0 +1,79 @@
+"""A Hugging Face Trainer that is given a loss, the rows it reads, and what it does after every optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_callback import PrinterCallback
+
+from .memory import trim
+from .padding import item_count
+from .reporting import report
+
+Rows = Sequence[Mapping[str, Any]]
+Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+TRIM_EVERY = 50
+"""Optimizer steps after which freed memory goes back to the system: batches of many shapes leave holes in it."""
+
+
+class LossTrainer(Trainer):
+    """A loss is a mean over the items of a part of a batch. Parts, in all processes, are weighed by how many items they have, so
+    that the gradient is that of the whole batch however it is cut."""
+
+    def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.loss, self.causal = loss, _answers_for_the_next(kwargs["model"])
+        self.model_accepts_loss_kwargs = False  # Trainer divides by the number of parts
+        self.remove_callback(PrinterCallback)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The parts of one optimizer step, and the items of all of them, in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(item_count(batch, causal=self.causal) for batch in batches), device=device)
+        return batches, int(self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """A part's own mean, by its share of all items."""
+        parts = self.current_gradient_accumulation_steps * self.args.world_size  # what Trainer and DDP divide by
+        share = item_count(inputs, causal=self.causal) * parts / max(num_items_in_batch, 1)
+        return share * self.loss(model, inputs)
+
+
+class ListDataset(torch.utils.data.Dataset[Any]):
+    """Encoded examples as they are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self.rows[index])
+
+
+class AfterStep(TrainerCallback):
+    """Calls these with the module after every optimizer step, gives memory back now and then, and says how far it is."""
+
+    def __init__(self, actions: Sequence[Callable[[nn.Module], None]]) -> None:
+        self.actions = actions
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """As Trainer calls it."""
+        for action in self.actions:
+            action(kwargs["model"])
+        if state.global_step % TRIM_EVERY == 0:
+            trim()
+        report(state.global_step / state.max_steps)
+
+
+def _answers_for_the_next(module: nn.Module) -> bool:
+    """Whether what a model says at a token is about the one behind it."""
+    return bool({parent.__name__ for parent in type(module).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
