@@ -94,7 +94,7 @@ class Step(ABC):
 
 
 def _digest(weight: torch.Tensor) -> bytes:
-    return hashlib.sha256(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
+    return hashlib.sha256(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _account(before: Mapping[str, Layer], after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
