@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
     BertForSequenceClassification,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
@@ -521,6 +523,27 @@ def test_models_with_other_tokenizers_read_each_text_for_themselves(tmp_path: Pa
     kept = trained(teacher.module, student.module, arguments(tmp_path), texts, cache=tmp_path / "kept", **both)
     assert difference(live, kept) < 1e-5
     assert np.isfinite(trainer.evaluate(texts)["eval_loss"])
+
+
+@pytest.mark.parametrize("how", ["its own tokenizer", "no labels"])
+def test_an_encoder_decoder_that_classifies_is_told_no_labels(how: str, tmp_path: Path) -> None:
+    reader, model = classifiers("roberta", "roberta" if how == "no labels" else "bert")
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_labels": 2, "max_position_embeddings": 64}
+    words, end = reader.tokenizer, reader.tokenizer.sep_token_id
+    ids = {"vocab_size": len(words), "pad_token_id": words.pad_token_id, "eos_token_id": end, "decoder_start_token_id": end}
+    teacher = BartForSequenceClassification(BartConfig(**sizes, **heads, **ids)).eval()
+    teacher.config.id2label = model.module.config.id2label
+    data = reviews(model, 8).remove_columns("label") if how == "no labels" else reviews(model, 8, text=True)
+    options = {"processing_class": model.tokenizer, "teacher_processing_class": words, "alpha": 1.0}
+    trainer = DistillationTrainer(teacher, model.module, arguments(tmp_path), train_dataset=data, **options)
+    batch = next(iter(trainer.get_train_dataloader()))
+    theirs = batch.get("teacher_inputs", batch)
+    with torch.no_grad():
+        own = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        ours, said = model.module.eval()(**own), teacher(theirs["input_ids"], theirs["attention_mask"])
+        expected = output_loss("single_label", ours, said, batch, 2.0)
+        assert trainer.compute_loss(model.module, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_texts_may_stand_in_other_columns_and_beside_the_students_ids(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ from .steps._layers import LayerLosses, LayerMatcher
 from .steps._outputs import items, kind_of
 
 TEACHER_INPUTS, TEACHER_ROW = "teacher_inputs", "teacher_row"
+LABELS = {"labels", "start_positions", "end_positions", "return_loss"}
+"""What a model takes that a teacher is not told."""
 
 
 @dataclass
@@ -84,9 +86,8 @@ class Teacher:
 
     def _live(self, batch: Mapping[str, Any], theirs: Mapping[str, Any] | None) -> tuple[Any, Captured]:
         batch = batch if theirs is None else theirs
-        labels = {"labels", "start_positions", "end_positions", "return_loss"}
-        inputs = {name: value for name, value in batch.items() if name in self.columns and name not in labels}
-        if getattr(inner(self.module).config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
+        inputs = {name: value for name, value in batch.items() if name in self.columns and name not in LABELS}
+        if kind_of(inner(self.module)) == "seq2seq" and "decoder_input_ids" not in inputs:
             inputs["labels"] = batch["labels"]  # its decoder reads them
         if "use_cache" in self.columns:
             inputs["use_cache"] = False
