@@ -649,6 +649,18 @@ def test_a_batch_without_labels_is_an_error_that_says_what_to_do(tmp_path: Path)
         trained(teacher, student, arguments(tmp_path), examples("single_label", 8).remove_columns("labels"))
 
 
+@pytest.mark.parametrize("kind", ["multi_label", "regression"])
+def test_labels_that_are_no_numbers_are_refused_where_they_count(kind: str, tmp_path: Path) -> None:
+    (teacher, student), data = of_kind(kind), examples(kind, 8)
+    labels = data["labels"][:].clone()
+    labels[3] = torch.nan
+    holed = Dataset.from_dict({**{name: data[name][:] for name in ("input_ids", "attention_mask")}, "labels": labels})
+    with pytest.raises(InputError, match="nan among its labels"):
+        trained(teacher, student, arguments(tmp_path), holed.with_format("torch"))
+    made = [trained(teacher, student, arguments(tmp_path), each, alpha=1.0) for each in (data, holed.with_format("torch"))]
+    assert difference(*made) == 0.0
+
+
 def test_a_stream_cannot_be_cached(tmp_path: Path) -> None:
     teacher, student = of_kind("single_label")
     stream = examples("single_label", 8).to_iterable_dataset()

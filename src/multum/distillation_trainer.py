@@ -29,7 +29,7 @@ from .errors import InputError
 from .steps._divergences import uld
 from .steps._layers import LayerLosses
 from .steps._on_policy import ON_POLICY, some_sampled
-from .steps._outputs import LANGUAGE_MODELS, aligned, items, kind_of, labelled, output_loss
+from .steps._outputs import LANGUAGE_MODELS, aligned, items, kind_of, labelled, output_loss, refuse_missing
 
 PROJECTIONS = "layer_projections.safetensors"
 """In a checkpoint: what layer losses learn beside the student, which going on needs and the student does not."""
@@ -199,6 +199,7 @@ class DistillationTrainer(Trainer):
             return None, model(**{name: value for name, value in batch.items() if reads_labels or name not in self.label_names})
         if not self._has_labels(batch):
             raise InputError("the batch has no labels; add them to the data, or set alpha=1 to learn from the teacher alone")
+        refuse_missing(batch.get("labels"))
         loss, outputs = super().compute_loss(model, batch, return_outputs=True)
         return loss, outputs
 

@@ -150,6 +150,19 @@ def labelled(kind: Kind, batch: Mapping[str, Any]) -> torch.Tensor:
     return batch["labels"] != IGNORED if kind == "single_label" else items(kind, batch)
 
 
+def refuse_missing(labels: torch.Tensor | None) -> None:
+    """Refuse nan among labels, which stands for none where they are numbers: a model's own loss would be nan of the whole batch.
+
+    Raises:
+        InputError: there is one.
+    """
+    if labels is not None and labels.is_floating_point() and labels.isnan().any():
+        raise InputError(
+            "the batch has nan among its labels; leave these examples out of the data, or set alpha=1 to learn from the teacher "
+            "alone"
+        )
+
+
 def output_loss(
     kind: Kind, student: Any, teacher: Any, batch: Mapping[str, Any], temperature: float, divergence: Divergence = forward_kl
 ) -> torch.Tensor:
