@@ -153,6 +153,13 @@ def test_layer_losses_are_added_as_they_are(tmp_path: Path) -> None:
     assert seen.hidden_states is None
 
 
+def test_models_in_half_precision_learn_with_layer_losses(tmp_path: Path) -> None:
+    teacher, student = (model.bfloat16() for model in of_kind("single_label"))
+    made = trained(teacher, student, arguments(tmp_path), examples("single_label", 8), layer_losses=LAYERS)
+    assert made.dtype == torch.bfloat16
+    assert difference(made, student) > 1e-3
+
+
 @pytest.mark.parametrize("norm", [0.0, 0.5])
 def test_it_is_gradient_descent_on_student_and_projections_alike(norm: float, tmp_path: Path) -> None:
     (teacher, student), data = of_kind("single_label"), examples("single_label", 12)

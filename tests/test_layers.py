@@ -214,6 +214,14 @@ def test_the_sum_is_weighted_and_the_teacher_learns_nothing(layer_map: Any) -> N
     assert all(state.grad is None for state in theirs.hidden.values())
 
 
+@EVERY_MAP
+def test_half_precision_is_brought_to_the_teachers_width_in_single(layer_map: Any) -> None:
+    matcher = LayerMatcher(all_losses(layer_map=layer_map), shape(width=12), shape())
+    half, theirs = change(passed(width=12), lambda x, _: x.bfloat16()), passed(seed=100)
+    expected = matcher(change(half, lambda x, _: x.float()), theirs, mask_of())
+    assert matcher(half, theirs, mask_of()).item() == expected.item()
+
+
 def test_hidden_loss_is_the_formula_with_a_matrix_between_the_widths() -> None:
     matcher = LayerMatcher(LayerLosses(hidden=1.0, embeddings=1.0), shape(2, 6, 2), shape(4))
     ours, theirs = passed(2, 6, 2), passed(4, seed=100)

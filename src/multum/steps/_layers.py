@@ -213,9 +213,9 @@ class LayerMatcher(nn.Module):
         mask, weights, result = mask.bool(), self.losses.weights, {}
         pairs = self._match(student, teacher, mask) if self.losses.layer_map == "dynamic" else self.pairs
         if weights["embeddings"]:
-            result["embeddings"] = state_loss(self.embeddings(student.hidden[0]), teacher.hidden[0], mask)
+            result["embeddings"] = state_loss(self.embeddings(student.hidden[0].float()), teacher.hidden[0], mask)
         if weights["hidden"]:
-            result["hidden"] = _mean([state_loss(self.hidden(student.hidden[m]), teacher.hidden[n], mask) for m, n in pairs])
+            result["hidden"] = _mean([state_loss(self._brought(student, m), teacher.hidden[n], mask) for m, n in pairs])
         if weights["attention"]:
             both = [(student.attention[m], teacher.attention[n]) for m, n in attending(pairs, self.student, self.teacher)]
             result["attention"] = _mean(
@@ -230,13 +230,17 @@ class LayerMatcher(nn.Module):
         if weights["pkd"]:
             # The last layer is left out, as in the paper: the output that it feeds is matched already.
             inner = [pair for pair in pairs if pair[0] < self.student.layers] or pairs
-            result["pkd"] = _mean([pkd_loss(self.hidden(student.hidden[m]), teacher.hidden[n], mask) for m, n in inner])
+            result["pkd"] = _mean([pkd_loss(self._brought(student, m), teacher.hidden[n], mask) for m, n in inner])
         return result
+
+    def _brought(self, student: Captured, layer: int) -> torch.Tensor:
+        """H W_h of a student's layer: W_h is float32 whatever the student's weights are."""
+        return self.hidden(student.hidden[layer].float())
 
     @torch.no_grad()
     def _match(self, student: Captured, teacher: Captured, mask: torch.Tensor) -> Pairs:
         """CoFi's dynamic map: the student layer whose states are nearest to each of the teacher's, in ascending order."""
-        ours = [self.hidden(student.hidden[m]) for m in range(1, self.student.layers + 1)]
+        ours = [self._brought(student, m) for m in range(1, self.student.layers + 1)]
         targets = [n for _, n in self.pairs]
         costs = torch.stack([torch.stack([state_loss(state, teacher.hidden[n], mask) for state in ours]) for n in targets])
         chosen = monotone_match(costs.nan_to_num(nan=1e30, posinf=1e30).tolist())  # a run that diverges is stopped elsewhere
