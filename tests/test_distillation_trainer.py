@@ -361,12 +361,16 @@ def test_what_a_cache_cannot_do_for_language_models_is_said_at_once(tmp_path: Pa
     assert "it needs cache" in refused(tmp_path, *pair, sparse_logits={"sample": 50})
     assert "and such a model" in refused(tmp_path, *of_kind("single_label"), **kept, sparse_logits={"sample": 50})
     data = examples("causal_lm", 4)
-    positions = data.map(lambda row: {"position_ids": list(range(len(row["input_ids"])))})
-    with pytest.raises(InputError, match="the teacher would read position_ids too"):
-        trained(*pair, arguments(tmp_path), positions, temperature=1.0, **kept)
     later = {"data_collator": lambda rows: (batch := default_data_collator(rows)) | {"labels": batch["input_ids"]}}
     with pytest.raises(InputError, match="an encoder-decoder reads the labels"):
         trained(*of_kind("seq2seq"), arguments(tmp_path), data.remove_columns("labels"), temperature=1.0, **kept, **later)
+
+
+@pytest.mark.parametrize("kind", ["causal_lm", "single_label", "regression"])
+def test_what_else_a_teacher_would_read_is_not_left_out_in_silence(kind: str, tmp_path: Path) -> None:
+    positions = examples(kind, 4).map(lambda row: {"position_ids": list(range(len(row["input_ids"])))[::-1]})
+    with pytest.raises(InputError, match="the teacher would read position_ids too"):
+        trained(*of_kind(kind), arguments(tmp_path), positions, temperature=1.0, cache=tmp_path / "kept")
 
 
 @pytest.mark.parametrize("layers", [None, LAYERS])

@@ -271,7 +271,7 @@ def _rows(data: Any, columns: Sequence[str], reader: AnyReader | None, *, labels
     ]
     if not rows or "input_ids" not in rows[0]:
         raise InputError("cache: the training set must have examples with input_ids")
-    if labels and (more := sorted(set(rows[0]) & set(columns) - set(wanted))):
+    if more := sorted((set(rows[0]) & set(columns)) - {*wanted, *LABELS}):
         raise InputError(
             f"cache: the teacher would read {', '.join(more)} too, which it is not kept for; leave them out of the data"
         )
