@@ -366,6 +366,30 @@ def test_what_a_cache_cannot_do_for_language_models_is_said_at_once(tmp_path: Pa
         trained(*of_kind("seq2seq"), arguments(tmp_path), data.remove_columns("labels"), temperature=1.0, **kept, **later)
 
 
+@pytest.mark.parametrize("layers", [None, LAYERS])
+@pytest.mark.parametrize("change", ["texts cut", "words hidden", "padded"])
+def test_a_cache_for_classifiers_knows_its_texts_again(change: str, layers: Any, tmp_path: Path) -> None:
+    (teacher, student), data, made = of_kind("single_label"), examples("single_label", 8), []
+
+    def collator(rows: Any) -> Any:
+        batch = default_data_collator(rows)
+        if change == "texts cut":
+            return {name: values[:, :4] if values.dim() > 1 else values for name, values in batch.items()}
+        if change == "words hidden":
+            return batch | {"input_ids": batch["input_ids"].index_fill(1, torch.tensor(2), 1)}
+        padded = {name: nn.functional.pad(batch[name], (0, 3)) for name in ("input_ids", "attention_mask")}
+        return batch | padded
+
+    for cache in (None, tmp_path / "kept"):
+        options = {"cache": cache, "data_collator": collator, "layer_losses": layers}
+        if cache and change != "padded":
+            with pytest.raises(InputError, match="the batches are not what the training set says"):
+                trained(teacher, student, arguments(tmp_path), data, **options)
+        else:
+            made.append(trained(teacher, student, arguments(tmp_path), data, **options))
+    assert difference(made[0], made[-1]) < (1e-3 if layers else 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["causal_lm", "single_label", "regression"])
 def test_what_else_a_teacher_would_read_is_not_left_out_in_silence(kind: str, tmp_path: Path) -> None:
     positions = examples(kind, 4).map(lambda row: {"position_ids": list(range(len(row["input_ids"])))[::-1]})

@@ -73,7 +73,7 @@ class SparseAnswers:
         places = [items(plan.kind, row)[0].nonzero()[:, 0].tolist() for row in tensors]
         cached = cached_sparse_logits(teacher, rows, places, folder, vocabulary=plan.vocabulary, how=plan.how, precision=precision)
         names = [name for name in ("input_ids", "labels") if name in rows[0]]
-        return cls(plan.kind, cached, {name: [_said(name, row) for row in tensors] for name in names})
+        return cls(plan.kind, cached, {name: [said(name, row) for row in tensors] for name in names})
 
     def batch(self, batch: Mapping[str, Any], rows: torch.Tensor) -> SparseLogits:
         """The answers for the `items` of a batch, in their order.
@@ -86,9 +86,7 @@ class SparseAnswers:
             InputError: it does not say what these examples do.
         """
         index = rows.cpu().numpy()
-        for name, examples in self.texts.items():
-            if name not in batch or not np.array_equal(_said(name, batch), np.concatenate([examples[row] for row in index])):
-                raise InputError(CHANGED)
+        check_unchanged(self.texts, batch, index)
         counts = items(self.kind, batch).cpu()
         unlabelled = {name: value for name, value in batch.items() if name != "labels"}
         places = counts if "labels" in self.texts else items(self.kind, unlabelled).cpu()
@@ -97,7 +95,23 @@ class SparseAnswers:
         return self.cached.take(index, counts[places].numpy(), rows.device)
 
 
-def _said(name: str, batch: Mapping[str, Any]) -> np.ndarray:
+def check_unchanged(texts: Mapping[str, Sequence[np.ndarray]], batch: Mapping[str, Any], index: np.ndarray) -> None:
+    """Make sure that a batch says what its examples do.
+
+    Args:
+        texts: column -> what each example of the training set has there, without padding.
+        batch: what the student is given.
+        index: the numbers of its examples, (batch,).
+
+    Raises:
+        InputError: it does not.
+    """
+    for name, examples in texts.items():
+        if name not in batch or not np.array_equal(said(name, batch), np.concatenate([examples[row] for row in index])):
+            raise InputError(CHANGED)
+
+
+def said(name: str, batch: Mapping[str, Any]) -> np.ndarray:
     """The ids of a batch in this column without padding, (tokens,)."""
     values, mask = batch[name], batch.get("attention_mask")
     if name == "labels":

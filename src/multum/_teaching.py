@@ -23,7 +23,7 @@ from torch import nn
 from ._language_reader import LanguageReader
 from ._pair import columns_of, inner
 from ._settings import WRITERS
-from ._sparse_answers import SparseAnswers, SparsePlan
+from ._sparse_answers import SparseAnswers, SparsePlan, check_unchanged, said
 from .core.capture import Captured, capture, shape_of
 from .core.model import Model
 from .core.teacher import answering, cached_logits
@@ -75,8 +75,9 @@ class Teacher:
             answers: Any = SimpleNamespace(logits=self.kept_sparse.batch(batch, rows))
             captured = Captured()
         elif rows is not None:
-            logits, states = self.kept
-            answers = SimpleNamespace(logits=torch.from_numpy(logits[rows.cpu().numpy()]).to(rows.device))
+            (logits, states, texts), index = self.kept, rows.cpu().numpy()
+            check_unchanged(texts, batch, index)
+            answers = SimpleNamespace(logits=torch.from_numpy(logits[index]).to(rows.device))
             captured = states.batch(rows, batch["input_ids"].shape[1]) if states else Captured()
         else:
             answers, captured = self._live(batch, theirs)
@@ -98,15 +99,17 @@ class Teacher:
         return outputs, captured
 
     @cached_property
-    def kept(self) -> tuple[np.ndarray, CachedStates | None]:
-        """Its logits for the training set, (examples, classes), and what layer losses look at, from the cache."""
+    def kept(self) -> tuple[np.ndarray, CachedStates | None, dict[str, list[np.ndarray]]]:
+        """Its logits for the training set, (examples, classes), and what layer losses look at, from the cache; and the texts that
+        they are for, if they are those that the student is given."""
         assert self.cache  # noqa: S101
         rows = _rows(self.data, self.columns, self.reader)
         model, precision = self._as_model(rows), self._precision
         with self.args.main_process_first(local=False), answering(self.module):
             logits = cached_logits(model, rows, self.cache, precision=precision)
             states = cached_states(model, rows, self.matcher.wanted, self.cache, precision=precision) if self.matcher else None
-        return logits, states
+        given = [{name: torch.as_tensor(values) for name, values in row.items()} for row in rows if not self.reader]
+        return logits, states, {"input_ids": [said("input_ids", row) for row in given]} if given else {}
 
     @cached_property
     def kept_sparse(self) -> SparseAnswers:
