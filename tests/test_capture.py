@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -154,6 +155,31 @@ def test_gradients_flow_through_what_was_captured() -> None:
     assert blocks[0].get_submodule(family.query).weight.grad.abs().sum() > 0
     assert blocks[0].get_submodule(family.key).weight.grad is None
     assert blocks[1].get_submodule(family.query).weight.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradients_come_through_checkpointing_or_it_is_an_error(reentrant: bool) -> None:
+    module, grads = tiny.model(layers=2).module.train(), []
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    for checkpointing in (False, True):
+        if checkpointing:
+            kind = "activation" if hasattr(module, "activation_checkpointing_enable") else "gradient"
+            getattr(module, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": reentrant}})
+        with pytest.raises(MultumError, match="use_reentrant") if reentrant and checkpointing else nullcontext():
+            with capture(module) as captured:
+                module(**batch())
+            module.zero_grad()
+            captured.attention[2].query.sum().backward()
+            grads.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(grads[0], grads[-1], strict=True))
+    with capture(module, attention=False) as captured:  # these are what a block returns
+        module(**batch())
+    captured.hidden[1].sum().backward()
+    with torch.no_grad(), capture(module.eval()) as captured:
+        module(**batch())
+    assert not captured.attention[2].query.requires_grad
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -100,6 +100,8 @@ class Wanted:
 class _Recorder:
     into: Captured
     calls: int = 0
+    cut_off: bool = False
+    """Whether an attention ran without gradients."""
 
     def record(
         self,
@@ -111,6 +113,7 @@ class _Recorder:
         scaling: float | None,
     ) -> None:
         self.calls += 1
+        self.cut_off |= not torch.is_grad_enabled()
         if not any(isinstance(child, Removed) for child in module.children()):
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             causal = bool(getattr(module, "is_causal", False))
@@ -165,7 +168,8 @@ def capture(model: nn.Module, *, attention: bool = True) -> Iterator[Captured]:
         What is filled by the forward pass.
 
     Raises:
-        MultumError: the architecture does not let its attention be seen, or nothing was captured.
+        MultumError: the architecture does not let its attention be seen, gradients would not reach it (reentrant checkpointing),
+            or nothing was captured.
     """
     inner = unwrapped(model)
     captured = Captured()
@@ -178,6 +182,11 @@ def capture(model: nn.Module, *, attention: bool = True) -> Iterator[Captured]:
         if not states:
             raise MultumError(f"{type(inner).__name__} returns no hidden states, so its layers cannot be captured")
         captured.hidden.update(enumerate(states))
+        if recorder.cut_off and torch.is_grad_enabled():
+            raise MultumError(
+                "reentrant gradient checkpointing runs the blocks without gradients, so that nothing would be learnt from their "
+                'attention; let it be {"use_reentrant": False}'
+            )
         if attention and recorder.calls != len(states) - 1:
             raise MultumError(
                 f"{type(inner).__name__} has {len(states) - 1} layers, but {recorder.calls} attentions were captured; "
