@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import taggers
 import tiny
+import translators
 
 from multum.core import teacher as teacher_module
 from multum.core.model import Model
 from multum.errors import InputError
 from multum.steps.distill import Distill
+from multum.steps.distill_generation import DistillGeneration
 from multum.steps.distill_layers import DistillLayers
+from multum.steps.l0 import L0
+from multum.steps.qat import Qat
 from multum.tasks.text_generation import TextGeneration
 
 TRAINING: dict[str, Any] = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "precision": "fp32"}
@@ -68,6 +72,16 @@ def test_no_room_for_the_cache(step: type, tmp_path: Path, monkeypatch: pytest.M
     usage = teacher_module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(teacher_module.shutil, "disk_usage", lambda _: usage._replace(free=10))
     assert "which has 0 MB free" in refused(step, tiny.model(seed=1), tiny.model(), tiny.task(n_train=16), tmp_path)
+
+
+@pytest.mark.parametrize("step", [*STEPS, DistillGeneration, L0, Qat])
+def test_a_cache_where_no_folder_can_be(step: type, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    student, task = tiny.model(), tiny.task(n_train=16)
+    if step is DistillGeneration:
+        student, task = translators.translator(), translators.translating(16, 4, 4)
+    with pytest.raises(InputError, match="cannot be a folder"):
+        step(teacher=str(tmp_path / "nowhere"), cache=str(tmp_path / "file" / "kept"))(student, task)
 
 
 def test_thinned_answers_where_there_is_nothing_to_thin_out(tmp_path: Path) -> None:

@@ -696,6 +696,14 @@ def test_labels_that_are_no_numbers_are_refused_where_they_count(kind: str, tmp_
     assert difference(*made) == 0.0
 
 
+def test_a_cache_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    text = refused(tmp_path, *of_kind("single_label"), cache=tmp_path / "file", temperature=0)
+    assert "2 problems" in text
+    assert "is a file" in text
+    assert "cache is a folder (got 3)" in refused(tmp_path, *of_kind("single_label"), cache=3)
+
+
 def test_a_stream_cannot_be_cached(tmp_path: Path) -> None:
     teacher, student = of_kind("single_label")
     stream = examples("single_label", 8).to_iterable_dataset()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from ._pair import layer_losses_of
+from .core.folders import check_writable
 from .core.sparse_logits import Thinning, thinning_of
 from .errors import InputError
 from .steps._divergences import Divergence, divergence_of, forward_kl, uld
@@ -94,7 +95,7 @@ def settings_of(
         alpha=alpha,
         divergence=read(divergence_of, divergence) or forward_kl,
         layer_losses=read(layer_losses_of, layer_losses),
-        cache=Path(cache) if cache else None,
+        cache=read(_folder, cache) if cache else None,
         thinning=read(thinning_of, sparse_logits) if sparse_logits is not None else None,
         on_policy=on_policy,
     )
@@ -102,6 +103,13 @@ def settings_of(
     if problems:
         raise InputError(*problems)
     return settings
+
+
+def _folder(given: Any) -> Path:
+    if not isinstance(given, (str, Path)):
+        raise InputError(f"cache is a folder (got {given!r})")
+    check_writable(Path(given))
+    return Path(given)
 
 
 def _wrong(settings: Settings, args: TrainingArguments, trainer: Mapping[str, Any]) -> Iterator[str]:

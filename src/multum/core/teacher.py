@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike
 from torch import nn
 
 from ..errors import InputError
-from .folders import cache_home, digest, read_json, write_json
+from .folders import cache_home, check_writable, digest, read_json, write_json
 from .model import Model
 from .reporting import report
 from .training import FEW_SHAPES, Precision, Rows, autocast, on_accelerator, pad, resolve_precision
@@ -193,9 +193,10 @@ def cached_token_outputs(
     return CachedTokenOutputs(values=values, ends=np.cumsum(lengths), names=tuple(names))
 
 
-def cache_folder() -> Path:
-    """Where teacher outputs are kept that belong to no run."""
-    return cache_home() / "teacher"
+def cache_folder(chosen: str | None = None) -> Path:
+    """Where teacher outputs are kept: the folder that was chosen or one for all runs; InputError if nothing can be kept there."""
+    check_writable(folder := Path(chosen) if chosen else cache_home() / "teacher")
+    return folder
 
 
 def key_of(teacher: Model, rows: Rows, precision: Precision, *what: str) -> str:

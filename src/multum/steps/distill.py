@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +110,7 @@ class Distill(Step):
         return [*problems, *(student_problems(self.student) if self.student is not None else [])]
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
+        folder = cache_folder(self.cache)
         teacher = task.load(self.teacher) if self.teacher else replace(model)
         if not task.is_trained(teacher):
             raise InputError(f"distill: the teacher {self.teacher or model.source} has an untrained head; fine-tune it first")
@@ -124,7 +124,6 @@ class Distill(Step):
             raise InputError(
                 f"distill: sparse_logits thins out the answers of language models, and {task.name} has none; leave it out"
             )
-        folder = Path(self.cache) if self.cache else cache_folder()
         variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
         if variants and kind == "seq2seq":
             raise InputError(

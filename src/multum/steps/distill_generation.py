@@ -138,10 +138,10 @@ class DistillGeneration(Step):
             raise InputError(
                 f"distill_generation: no texts are written in {task.name}; it takes translation, summarization or text-generation"
             )
+        folder = cache_folder(self.cache)
         teacher = task.load(self.teacher)
         if not task.is_trained(teacher):
             raise InputError(f"distill_generation: the teacher {self.teacher} has untrained weights; fine-tune it first")
-        folder = Path(self.cache) if self.cache else cache_folder()
         drawn = self.seed if self.sample else None
         how = Writing(folder, self.precision, self.beams, self.length_penalty, self.max_new_tokens, drawn)
         lessons: Lessons

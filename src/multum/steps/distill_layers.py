@@ -136,6 +136,7 @@ class DistillLayers(Step):
             raise InputError(
                 "distill_layers compares the layers of one stack, and these models have an encoder and a decoder; use distill"
             )
+        folder = cache_folder(self.cache)
         teacher = task.load(self.teacher) if self.teacher else replace(model)
         if self.logits and not task.is_trained(teacher):
             name = self.teacher or model.source
@@ -145,7 +146,6 @@ class DistillLayers(Step):
             student, made = make_student(model, self.student, task, seed=self.seed)
             turn_into(model, student)
         matcher = self._matcher(replace(model, history=[*model.history, made]), teacher)
-        folder = Path(self.cache) if self.cache else cache_folder()
         rows, theirs, left_out = self._rows(model, teacher, task, folder)
         inside, notes = self._inside(teacher, theirs, matcher, folder)
         kind = kind_of(model.module) if self.logits else None

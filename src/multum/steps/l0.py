@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -235,12 +234,12 @@ class L0(Step):
         """(outputs, batch, numbers of its rows) -> L, and what to note."""
         if self.teacher is None:
             return lambda outputs, batch, _: task.loss(outputs, batch), {}
+        folder = cache_folder(self.cache)
         teacher = task.load(self.teacher)
         if not task.is_trained(teacher):
             raise InputError(f"{self.name}: the teacher {self.teacher} has an untrained head; fine-tune it first")
         teacher.module.eval()
         theirs = list(task.encode(teacher, "train"))
-        folder = Path(self.cache) if self.cache else cache_folder()
         kind, how = kind_of(model.module), Thinning(seed=self.seed)
         said = kept_answers(kind, teacher, rows, theirs, folder, self.precision, how, step=self.name)
 

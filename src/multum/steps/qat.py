@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,10 +140,11 @@ class Qat(Step):
             raise InputError(f"{self.name}: there are no training texts")
         said: Any = None
         if self.alpha > 0:
+            folder = cache_folder(self.cache)
             teacher = task.load(self.teacher) if self.teacher else replace(model)
             if not task.is_trained(teacher):
                 raise InputError(f"{self.name}: the teacher {teacher.source} has an untrained head; fine-tune it first")
-            theirs, folder = list(task.encode(teacher, "train")), Path(self.cache) if self.cache else cache_folder()
+            theirs = list(task.encode(teacher, "train"))
             kind, how = kind_of(model.module), Thinning(seed=self.seed)
             said = kept_answers(kind, _evaluated(teacher), rows, theirs, folder, self.precision, how, step=self.name)
             notes = {"teacher_fingerprint": teacher.fingerprint()}
