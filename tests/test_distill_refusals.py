@@ -84,6 +84,19 @@ def test_a_cache_where_no_folder_can_be(step: type, tmp_path: Path) -> None:
         step(teacher=str(tmp_path / "nowhere"), cache=str(tmp_path / "file" / "kept"))(student, task)
 
 
+@pytest.mark.parametrize("step", [*STEPS, L0, Qat])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0.0, "2"])
+def test_a_temperature_that_is_none(step: type, value: Any) -> None:
+    with pytest.raises(InputError, match="temperature must be above 0 and finite"):
+        step(teacher="teacher", temperature=value)
+
+
+@pytest.mark.parametrize("weight", ["hidden", "logits"])
+def test_a_weight_without_end(weight: str) -> None:
+    with pytest.raises(InputError, match=f"{weight} is a weight, 0 or more and finite"):
+        DistillLayers(teacher="teacher", **{weight: float("inf")})
+
+
 def test_thinned_answers_where_there_is_nothing_to_thin_out(tmp_path: Path) -> None:
     text = refused(Distill, tiny.model(seed=1), tiny.model(), tiny.task(n_train=16), tmp_path, sparse_logits={"top_k": 5})
     assert "sparse_logits thins out the answers of language models, and text-classification has none" in text

@@ -650,6 +650,33 @@ def test_wrong_values_are_listed_together(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"temperature": "2"}, "temperature must be above 0 and finite (got '2')"),
+        ({"temperature": float("inf")}, "temperature must be above 0 and finite (got inf)"),
+        ({"alpha": None}, "alpha is a share, 0 to 1 (got None)"),
+        ({"on_policy": "a"}, "on_policy is a share, 0 to 1 (got 'a')"),
+        ({"layer_losses": {"hidden": "x"}}, "layer_losses: hidden is a weight, 0 or more and finite (got 'x')"),
+        ({"layer_losses": {"hidden": 1.0, "layer_map": ["a"]}}, "layer_losses: layer_map must name one teacher layer"),
+        ({"layer_losses": "hidden"}, "layer_losses is a dict of embeddings, hidden"),
+        ({"layer_losses": {3: 1.0}}, "layer_losses has no 3"),
+    ],
+)
+def test_so_are_values_of_a_wrong_kind(options: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    text = refused(tmp_path, *of_kind("single_label"), **{"sparse_logits": {"top_k": 0}, **options})
+    assert "2 problems" in text
+    assert problem in text
+
+
+@pytest.mark.parametrize("given", [3, None, Path("folder")])
+def test_what_is_no_model_is_refused(given: Any, tmp_path: Path) -> None:
+    teacher, student = of_kind("single_label")
+    assert "teacher_model must be a model, or the name of a folder or on the Hub" in refused(tmp_path, given, student)
+    if given:
+        assert "student_model must be a model" in refused(tmp_path, teacher, given)
+
+
 def test_pairs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     teacher, student = of_kind("single_label")
     assert "share 56 weights" in refused(tmp_path, teacher, teacher).replace(str(len(list(teacher.parameters()))), "56")

@@ -73,6 +73,9 @@ def loaded(source: str, other: nn.Module, *, trained: bool) -> Any:
 
 def both_loaded(teacher: Any, student: Any) -> tuple[Any, Any]:
     """Student and teacher, a string loaded to go with the other one."""
+    for name, given in (("teacher_model", teacher), ("student_model", student)):
+        if not isinstance(given, (str, nn.Module)) and (given is not None or name == "teacher_model"):
+            raise InputError(f"{name} must be a model, or the name of a folder or on the Hub (got {given!r})")
     if isinstance(teacher, str) and not isinstance(student, nn.Module):
         raise InputError("one of teacher_model and student_model must be a model; it says how to load the other one")
     if isinstance(student, str):
@@ -239,6 +242,8 @@ def layer_losses_of(given: LayerLosses | Mapping[str, Any] | None) -> LayerLosse
     if given is None or isinstance(given, LayerLosses):
         return given
     known = [field.name for field in fields(LayerLosses)]
-    if unknown := sorted(set(given) - set(known)):
-        raise InputError(f"layer_losses has no {', '.join(unknown)}; it takes {', '.join(known)}")
+    if not isinstance(given, Mapping):
+        raise InputError(f"layer_losses is a dict of {', '.join(known)} (got {given!r})")
+    if unknown := sorted(set(given) - set(known), key=str):
+        raise InputError(f"layer_losses has no {', '.join(map(str, unknown))}; it takes {', '.join(known)}")
     return LayerLosses(**given)

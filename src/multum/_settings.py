@@ -15,6 +15,7 @@ from .core.sparse_logits import Thinning, thinning_of
 from .errors import InputError
 from .steps._divergences import Divergence, divergence_of, forward_kl, uld
 from .steps._layers import LayerLosses
+from .steps._numbers import is_number, mixing_problems, share_problems
 from .steps._outputs import LANGUAGE_MODELS, Kind
 
 T = TypeVar("T")
@@ -115,21 +116,18 @@ def _folder(given: Any) -> Path:
 def _wrong(settings: Settings, args: TrainingArguments, trainer: Mapping[str, Any]) -> Iterator[str]:
     layers, whole_models = settings.layer_losses, "which FSDP and DeepSpeed cut in pieces"
     yield from (f"layer_losses: {problem}" for problem in (layers.problems() if layers else []))
-    if not settings.temperature > 0:
-        yield f"temperature must be above 0 (got {settings.temperature})"
-    if not 0 <= settings.alpha <= 1:
-        yield f"alpha is a share, 0 to 1 (got {settings.alpha})"
-    if not 0 <= settings.on_policy <= 1:
-        yield f"on_policy is a share, 0 to 1 (got {settings.on_policy})"
+    yield from mixing_problems(settings.temperature, settings.alpha)
+    yield from share_problems(on_policy=settings.on_policy)
+    writes = is_number(settings.on_policy) and settings.on_policy > 0
     if layers and settings.cache and getattr(trainer.get("processing_class"), "padding_side", "right") != "right":
         yield "cache: layers are kept without padding and come back padded on the right; set padding_side='right'"
     if layers and any(trainer.get("optimizers", (None, None))):
         yield "layer_losses: their projections are trained with the student, so Trainer must make the optimizer itself"
     if layers and (args.fsdp or args.deepspeed):
         yield f"layer_losses: they look into the layers of whole models, {whole_models}"
-    if settings.on_policy > 0 and (args.fsdp or args.deepspeed):
+    if writes and (args.fsdp or args.deepspeed):
         yield f"on_policy: texts are written by whole models, {whole_models}"
-    if settings.on_policy > 0 and settings.cache:
+    if writes and settings.cache:
         yield "on_policy: what the student writes is new each time, so the teacher's answers to it cannot come from a cache"
-    if settings.on_policy > 0 and settings.alpha == 0:
+    if writes and settings.alpha == 0:
         yield "on_policy: only the teacher says anything of what the student writes, and alpha=0 does not listen to it"

@@ -39,6 +39,7 @@ from torch.nn import functional as F
 from ..core.capture import Captured, Shape, Wanted
 from ..errors import InputError
 from ._layer_maps import Pairs, attending, attention_problems, layer_pairs, monotone_match, related
+from ._numbers import are_layers, is_number
 
 Map = Literal["uniform", "last", "dynamic"] | tuple[int, ...]
 """Which layers are compared; see `_layer_maps`."""
@@ -124,19 +125,20 @@ class LayerLosses:
 
     def problems(self) -> list[str]:
         """What is wrong with the values, whatever the models."""
-        found = [f"{name} is a weight, 0 or more (got {value})" for name, value in self.weights.items() if not value >= 0]
+        unfit = {name: value for name, value in self.weights.items() if not (is_number(value) and value >= 0)}
+        found = [f"{name} is a weight, 0 or more and finite (got {value!r})" for name, value in unfit.items()]
         if not found and not any(self.weights.values()):
             found.append(f"one of {', '.join(self.weights)} must be above 0, or there is nothing for the layers to agree on")
         if isinstance(self.layer_map, str):
             if self.layer_map not in ("uniform", "last", "dynamic"):
                 found.append(f"layer_map must be 'uniform', 'last', 'dynamic' or teacher layers (got {self.layer_map!r})")
-        elif not self.layer_map or min(self.layer_map) < 1:
-            found.append(f"layer_map must name one teacher layer, counted from 1, per student layer (got {list(self.layer_map)})")
+        elif not are_layers(self.layer_map):
+            found.append(f"layer_map must name one teacher layer, counted from 1, per student layer (got {self.layer_map!r})")
         for name in ("relation_heads", "teacher_layer"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                found.append(f"{name} must be at least 1 (got {value})")
-        if (chosen := self.dynamic_layers) is not None and (not chosen or min(chosen) < 1 or sorted(set(chosen)) != list(chosen)):
-            found.append(f"dynamic_layers must be different layers in ascending order, counted from 1 (got {list(chosen)})")
+            if (value := getattr(self, name)) is not None and not are_layers([value]):
+                found.append(f"{name} must be at least 1 (got {value!r})")
+        if (chosen := self.dynamic_layers) is not None and not (are_layers(chosen) and sorted(set(chosen)) == list(chosen)):
+            found.append(f"dynamic_layers must be different layers in ascending order, counted from 1 (got {chosen!r})")
         return found
 
 

@@ -30,6 +30,7 @@ from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
 from ._answers import answer_loss, kept_answers
+from ._numbers import mixing_problems
 from ._outputs import LANGUAGE_MODELS, kind_of
 from ._private import budget_of, check_accounting, private_problems, with_earlier
 
@@ -96,10 +97,7 @@ class Distill(Step):
             problems.append(
                 "augment: variants of one text would count as examples of their own, so that dp_epsilon is wrong; leave it out"
             )
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0 (got {self.temperature})")
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
+        problems += mixing_problems(self.temperature, self.alpha)
         if self.augment < 0:
             problems.append(f"augment cannot be negative (got {self.augment})")
         if self.augment_model is not None and self.augment == 0:

@@ -33,6 +33,7 @@ from ..errors import InputError
 from ._answers import answer_loss, kept_answers
 from ._layer_maps import descent
 from ._layers import LayerLosses, LayerMatcher
+from ._numbers import is_number, mixing_problems
 from ._outputs import kind_of
 
 Inside = Callable[[torch.Tensor, int], Captured]
@@ -117,12 +118,9 @@ class DistillLayers(Step):
 
     def check(self) -> list[str]:
         problems = [*self.losses.problems(), *training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)]
-        if not self.logits >= 0:
-            problems.append(f"logits is a weight, 0 or more (got {self.logits})")
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0 (got {self.temperature})")
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
+        if not (is_number(self.logits) and self.logits >= 0):
+            problems.append(f"logits is a weight, 0 or more and finite (got {self.logits!r})")
+        problems += mixing_problems(self.temperature, self.alpha)
         if self.augment < 0:
             problems.append(f"augment cannot be negative (got {self.augment})")
         if self.augment_model is not None and self.augment == 0:

@@ -46,6 +46,7 @@ from ..core.training import Precision, fit, training_problems
 from ..errors import InputError
 from ._answers import answer_loss, kept_answers
 from ._hard_concrete import Masks
+from ._numbers import mixing_problems
 from ._outputs import kind_of
 
 
@@ -164,10 +165,7 @@ class L0(Step):
         problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
         if not 0 <= self.sparsity < 1:
             problems.append(f"sparsity is a fraction, 0 to below 1 (got {self.sparsity})")
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0 (got {self.temperature})")
+        problems += mixing_problems(self.temperature, self.alpha)
         if not 0 < self.mask_learning_rate <= 1:
             problems.append(f"mask_learning_rate must be above 0, at most 1 (got {self.mask_learning_rate}); 0.01 to 0.1 is usual")
         if not 0 <= self.rise <= 1:

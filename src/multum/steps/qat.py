@@ -36,6 +36,7 @@ from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
 from ._answers import answer_loss, kept_answers
+from ._numbers import mixing_problems
 from ._outputs import kind_of
 from ._quantization import float_matrices, grid_problems, rounded, summary
 
@@ -125,10 +126,7 @@ class Qat(Step):
         problems = grid_problems(self.bits, self.group, self.keep)
         problems += training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
         problems += memory_problems(self.batch_size, self.accumulate, None)
-        if not self.temperature > 0:
-            problems.append(f"temperature must be above 0 (got {self.temperature})")
-        if not 0 <= self.alpha <= 1:
-            problems.append(f"alpha is a share, 0 to 1 (got {self.alpha})")
+        problems += mixing_problems(self.temperature, self.alpha)
         if self.teacher is not None and self.alpha == 0:
             problems.append("alpha is 0, so that the teacher would not be asked; leave it out")
         return problems
