@@ -191,9 +191,19 @@ def test_a_pruned_model_has_what_is_left(family: str) -> None:
     assert sorted(captured.hidden) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, *tiny_families.FAMILIES])
+def test_a_model_is_causal_if_its_first_token_sees_only_itself(family: str) -> None:
+    module, seen = tiny.model(family, layers=2).module, []
+    for last in (5, 6):
+        with capture(module, attention=False) as captured, torch.no_grad():
+            module(input_ids=torch.tensor([[5, 7, last]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+        seen.append(captured.hidden[2][0, 0])
+    assert shape_of(module, attention=False).causal == torch.equal(*seen)
+
+
 def test_the_shape_is_found_without_touching_the_model() -> None:
     module = llama().train()
-    assert shape_of(module) == Shape(widths=(32, 32, 32), heads={1: (4, 2, SIZE), 2: (4, 2, SIZE)})
+    assert shape_of(module) == Shape(widths=(32, 32, 32), heads={1: (4, 2, SIZE), 2: (4, 2, SIZE)}, causal=True)
     assert shape_of(module).layers == 2
     assert module.training
 

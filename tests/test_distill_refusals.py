@@ -43,7 +43,8 @@ def test_other_labels(step: type, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", STEPS)
 def test_another_task(step: type, tmp_path: Path) -> None:
-    assert "has an untrained head; fine-tune it first" in refused(step, taggers.answerer(), tiny.model(), tiny.task(), tmp_path)
+    text = refused(step, taggers.answerer(), tiny.model(), tiny.task(), tmp_path)
+    assert "is a BertForQuestionAnswering, a model for another task" in text
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -57,6 +58,12 @@ def test_another_vocabulary_of_a_language_model(tmp_path: Path) -> None:
     task = TextGeneration.from_splits(tiny.text_splits(6, 2, 2))
     text = refused(Distill, tiny.language_model("llama"), tiny.language_model("gpt2"), task, tmp_path)
     assert "distill: student and teacher read the texts in different tokens" in text or "token by token" in text
+
+
+def test_the_first_token_of_a_causal_model(tmp_path: Path) -> None:
+    task = TextGeneration.from_splits(tiny.text_splits(6, 2, 2))
+    pair = tiny.language_model("gpt2", seed=1), tiny.language_model("gpt2")
+    assert "pkd compares the first token" in refused(DistillLayers, *pair, task, tmp_path, pkd=1.0)
 
 
 def test_layers_out_of_range_and_heads_that_do_not_divide(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lessons import KINDS, VOCABULARY, arguments, classifiers, difference, examp
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForSequenceClassification,
@@ -31,6 +33,7 @@ from transformers import (
 from two_processes import BATCH, EPOCHS, EXAMPLES, LESSONS
 
 import multum
+from multum._teaching import OFFSET, Reader
 from multum.core.capture import capture, shape_of
 from multum.distillation_trainer import PROJECTIONS, DistillationTrainer
 from multum.errors import InputError
@@ -158,6 +161,24 @@ def test_models_in_half_precision_learn_with_layer_losses(tmp_path: Path) -> Non
     made = trained(teacher, student, arguments(tmp_path), examples("single_label", 8), layer_losses=LAYERS)
     assert made.dtype == torch.bfloat16
     assert difference(made, student) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_adapters_learn_with_layer_losses_what_the_whole_model_would(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    (teacher, student), data = of_kind("single_label"), examples("single_label", 6)
+    whole = DistillationTrainer(teacher, student, arguments(tmp_path), train_dataset=data, layer_losses=LAYERS)
+    batch = next(iter(whole.get_train_dataloader()))
+    whole.compute_loss(student, batch).backward()
+    expected = {name: part.weight.grad for name, part in student.named_modules() if name.endswith(("query", "value"))}
+    adapted = peft.get_peft_model(copy.deepcopy(student), peft.LoraConfig(r=2, lora_alpha=2, target_modules=["query", "value"]))
+    trainer = DistillationTrainer(teacher, adapted, arguments(tmp_path), train_dataset=data, layer_losses=LAYERS)
+    trainer.compute_loss(adapted, batch).backward()
+    for name, grad in expected.items():  # B is 0 at first: its gradient is that of the whole matrix, times A
+        layer = adapted.get_base_model().get_submodule(name)
+        first, second = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+        assert torch.allclose(second.grad, grad @ first.T, rtol=1e-4, atol=1e-6)
+        assert second.grad.abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.5])
@@ -581,6 +602,19 @@ def test_an_encoder_decoder_that_classifies_is_told_no_labels(how: str, tmp_path
         assert trainer.compute_loss(model.module, batch).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bert", *sorted(OFFSET)])
+def test_a_reader_knows_how_much_a_model_reads(family: str) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 40}
+    more = {"esm": {"position_embedding_type": "absolute"}, "longformer": {"attention_window": 4}}
+    config = AutoConfig.for_model(family, max_position_embeddings=20, pad_token_id=1, **sizes, **more.get(family, {}))
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    limit = Reader(SimpleNamespace(model_max_length=10**30), config, ()).length_limit
+    with torch.no_grad():
+        model(torch.full((1, limit), 5), torch.ones(1, limit))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 5), torch.ones(1, limit + 1))
+
+
 def test_texts_may_stand_in_other_columns_and_beside_the_students_ids(tmp_path: Path) -> None:
     teacher, student = classifiers("roberta", "bert")
     texts = reviews(teacher, 8, text=True).rename_column("text", "review")
@@ -619,6 +653,9 @@ def test_models_may_be_named(tmp_path: Path) -> None:
     assert made.model.config.id2label == teacher.module.config.id2label
     with pytest.raises(InputError, match="has an untrained head"):
         DistillationTrainer(str(tmp_path / "base"), student.module, arguments(tmp_path))
+    of_kind("question_answering")[0].save_pretrained(tmp_path / "answers")
+    with pytest.raises(InputError, match="is a BertForQuestionAnswering, a model for another task"):
+        DistillationTrainer(str(tmp_path / "answers"), student.module, arguments(tmp_path))
     with pytest.raises(InputError, match="nowhere/model: cannot load it as AutoModelForSequenceClassification"):
         DistillationTrainer("nowhere/model", student.module, arguments(tmp_path))
     with pytest.raises(InputError, match="one of teacher_model and student_model must be a model"):
@@ -689,6 +726,7 @@ def test_pairs_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     far = of_kind("causal_lm", vocabulary=4000)
     assert "vocabulary has 40 tokens and the teacher's 4000" in refused(tmp_path, *far)
     assert "layer_losses: " in refused(tmp_path, teacher, student, layer_losses={"relations": 1.0, "relation_heads": 5})
+    assert "layer_losses: pkd compares the first" in refused(tmp_path, *of_kind("causal_lm"), layer_losses={"pkd": 1.0})
     assert "cache: it keeps one row an example" in refused(tmp_path, *of_kind("token_labels"), cache=tmp_path / "kept")
 
 

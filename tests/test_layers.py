@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -377,6 +378,15 @@ def test_bad_values(fields: Any, problem: str) -> None:
 def test_what_does_not_fit_two_models(fields: Any, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         LayerMatcher(LayerLosses(**fields), shape(2, 12, 3), shape(4))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_first_token_of_a_causal_model_is_not_compared(which: int) -> None:
+    shapes = [shape(), shape()]
+    shapes[which] = replace(shapes[which], causal=True)
+    LayerMatcher(LayerLosses(hidden=1.0), *shapes)
+    with pytest.raises(InputError, match="pkd compares the first token, which sees only itself"):
+        LayerMatcher(LayerLosses(pkd=1.0), *shapes)
 
 
 def test_all_problems_at_once() -> None:

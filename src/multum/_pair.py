@@ -17,7 +17,7 @@ from .core.packed import packed_parts, refuse_packed
 from .errors import InputError
 from .steps._classes import teacher_columns
 from .steps._layers import LayerLosses
-from .steps._outputs import LANGUAGE_MODELS, PER_EXAMPLE, Kind, kind_of
+from .steps._outputs import LANGUAGE_MODELS, PER_EXAMPLE, Kind, kind_of, untrained
 
 _MULTIPLE_CHOICE = frozenset(MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values())
 PADDING = 128
@@ -67,7 +67,7 @@ def loaded(source: str, other: nn.Module, *, trained: bool) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{source}: cannot load it as {auto_class}: {reason}") from error
     if trained and info["missing_keys"]:
-        raise InputError(f"the teacher {source} has an untrained head ({sorted(info['missing_keys'])[0]}); fine-tune it first")
+        raise InputError(f"the teacher {source} {untrained(model)} (no {sorted(info['missing_keys'])[0]})")
     return model
 
 

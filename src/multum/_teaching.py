@@ -36,6 +36,9 @@ from .steps._outputs import items, kind_of
 TEACHER_INPUTS, TEACHER_ROW = "teacher_inputs", "teacher_row"
 LABELS = {"labels", "start_positions", "end_positions", "return_loss"}
 """What a model takes that a teacher is not told."""
+OFFSET = {"camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta", "roberta-prelayernorm"}
+OFFSET |= {"xlm-roberta", "xlm-roberta-xl", "xmod"}
+"""Architectures that count positions from padding_idx + 1."""
 
 
 @dataclass
@@ -171,7 +174,7 @@ class Reader:
     def length_limit(self) -> int:
         """Tokens that the model reads."""
         positions = getattr(self.config, "max_position_embeddings", None) or self.tokenizer.model_max_length
-        if self.config.model_type in ("roberta", "xlm-roberta", "mpnet"):  # these count positions from padding_idx + 1
+        if self.config.model_type in OFFSET:
             positions -= self.config.pad_token_id + 1
         return int(min(positions, self.tokenizer.model_max_length))
 

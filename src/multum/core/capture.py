@@ -81,6 +81,8 @@ class Shape:
     """Of the hidden states, the embeddings first."""
     heads: dict[int, tuple[int, int, int]]
     """Layer -> query heads, key (and value) heads, head size. Layers without attention are not there."""
+    causal: bool = False
+    """Whether a token sees itself and those before it only."""
 
     @property
     def layers(self) -> int:
@@ -171,8 +173,7 @@ def capture(model: nn.Module, *, attention: bool = True) -> Iterator[Captured]:
         MultumError: the architecture does not let its attention be seen, gradients would not reach it (reentrant checkpointing),
             or nothing was captured.
     """
-    inner = unwrapped(model)
-    captured = Captured()
+    (called, inner), captured = _opened(model), Captured()
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, {**kwargs, "output_hidden_states": True, "return_dict": True}
@@ -194,7 +195,7 @@ def capture(model: nn.Module, *, attention: bool = True) -> Iterator[Captured]:
             )
 
     recorder = _Recorder(captured)
-    handles = [inner.register_forward_pre_hook(before, with_kwargs=True), inner.register_forward_hook(after)]
+    handles = [called.register_forward_pre_hook(before, with_kwargs=True), called.register_forward_hook(after)]
     try:
         if attention:
             with _attention_recorded(inner, recorder):
@@ -227,18 +228,26 @@ def _attention_recorded(inner: PreTrainedModel, recorder: _Recorder) -> Iterator
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside what accelerate or torch wrapped around it for several processes.
+    """The transformers model inside what accelerate or torch wrapped around it for several processes, or peft for its adapters.
 
     Raises:
         MultumError: there is none, or it has two stacks.
     """
+    return _opened(model)[1]
+
+
+def _opened(model: nn.Module) -> tuple[nn.Module, PreTrainedModel]:
+    """What is called, and the transformers model inside: peft calls the `forward` of that, past its hooks."""
+    called = model
     while not isinstance(model, PreTrainedModel):
-        if not isinstance(getattr(model, "module", None), nn.Module):
+        adapted = hasattr(model, "get_base_model")
+        below: Any = model.get_base_model() if adapted else getattr(model, "module", None)  # type: ignore[operator]
+        if not isinstance(below, nn.Module):
             raise MultumError(f"only transformers models can be captured, and {type(model).__name__} is none")
-        model = cast(nn.Module, model.module)
+        called, model = model if adapted else below, below
     if getattr(model.config, "is_encoder_decoder", False):
         raise MultumError(f"{type(model).__name__} has two stacks of layers; capture works for encoders and for decoders alone")
-    return model
+    return called, model
 
 
 @torch.no_grad()
@@ -264,4 +273,5 @@ def shape_of(model: nn.Module, *, attention: bool = True) -> Shape:
     return Shape(
         widths=tuple(state.shape[-1] for _, state in sorted(captured.hidden.items())),
         heads={layer: (part.query.shape[1], part.key.shape[1], part.query.shape[3]) for layer, part in captured.attention.items()},
+        causal=any(getattr(part, "is_causal", False) for part in inner.modules()),
     )

@@ -171,6 +171,8 @@ class LayerMatcher(nn.Module):
             problems += attention_problems(self.pairs, student, teacher)
         if not problems and losses.relations:
             self.related, self.relation_heads, problems = related(student, teacher, losses.teacher_layer, losses.relation_heads)
+        if losses.pkd and (student.causal or teacher.causal):
+            problems.append("pkd compares the first token, which sees only itself in a causal model; take hidden or relations")
         if problems:
             raise InputError(*problems)
         self.embeddings = _projection(student.widths[0], teacher.widths[0], losses.embeddings > 0, losses.project)

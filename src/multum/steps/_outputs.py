@@ -253,6 +253,15 @@ def kind_of(model: nn.Module, labels: torch.Tensor | None = None) -> Kind:
     return "multi_label" if problem == "multi_label_classification" else "single_label"
 
 
+def untrained(module: nn.Module) -> str:
+    """What to say of a teacher whose head came with no weights: it was trained for another task, or for none."""
+    tasks = frozenset[str]().union(*(names for kind, names in _heads().items() if kind not in LANGUAGE_MODELS))
+    config: Any = module.config
+    if other := sorted(tasks & set(config.architectures or ()) - {type(module).__name__}):
+        return f"is a {other[0]}, a model for another task"
+    return "has an untrained head; fine-tune it first"
+
+
 @cache
 def _heads() -> dict[Kind, frozenset[str]]:
     """Kind -> names of the classes. Encoder-decoders first: Bart's one class is listed for masked language models too."""

@@ -31,7 +31,7 @@ from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
 from ._answers import answer_loss, kept_answers
 from ._numbers import mixing_problems
-from ._outputs import LANGUAGE_MODELS, kind_of
+from ._outputs import LANGUAGE_MODELS, kind_of, untrained
 from ._private import budget_of, check_accounting, private_problems, with_earlier
 
 EXAMPLE = '--student "{layers: 3}"'
@@ -111,7 +111,7 @@ class Distill(Step):
         folder = cache_folder(self.cache)
         teacher = task.load(self.teacher) if self.teacher else replace(model)
         if not task.is_trained(teacher):
-            raise InputError(f"distill: the teacher {self.teacher or model.source} has an untrained head; fine-tune it first")
+            raise InputError(f"distill: the teacher {self.teacher or model.source} {untrained(teacher.module)}")
         teacher.module.eval()
         notes: dict[str, Any] = {}
         if self.student is not None:

@@ -43,7 +43,7 @@ from ._beside import Beside
 from ._divergences import divergence_of, divergence_problems, forward_kl, uld
 from ._lessons import Lessons, Pairs, Prompts, Writing, mixed
 from ._on_policy import ON_POLICY, some_sampled
-from ._outputs import IGNORED, kind_of
+from ._outputs import IGNORED, kind_of, untrained
 
 Said = Callable[[torch.Tensor, Mapping[str, torch.Tensor], bool], Any]
 """(numbers of rows, batch, whether the student wrote it) -> what the teacher answers."""
@@ -141,7 +141,7 @@ class DistillGeneration(Step):
         folder = cache_folder(self.cache)
         teacher = task.load(self.teacher)
         if not task.is_trained(teacher):
-            raise InputError(f"distill_generation: the teacher {self.teacher} has untrained weights; fine-tune it first")
+            raise InputError(f"distill_generation: the teacher {self.teacher} {untrained(teacher.module)}")
         drawn = self.seed if self.sample else None
         how = Writing(folder, self.precision, self.beams, self.length_penalty, self.max_new_tokens, drawn)
         lessons: Lessons

@@ -34,7 +34,7 @@ from ._answers import answer_loss, kept_answers
 from ._layer_maps import descent
 from ._layers import LayerLosses, LayerMatcher
 from ._numbers import is_number, mixing_problems
-from ._outputs import kind_of
+from ._outputs import kind_of, untrained
 
 Inside = Callable[[torch.Tensor, int], Captured]
 """Numbers of examples, padded length -> what the teacher does inside on them."""
@@ -67,7 +67,7 @@ class DistillLayers(Step):
     relations: float = 1.0
     """Weight of the relations among queries, among keys and among values of one layer (MiniLMv2); any width, any heads."""
     pkd: float = 0.0
-    """Weight of the distance between the first token's states, each scaled to length 1 (PKD)."""
+    """Weight of the distance between the first token's states, each scaled to length 1 (PKD); not for causal models."""
     logits: float = 1.0
     """Weight of the teacher's answers and the labels, mixed as in `distill`; 0 leaves the head untrained."""
     layer_map: Literal["uniform", "last", "dynamic"] | tuple[int, ...] = "uniform"
@@ -138,7 +138,7 @@ class DistillLayers(Step):
         teacher = task.load(self.teacher) if self.teacher else replace(model)
         if self.logits and not task.is_trained(teacher):
             name = self.teacher or model.source
-            raise InputError(f"distill_layers: the teacher {name} has an untrained head; fine-tune it first, or set logits to 0")
+            raise InputError(f"distill_layers: the teacher {name} {untrained(teacher.module)}, or set logits to 0")
         made: dict[str, Any] = {}
         if self.student is not None:
             student, made = make_student(model, self.student, task, seed=self.seed)

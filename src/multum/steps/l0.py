@@ -47,7 +47,7 @@ from ..errors import InputError
 from ._answers import answer_loss, kept_answers
 from ._hard_concrete import Masks
 from ._numbers import mixing_problems
-from ._outputs import kind_of
+from ._outputs import kind_of, untrained
 
 
 def unit_weights(module: Any) -> list[tuple[int, int]]:
@@ -235,7 +235,7 @@ class L0(Step):
         folder = cache_folder(self.cache)
         teacher = task.load(self.teacher)
         if not task.is_trained(teacher):
-            raise InputError(f"{self.name}: the teacher {self.teacher} has an untrained head; fine-tune it first")
+            raise InputError(f"{self.name}: the teacher {self.teacher} {untrained(teacher.module)}")
         teacher.module.eval()
         theirs = list(task.encode(teacher, "train"))
         kind, how = kind_of(model.module), Thinning(seed=self.seed)

@@ -37,7 +37,7 @@ from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
 from ._answers import answer_loss, kept_answers
 from ._numbers import mixing_problems
-from ._outputs import kind_of
+from ._outputs import kind_of, untrained
 from ._quantization import float_matrices, grid_problems, rounded, summary
 
 
@@ -141,7 +141,7 @@ class Qat(Step):
             folder = cache_folder(self.cache)
             teacher = task.load(self.teacher) if self.teacher else replace(model)
             if not task.is_trained(teacher):
-                raise InputError(f"{self.name}: the teacher {teacher.source} has an untrained head; fine-tune it first")
+                raise InputError(f"{self.name}: the teacher {teacher.source} {untrained(teacher.module)}")
             theirs = list(task.encode(teacher, "train"))
             kind, how = kind_of(model.module), Thinning(seed=self.seed)
             said = kept_answers(kind, _evaluated(teacher), rows, theirs, folder, self.precision, how, step=self.name)
