@@ -15,7 +15,7 @@ def is_number(value: Any) -> bool:
 
 def are_layers(value: Any) -> bool:
     """Whether it is a list of layers, at least one, counted from 1."""
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(layer, Integral) and layer > 0 for layer in value)
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(layer, Integral) and int(layer) > 0 for layer in value)
 
 
 def share_problems(**shares: Any) -> list[str]:
