@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 import multum
 from multum import runtimes
 from multum._cost import LISTED
+from multum._shrink import _say_test
 from multum._verify import _figures
 from multum.bench import Bench
 from multum.budget import QUICK, Budget
@@ -390,3 +392,21 @@ def test_a_folder_with_nothing_but_a_half_written_file_may_be_used(tmp_path: Pat
     (tmp_path / "mine.txt").touch()
     with pytest.raises(InputError, match="holds something else"):
         check_folder(tmp_path, {})
+
+
+def test_what_is_lost_on_the_test_split_alone_is_said_and_not_after_another_choice() -> None:
+    def measured(value: float) -> dict[str, Any]:
+        return {"quality": {"metric": "accuracy", "value": value}}
+
+    said: list[str] = []
+    run = SimpleNamespace(
+        values={"warnings": []},
+        candidates=[{"test": measured(0.9)}],
+        budget=SimpleNamespace(max_drop=1.0),
+        warn=lambda text: run.values["warnings"].append(text),
+    )
+    for name, value, drop in (("rung-02", 0.88, 0.7), ("rung-01", 0.895, 0.7), ("rung-03", 0.86, 1.5)):
+        _say_test(run, tiny.task(), {"name": name, "test": measured(value), "drop": drop})  # type: ignore[arg-type]
+        said.append("; ".join(run.values["warnings"]))
+    lost = "lost 2 points on the test split, which the search never saw, more than the 1 allowed; on validation it lost 0.7 points"
+    assert said == [f"rung-02 {lost}", "", ""]

@@ -201,8 +201,10 @@ def test_a_student_is_taught_token_by_token(family: str, tmp_path: Path) -> None
                 setattr(part, name, 0.0)
     alone = Finetune(**common)(model, task)
     assert taught.fingerprint() == alone.fingerprint()
-    more = Distill(teacher=str(tmp_path / "teacher"), alpha=1.0, cache=str(tmp_path / "c"), augment=1, **common)(model, task)
+    more = Distill(teacher=str(tmp_path / "teacher"), alpha=1.0, cache=str(tmp_path / "c"), **common)(model, task)
     assert more.fingerprint() not in (alone.fingerprint(), model.fingerprint())
+    with pytest.raises(InputError, match=r"this model writes.*distill_generation"):
+        Distill(teacher=str(tmp_path / "teacher"), augment=1, cache=str(tmp_path / "c"), **common)(model, task)
 
 
 def test_prefixes_and_settings_of_the_task_ship_with_the_model(tmp_path: Path) -> None:

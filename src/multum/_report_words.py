@@ -65,7 +65,7 @@ def amount(value: float, *, per_cent: bool) -> str:
 
 def sample_input(task: str) -> dict[str, str]:
     """An input of the task as the shell (`multum predict FOLDER ...`) and as Python take it."""
-    first, *second = ASKED.get(task, ("what a film",))
+    first, *second = ASKED.get(task, ("a wonderful film, funny and moving",))
     shell, python = f'"{first}"', f'("{first}", "{second[0]}")' if second else f'"{first}"'
     return {"shell": " ".join([shell, *(f'--pair "{text}"' for text in second)]), "python": python}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ._cost import write_cost
 from ._report import report
+from ._report_words import amount
 from .budget import FULL, QUICK, Budget
 from .core.folders import write_json
 from .data import open_task
@@ -25,6 +26,9 @@ from .errors import BudgetNotMet
 from .ladder import Ladder
 from .progress import Progress
 from .run_folder import RunFolder, check_folder
+from .tasks import PER_CENT
+
+ON_TEST = "on the test split, which the search never saw"
 
 
 def shrink(
@@ -96,10 +100,20 @@ def shrink(
         ladder.packed()
         best = ladder.ship()
         ladder.test(best)
+        _say_test(run, opened, best)
         write_cost(run, opened, best)
     finally:
         run.keep_time()
     return _conclude(run, best)
+
+
+def _say_test(run: RunFolder, task: Any, best: Mapping[str, Any]) -> None:
+    """Warn where what ships keeps to the drop on validation and not on the test split; what an earlier choice said of it goes."""
+    run.values["warnings"] = [text for text in run.values.get("warnings", []) if ON_TEST not in text]
+    drop, allowed = task.drop_of(run.candidates[0]["test"], best["test"]), run.budget.max_drop
+    if drop > allowed >= best["drop"]:
+        lost, here = (amount(value, per_cent=task.name in PER_CENT) for value in (drop, best["drop"]))
+        run.warn(f"{best['name']} lost {lost} {ON_TEST}, more than the {allowed:g} allowed; on validation it lost {here}")
 
 
 def _conclude(run: RunFolder, best: Mapping[str, Any]) -> dict[str, Any]:

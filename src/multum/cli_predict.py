@@ -25,7 +25,7 @@ TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Draw f
 def add_to(app: typer.Typer) -> None:
     """Register the command of this file."""
 
-    @app.command(epilog='Example: multum predict runs/reviews/chosen "what a film"')
+    @app.command(epilog='Example: multum predict runs/reviews/chosen "a wonderful film"')
     def predict(
         folder: Model,
         texts: Texts = None,

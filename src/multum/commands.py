@@ -115,7 +115,7 @@ def show_run(folder: Path) -> None:
         *(f"Note:   {warning}" for warning in run.get("warnings", [])),
         f"Model:  {chosen}",
         f"Report: {(folder / 'report.html').resolve()}",
-        f"Try it: multum predict {chosen} {sample_input(run['task'])['shell']}",
+        f"Try it: {terminal.own_name()} predict {chosen} {sample_input(run['task'])['shell']}",
     )
 
 
@@ -130,7 +130,7 @@ def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
         terminal.print_lines("")
     if any(unsteady(one[split]) for one in result["candidates"] for split in ("validation", "test") if one[split]):
         terminal.print_lines(f"Note:   {DISTURBED}")
-    terminal.print_lines(f"Model:  {folder / 'model'}", f'Try it: multum predict {folder / "model"} "some text"')
+    terminal.print_lines(f"Model:  {folder / 'model'}", f'Try it: {terminal.own_name()} predict {folder / "model"} "some text"')
 
 
 def fields_of(arguments: Sequence[str], step: str, seed: int | None) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | No
     from .data import open_task
     from .recipe import check_sources, locate
 
+    if not folder.exists():
+        raise InputError(f"there is no folder {folder}")
     run = _run_of(folder)
     known = run.get("data", {})
     arguments = run.get("arguments", {})

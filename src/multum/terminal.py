@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -50,6 +53,15 @@ def quiet() -> None:
         warnings.simplefilter("ignore")
     for logger in LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
+
+
+def own_name() -> str:
+    """How to call this command from here: by its name, or by its path where the shell does not find it by that."""
+    own, found = Path(sys.executable).with_name("multum"), shutil.which("multum")
+    if not own.exists() or (found and Path(found).resolve() == own.resolve()):
+        return "multum"
+    near = os.path.relpath(own)
+    return str(own) if near.startswith(os.pardir) else near
 
 
 def out() -> Console:

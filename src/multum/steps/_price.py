@@ -33,7 +33,7 @@ def kl(whole: torch.Tensor, reduced: torch.Tensor) -> float:
 def distance(kind: str) -> Callable[[torch.Tensor, torch.Tensor], float]:
     """(whole, reduced) outputs of this kind, (examples, classes) each, -> how far apart they are, averaged over the examples."""
     if kind == "multi_label":
-        return lambda whole, reduced: float(binary_kl(double(reduced), double(whole), 1.0).mean())
+        return lambda whole, reduced: float(binary_kl(double(reduced), double(whole), 1.0).mean() / reduced.shape[-1])
     if kind == "regression":
         return lambda whole, reduced: float(squared_error(double(reduced), double(whole)).mean())
     return kl
