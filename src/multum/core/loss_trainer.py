@@ -23,7 +23,8 @@ TRIM_EVERY = 50
 
 class LossTrainer(Trainer):
     """A loss is a mean over the items of a part of a batch. Parts, in all processes, are weighed by how many items they have, so
-    that the gradient is that of the whole batch however it is cut."""
+    that the gradient is that of the whole batch however it is cut. Terms that are means over something else (layer losses: all
+    real tokens) are weighed the same, which is exact only where texts are equally long."""
 
     def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)

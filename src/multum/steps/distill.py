@@ -122,12 +122,12 @@ class Distill(Step):
             raise InputError(
                 f"distill: sparse_logits thins out the answers of language models, and {task.name} has none; leave it out"
             )
-        variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
-        if variants and kind == "seq2seq":
+        if kind == "seq2seq" and (self.augment or task.unlabelled):
             raise InputError(
                 "distill: this model writes, and is taught at every token of a reference, which unlabelled texts and variants "
                 "(augment) do not have; leave them out, or take distill_generation, for which the teacher writes them"
             )
+        variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
         ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, variants)] for each in (model, teacher))
         private = budget_of(self)
         earlier = check_accounting(self.name, model, task, len(ours) - len(variants), {"the teacher": teacher}) if private else []
