@@ -181,7 +181,12 @@ def wrong_encoding(places):
 
 def other_labels(places):
     on_disk.review_folder(Path("data"), classes=3)
-    return ["shrink", places[0], *TASK, "--data", "data", "-o", "out"], ["mixed", "negative, positive"]
+    return ["shrink", places[0], *TASK, "--data", "data", "-o", "out"], [
+        "mixed",
+        "negative, positive",
+        "id2label",
+        "or in the data",
+    ]
 
 
 def full_output_folder(places):
@@ -297,6 +302,14 @@ def predicting_both(places):
     return ["predict", places[0], "a text", "--input", "file.txt"], ["not both"]
 
 
+def predicting_an_empty_text(places):
+    return ["predict", places[0], "a text", " "], ["text 2 of 2 is empty"]
+
+
+def applying_to_what_says_no_task(places):
+    return ["apply", "prune_weights", places[0], "--data", places[1], "-o", "out"], ["--task is missing", "text-classification"]
+
+
 def report_of_nothing(places):
     return ["report", "none"], ["none"]
 
@@ -315,7 +328,8 @@ CASES = (
     unlabelled_file_and_data_missing, unlabelled_file_of_a_recipe_missing, unlabelled_texts_that_are_known,
     neither_teacher_nor_student, student_that_makes_no_sense, student_that_does_not_fit, student_that_is_no_yaml, unknown_step,
     measuring_nothing, measuring_without_data, unknown_split, no_such_export, unknown_runtime, unknown_precision,
-    predicting_nothing, predicting_both, report_of_nothing, unknown_name_of_a_step, unknown_example,
+    predicting_nothing, predicting_both, predicting_an_empty_text, applying_to_what_says_no_task,
+    report_of_nothing, unknown_name_of_a_step, unknown_example,
 )  # fmt: skip
 
 
@@ -553,7 +567,8 @@ def test_apply_takes_the_fields_of_a_step_as_options(places, work):
     (entry,) = json.loads((work / "out" / "recipe.json").read_text())["steps"]
     assert entry["fields"] == {"keep": None, "which": [0, 2], "stack": None, "samples": 8, "seed": 3}
     assert "million parameters" in result.stdout
-    again = call("apply", "prune_weights", work / "out", *data, "-o", "out2", "--pattern", "2:4")
+    # Its recipe names the task.
+    again = call("apply", "prune_weights", work / "out", "--data", places[1], "-o", "out2", "--pattern", "2:4")
     assert again.exit_code == 0, again.output
     steps = json.loads((work / "out2" / "recipe.json").read_text())["steps"]
     assert [entry["step"] for entry in steps] == ["drop_layers", "prune_weights"]

@@ -307,7 +307,7 @@ def test_the_command(places, tmp_path):
         "compare", places / "model", places / "other", "--data", places / "data", "-o", tmp_path / "out", "--group-by", "source"
     )
     assert done.exit_code == 0, done.output
-    assert "less accurate, and the difference is real" in done.stdout
+    assert "less accurate, more than chance explains" in done.stdout
     assert re.search(r"Accuracy .*−\d", done.stdout)
     assert str(tmp_path / "out" / "report.html") in done.stdout
     shown = call("compare", places / "model", places / "copy", "--data", places / "data", "-o", tmp_path / "json", "--json")
@@ -367,8 +367,8 @@ def test_nothing_in_a_text_or_a_name_can_abuse_the_page(places, tmp_path):
 
 
 def test_words():
-    assert signed(-0.0149) == "−1.5"
-    assert signed(-0.0001) == "0.0"
+    assert signed(-0.0149) == "−1.49"
+    assert signed(-0.00001) == "0.00"
     assert (p_value(1e-9), p_value(0.0123), p_value(0.61)) == ("< 0.0001", "0.01", "0.61")
     z, truth = np.eye(2)[np.arange(100) % 2], np.arange(100) % 2
     same = flips(z, z, truth, draws=5, seed=0, examples=1)

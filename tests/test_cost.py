@@ -132,7 +132,7 @@ def test_the_report_shows_them(run, task):
     lost, gained = (found["comparisons"]["after"]["flips"][kind] for kind in ("lost", "gained"))
     for words in (text, card):
         assert "What it cost" in words
-        assert "16.67 points less accurate, and the difference is real" in words
+        assert "16.67 points less accurate, more than chance explains" in words
         assert f"{lost} were lost, {gained} gained" in words
         assert "rung-04 in ONNX Runtime int8, which ships (after)" in words
         assert "ECE after temperature scaling" in words

@@ -228,24 +228,26 @@ def landing_of(folder: Path, candidates: list[dict[str, Any]], values: dict[str,
         strongest=lambda: candidates[0],
         time_again=lambda one, _: one.update(timed=one.get("timed", 0) + 1),
     )
-    found.bench = SimpleNamespace(measure=lambda targets: [{"speed": {}}] * len(targets), keep=lambda: None)
+    found.bench = SimpleNamespace(time_again=lambda targets: [{}] * len(targets), keep=lambda: None)
     return found
 
 
 def candidate(name: str, drop: float = 0.0, speedup: float = 1.0) -> dict[str, Any]:
-    about = {"folder": name, "target": name, "technique": "", "runtime": "onnxruntime", "precision": "int8"}
+    about = {"folder": name, "target": name, "technique": "", "runtime": "onnxruntime", "precision": "int8", "validation": {}}
     return {"name": name, "drop": drop, "speedup": speedup, **about}
 
 
-def test_what_another_budget_may_choose_of_is_timed_together_too() -> None:
+def test_what_another_budget_may_choose_of_is_timed_together_too(tmp_path: Path) -> None:
     """Fourteen rungs, more than are timed at a time; the faster, the worse."""
     rungs = [candidate(f"rung-{number:02d}", number / 10, number) for number in range(1, 15)]
     there, values = [candidate("original"), *rungs], {}
-    landing_of(Path(), there, values, max_drop=2.0).time_together()
+    for one in there:
+        (tmp_path / one["target"]).mkdir()
+    landing_of(tmp_path, there, values, max_drop=2.0).time_together()
     assert [one["name"] for one in rungs if "timed" in one] == [one["name"] for one in rungs[-TOGETHER:]]
-    landing_of(Path(), there, values, max_drop=2.0).time_together()
+    landing_of(tmp_path, there, values, max_drop=2.0).time_together()
     assert {one.get("timed", 0) for one in rungs} == {0, 1}
-    landing_of(Path(), there, values, max_drop=0.4).time_together()
+    landing_of(tmp_path, there, values, max_drop=0.4).time_together()
     assert all(one["timed"] for one in rungs if one["drop"] <= 0.4)
 
 

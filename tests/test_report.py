@@ -348,7 +348,7 @@ def test_missed_budget_says_what_was_missed(tmp_path):
     run = sample_run() | {"met": False, "why": "speed-up 13.8x is below 20x"}
     run["budget"] = {"max_drop": 1.1, "max_latency_ms": 5.0, "max_size_bytes": 20_000_000, "min_speedup": 20.0}
     page = Page(made(tmp_path, run))
-    assert "✕ Budget not met. Speed-up 13.8x is below 20x." in page.text
+    assert "✕ Budget not met on validation. Speed-up 13.8x is below 20x." in page.text
     assert page.text.count("✓ held") == 3
     assert "at least 20× 13.8× ✕ missed" in re.sub(r"(?<=[a-z×s])(?=(at|\d+\.\d×|✕))", " ", page.text).replace("  ", " ")
 

@@ -66,3 +66,12 @@ def test_several_threads_must_be_faster_by_more_than_noise(
     choose_threads(folder, onnxruntime.open, ["a film", "a story"])
     assert asked == ["1", "2", "4"]
     assert read_json(folder / "runtime.json") == before | {"threads": chosen}
+
+
+@pytest.mark.parametrize(("said", "taken"), [(None, 6), ("1", 1), ("4,2", 4), ("9", 6), ("0", 6), ("many", 6)])
+def test_no_more_threads_than_openmp_is_given(said: str | None, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert _predictor.cores() == taken

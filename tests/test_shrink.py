@@ -104,6 +104,9 @@ def test_what_may_ship_is_timed_together_with_the_original(finished: Path) -> No
     assert original["speedup"] == original["validation"]["speed"]["ratio_to_first"]["value"] == 1.0
     (int8,) = (one for one in values["candidates"][1:] if one["folder"] == "original")
     for one in (int8, *rungs):
+        kept = json.loads((finished / one["target"] / "metrics-validation.json").read_text())
+        assert kept == one["validation"]
+        assert kept["speed"]["examples_per_s"] > 0
         assert one["speedup"] == pytest.approx(one["validation"]["speed"]["ratio_to_first"]["value"], abs=1e-3)
     stages = [stage["name"] for stage in values["stages"]]
     assert stages.index("time all rungs together") < stages.index("measure on the test split")

@@ -29,7 +29,7 @@ from ._compare_work import Work, unfinished
 from .core.folders import digest, read_json, whole_folder, write_json
 from .errors import InputError
 from .progress import Progress
-from .targets import _task_of, open_for
+from .targets import open_for, task_of
 
 TASK = "text-classification"
 RESULT, PAGE = "comparison.json", "report.html"
@@ -105,7 +105,7 @@ def compare(
     """
     started, progress, columns = time.monotonic(), progress or Progress.silent(), dict(columns or {})
     sources = {"before": before, "after": after} | ({"floor": floor} if floor else {})
-    task = task or _task_of(Path(before)) or TASK
+    task = task or task_of(Path(before)) or TASK
     problems = _Problems(_wrong_options(Path(output), margin, level, split, data, group_by, shadows))
     folders: dict[str, Path] = {}
     for role, source in sources.items():

@@ -48,7 +48,7 @@ def said(result: Mapping[str, Any]) -> dict[str, str]:
     reach = points(100 * found["shown_within"]) if metric["share"] else short(found["shown_within"], 3)
     if found["verdict"] in ("worse", "better"):
         moved = "higher" if value > 0 else "lower"
-        headline = f"{metric['name']} {size} {moved}, and the difference is real"
+        headline = f"{metric['name']} {size} {moved}, more than chance explains"
         state = "missed" if found["verdict"] == "worse" and not found["within_margin"] else "met"
     else:
         same = after["same"] and after["same"]["value"] == 1

@@ -1,4 +1,4 @@
-"""What a comparison says in words: is the difference real, how large, for whom, and is it more than training twice changes."""
+"""What a comparison says in words: is the difference more than chance, how large, for whom, more than training twice changes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def headline(difference: Mapping[str, Any], flips: Mapping[str, Any]) -> str:
     """The difference in a line."""
     size, reach = points(100 * abs(difference["value"])), points(100 * difference["shown_within"])
     if difference["verdict"] == "lower":
-        return f"{size} less accurate, and the difference is real"
+        return f"{size} less accurate, more than chance explains"
     if difference["verdict"] == "higher":
-        return f"{size} more accurate, and the difference is real"
+        return f"{size} more accurate, more than chance explains"
     same = f": all {difference['n']:,} answers are the same" if flips["agreement"]["value"] == 1 else ""
     return f"No difference shown (±{reach}){same}"
 
@@ -123,9 +123,8 @@ def percent(share: float) -> str:
 
 
 def signed(share: float) -> str:
-    """A change in points with its sign: `−0.7`."""
-    value = round(100 * share, 1) + 0.0
-    return f"{'−' if value < 0 else '+' if value > 0 else ''}{abs(value):.1f}"
+    """A change in points with its sign: `−0.70`."""
+    return change(100 * share, 2)
 
 
 def change(value: float, digits: int = 3) -> str:

@@ -8,11 +8,8 @@ causal model so many tokens behind the beginning of a text (`_pace`).
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from ._measure_process import Worker
 from ._pace import figures as pace_figures
 from ._pace import whole_times
 from .core.folders import read_json, write_json
 from .errors import MultumError
+from .runtimes._predictor import cores
 from .targets import Way
 
 WARM_UP = 5
@@ -68,25 +67,10 @@ def measure(
     Raises:
         MultumError: a target cannot be opened or its process died.
     """
-    inputs, threads = list(task.inputs(split)), threads or _cores()
-    turns = [_sample(inputs, texts_per_round, seed) for seed in range(rounds)]
+    inputs = list(task.inputs(split))
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
-        workers = [stack.enter_context(Worker(target, threads)) for target in targets]
-        for worker in workers:
-            worker.facts = worker.receive()
-            worker.columns = task.columns_for(worker.facts["labels"])
-        for number, texts in enumerate(turns):
-            for worker in workers:
-                if worker.facts.get("continues"):  # who asks a causal model waits for what it writes
-                    worker.ask("time", texts=texts[:1])
-                    worker.paces.append(worker.ask("pace", texts=texts[:CONTINUED]))
-                    worker.times.append(whole_times(worker.paces[-1]))
-                else:
-                    worker.ask("time", texts=texts[:WARM_UP])
-                    worker.times.append(worker.ask("time", texts=texts))
-                worker.tokenizing += worker.ask("tokenize", texts=texts)
-            if progress:
-                progress((number + 1) / (rounds + 1))
+        workers, turns = _started(stack, targets, task, threads), _turns(inputs, texts_per_round, rounds)
+        _time(workers, turns, progress)
         for worker in workers:
             saved = Path(scratch) / "logits.npy"
             worker.throughput = len(inputs) / worker.ask("predict", texts=inputs, batch=batch_size, save=str(saved))
@@ -99,85 +83,77 @@ def measure(
             worker.memory = worker.ask("memory")
             if "generation" in worker.facts:
                 worker.writing = _tokens_per_s(worker, inputs, turns)
-        return [_write(worker, workers[0], task, split, rounds, batch_size) for worker in workers]
+        return [_write(worker, workers[0], task, split, batch_size) for worker in workers]
 
 
-def unsteady(metrics: Mapping[str, Any]) -> bool:
+def time_again(
+    targets: Sequence[Path],
+    task: Any,
+    *,
+    split: str,
+    threads: int | None = None,
+    rounds: int = 30,
+    texts_per_round: int = 50,
+    progress: Callable[[float], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Targets that were measured minutes apart, timed once more in turns, so that their times compare.
+
+    Args:
+        targets, task, split, threads, rounds, texts_per_round, progress: as of `measure`.
+
+    Returns:
+        What takes the place of the same figures in the `speed` of each target's metrics.
+
+    Raises:
+        MultumError: a target cannot be opened or its process died.
+    """
+    with ExitStack() as stack:
+        workers = _started(stack, targets, task, threads)
+        _time(workers, _turns(list(task.inputs(split)), texts_per_round, rounds), progress)
+        return [_times(worker, workers[0]) for worker in workers]
+
+
+def _started(stack: ExitStack, targets: Sequence[Path | Way], task: Any, threads: int | None) -> list[Worker]:
+    """A process for each target, ready to answer."""
+    workers = [stack.enter_context(Worker(target, threads or cores())) for target in targets]
+    for worker in workers:
+        worker.facts = worker.receive()
+        worker.columns = task.columns_for(worker.facts["labels"])
+    return workers
+
+
+def _turns(inputs: Sequence[Any], texts_per_round: int, rounds: int) -> list[list[Any]]:
+    """The texts of every round."""
+    return [_sample(inputs, texts_per_round, seed) for seed in range(rounds)]
+
+
+def _time(workers: Sequence[Worker], turns: Sequence[Sequence[Any]], progress: Callable[[float], None] | None) -> None:
+    """Let each answer the texts of each round, one text at a time."""
+    for number, texts in enumerate(turns):
+        for worker in workers:
+            if worker.facts.get("continues"):  # who asks a causal model waits for what it writes
+                worker.ask("time", texts=texts[:1])
+                worker.paces.append(worker.ask("pace", texts=texts[:CONTINUED]))
+                worker.times.append(whole_times(worker.paces[-1]))
+            else:
+                worker.ask("time", texts=texts[:WARM_UP])
+                worker.times.append(worker.ask("time", texts=texts))
+            worker.tokenizing += worker.ask("tokenize", texts=texts)
+        if progress:
+            progress((number + 1) / (len(turns) + 1))
+
+
+def unsteady(speed: Mapping[str, Any]) -> bool:
     """Whether the machine was too busy for these times to be trusted."""
-    return bool(metrics["speed"]["spread"] > BUSY)
+    return bool(speed["spread"] > BUSY)
 
 
-class Worker:
-    """A target's process."""
-
-    def __init__(self, target: Path | Way, threads: int) -> None:
-        way = target if isinstance(target, Way) else Way(Path(target), threads)
-        self.target, self.threads = way.target, way.threads
-        self._how = ["exact"] * (way is target) + ["compiled"] * way.compiled
-        self.facts: dict[str, Any] = {}
-        self.columns: list[int] | None = None
-        self.times: list[list[float]] = []
-        self.tokenizing: list[float] = []
-        self.throughput = self.memory = 0.0
-        self.predictions = np.empty(0)
-        self.lengths: list[list[int]] = []
-        self.writing: dict[str, Any] = {}
-        self.paces: list[list[dict[str, float]]] = []
-
-    def __enter__(self) -> Worker:
-        environment = os.environ | {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "multum._measure_worker", str(self.target), str(self.threads), *self._how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
-
-    def ask(self, do: str, **order: Any) -> Any:
-        assert self._process.stdin  # noqa: S101 - opened as a pipe
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **order}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; what it said is read below
-        return self.receive()
-
-    def receive(self) -> Any:
-        assert self._process.stdout  # noqa: S101 - opened as a pipe
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._log.seek(0)
-            said = (self._log.read().strip().splitlines() or ["it said nothing"])[-1]
-            reason = "it was killed, perhaps for want of memory" if code < 0 else said
-            raise MultumError(f"measuring {self.target} failed: {reason} (exit code {code})")
-        reply = json.loads(line)
-        if "error" in reply:
-            raise MultumError(f"measuring {self.target} failed: {reply['error']}")
-        return reply["result"]
-
-
-def _write(worker: Worker, first: Worker, task: Any, split: str, rounds: int, batch_size: int) -> dict[str, Any]:
+def _write(worker: Worker, first: Worker, task: Any, split: str, batch_size: int) -> dict[str, Any]:
     """Put one target's figures together and into its folder."""
     from .core.model import machine, versions
 
     facts, lengths = worker.facts, np.array([sum(rows) for rows in worker.lengths])
     model = facts.get("model") or read_json(worker.target / "runtime.json")["model"]
-    every = np.concatenate(worker.times)
-    turns = [pair for pair in zip(worker.times, first.times, strict=True) if all(pair)]
-    if not turns:
-        raise MultumError(f"measuring {worker.target} failed: no text of the split has a token to begin with")
-    medians, others = ([float(np.median(turn)) for turn in side] for side in zip(*turns, strict=True))
     metrics = {
         "schema": 1,
         "task": task.name,
@@ -195,18 +171,12 @@ def _write(worker: Worker, first: Worker, task: Any, split: str, rounds: int, ba
             "precision": facts["precision"],
             "threads": facts["threads"],
             "batch_size": 1,
-            "p50_ms": round(float(np.percentile(every, 50)), 4),
-            "p90_ms": round(float(np.percentile(every, 90)), 4),
-            "tokenize_p50_ms": round(float(np.median(worker.tokenizing)), 4),
+            **_times(worker, first),
             "examples_per_s": round(worker.throughput, 1),
             "throughput_batch_size": batch_size,
             **worker.writing,
-            **pace_figures(worker.paces, first.paces, ratio),
-            "rounds": rounds,
             "texts": "the split's own lengths",
             "lengths": {"p50": int(np.percentile(lengths, 50)), "p90": int(np.percentile(lengths, 90))},
-            "spread": round(float(np.subtract(*np.percentile(medians, [90, 10])) / np.median(medians)), 3),
-            "ratio_to_first": ratio(others, medians),
         },
         "truncated": int((lengths >= facts["max_length"]).sum()) if facts["cuts"] else 0,
         **({"generation": facts["generation"]} if "generation" in facts else {}),
@@ -225,6 +195,24 @@ def _write(worker: Worker, first: Worker, task: Any, split: str, rounds: int, ba
         raise MultumError(f"cannot write {folder}: {error.strerror}") from error
     write_json(worker.target / ("metrics.json" if split == "test" else f"metrics-{split}.json"), metrics)
     return metrics
+
+
+def _times(worker: Worker, first: Worker) -> dict[str, Any]:
+    """What the rounds say of one target, and of it beside the first."""
+    every = np.concatenate(worker.times)
+    turns = [pair for pair in zip(worker.times, first.times, strict=True) if all(pair)]
+    if not turns:
+        raise MultumError(f"measuring {worker.target} failed: no text of the split has a token to begin with")
+    medians, others = ([float(np.median(turn)) for turn in side] for side in zip(*turns, strict=True))
+    return {
+        "p50_ms": round(float(np.percentile(every, 50)), 4),
+        "p90_ms": round(float(np.percentile(every, 90)), 4),
+        "tokenize_p50_ms": round(float(np.median(worker.tokenizing)), 4),
+        **pace_figures(worker.paces, first.paces, ratio),
+        "rounds": len(worker.times),
+        "spread": round(float(np.subtract(*np.percentile(medians, [90, 10])) / np.median(medians)), 3),
+        "ratio_to_first": ratio(others, medians),
+    }
 
 
 def _tokens_per_s(worker: Worker, inputs: Sequence[Any], turns: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -267,7 +255,3 @@ def macs_per_example(macs: dict[str, int] | None, lengths: Sequence[Any] | np.nd
 
 def _sample(inputs: Sequence[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).choices(inputs, k=count)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -71,7 +71,7 @@ def page(run: Run, recipe: Mapping[str, Any], name: str, evidence: Mapping[str, 
 def verdict(run: Run, paired: str = "") -> dict[str, str]:
     """The result in plain words: state (`met`, `missed` or `unfinished`), headline, what it rests on, why.
 
-    Whether the difference is real is said by `paired` where there is that, for want of it by two intervals.
+    Whether the difference is more than chance is said by `paired` where there is that, for want of it by two intervals.
     """
     if run.chosen is None:
         done = len(run.candidates)

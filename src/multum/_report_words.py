@@ -48,8 +48,8 @@ def duration(seconds: float) -> str:
 
 
 def lost(value: float) -> str:
-    """A drop in a table. Nothing lost has no sign."""
-    return f"{round(value, 2) + 0.0:.2f}"
+    """A drop in a table, a gain with a minus. Nothing lost has no sign."""
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
 def points(value: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import runtimes
-from ._measure import Worker
+from ._measure_process import Worker
 from ._runtime_table import EAGER, FEW, Form
 from .core.folders import read_json
 from .errors import InputError, MissingExtra, MultumError, ParityError

@@ -121,8 +121,8 @@ def apply(
     ctx: typer.Context,
     step: opt.StepName,
     model: opt.ModelArgument,
-    task: opt.TaskName,
     output: opt.Output,
+    task: opt.OptionalTask = "",
     data: opt.StepData = "",
     columns: opt.Columns = "",
     options: opt.TaskOptions = "",
@@ -132,11 +132,13 @@ def apply(
 ) -> None:
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
     from . import recipe, units
-    from .commands import apply_and_show, fields_of, new_folder, together, without_data
+    from .commands import apply_and_show, fields_of, new_folder, together, unsaid
     from .core.step import make
+    from .targets import task_of
 
+    task = task or task_of(Path(model).expanduser())
     parsed = together(
-        recipe.check_sources(model, task, data, unlabelled) + without_data(step, data),
+        recipe.check_sources(model, task, data, unlabelled) + unsaid(step, model, task, data),
         step=lambda: make(step, fields_of(ctx.args, step, seed)),
         columns=lambda: units.pairs(columns, "--columns"),
         options=lambda: units.pairs(options, "--options"),
@@ -183,7 +185,7 @@ def measure(
     else:
         places = [str(getattr(target, "target", target)) for target in targets]
         terminal.print_rows(terminal.metric_rows(places, metrics), f"On the {split} split, n = {metrics[0]['n']}")
-    if any(map(unsteady, metrics)):
+    if any(unsteady(one["speed"]) for one in metrics):
         terminal.say(f"Note: {DISTURBED}")
 
 

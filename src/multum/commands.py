@@ -90,13 +90,14 @@ def apply_and_show(
     terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
 
 
-def without_data(step: str, data: str) -> list[str]:
-    """What is wrong with a step that is given no data."""
+def unsaid(step: str, model: str, task: str, data: str) -> list[str]:
+    """What a step is not told and cannot do without."""
     from .core.step import find, names
 
-    if data or step not in names() or not find(step).needs_data:
-        return []
-    return [f"--data is missing: {step} works on the task's data"]
+    problems = [] if task else [f"--task is missing, for example text-classification: {model} does not say what it was made for"]
+    if not data and step in names() and find(step).needs_data:
+        problems.append(f"--data is missing: {step} works on the task's data")
+    return problems
 
 
 def show_run(folder: Path) -> None:
@@ -128,7 +129,7 @@ def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
         rows = terminal.metric_rows([one["name"] for one in measured], [one[split] for one in measured])
         terminal.print_rows(rows, f"On the {split} split", marked=result["chosen"])
         terminal.print_lines("")
-    if any(unsteady(one[split]) for one in result["candidates"] for split in ("validation", "test") if one[split]):
+    if any(unsteady(one[split]["speed"]) for one in result["candidates"] for split in ("validation", "test") if one[split]):
         terminal.print_lines(f"Note:   {DISTURBED}")
     terminal.print_lines(f"Model:  {folder / 'model'}", f'Try it: {terminal.own_name()} predict {folder / "model"} "some text"')
 
@@ -201,6 +202,8 @@ def inputs_of(
         raise InputError("give either texts or --input FILE" + (", not both" if texts else ""))
     if source:
         return list(read(source, units.pairs(columns, "--columns"), names))
+    if blank := [str(at) for at, text in enumerate(texts, start=1) if not text.strip()]:
+        raise InputError(f"text {', '.join(blank)} of {len(texts)} is empty")
     if not pairs:
         return list(texts)
     if len(pairs) != len(texts):

@@ -55,20 +55,22 @@ class Landing(Reckoning):
         return self._holds(name)
 
     def time_together(self) -> None:
-        """Time exports once more, in turns with one another and the original, before one of them is chosen.
+        """Time rungs and forms of the original once more, in turns, before one of them is chosen.
 
         Until then a speed-up is one median by another, taken minutes apart, and machines do not stay as they are.
         """
+        originals = [c for c in self.run.candidates if c["folder"] == "original"]
         rungs = [c for c in self.run.candidates if c["folder"] != "original" and c["technique"] != ANOTHER]
         rungs = sorted(rungs, key=lambda c: (c["drop"] > self.run.budget.max_drop, -c["speedup"]))[:TOGETHER]
         names = sorted(c["name"] for c in rungs)  # of another budget they may be others
         if not self.descent.exports or set(names) <= set(self.run.values.get("timed_together", ())):
             return
-        together = [self.run.candidates[0], self.run.strongest(), *rungs]
+        together = [*originals, *rungs]
         with self.progress.stage("time all rungs together"):
-            found = self.bench.measure([self.folder / c["target"] for c in together])
-        for candidate, metrics in zip(together, found, strict=True):
-            self.run.time_again(candidate, metrics["speed"])
+            found = self.bench.time_again([self.folder / c["target"] for c in together])
+        for candidate, speed in zip(together, found, strict=True):
+            self.run.time_again(candidate, speed)
+            write_json(self.folder / candidate["target"] / "metrics-validation.json", candidate["validation"])
         self.run.values["timed_together"] = names
         self.bench.keep()
 

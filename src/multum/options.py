@@ -32,7 +32,10 @@ Columns = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of splits, training and sampling.")]
 OptionalSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Of the splits, where the data has none of its own.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads to measure with; all cores by default.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads to measure with; by default OMP_NUM_THREADS or all cores."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, for programs.")]
 MaxDrop = Annotated[

@@ -77,7 +77,7 @@ class RunFolder:
     def time_again(self, candidate: dict[str, Any], speed: Mapping[str, Any]) -> None:
         """Take in what a candidate was timed at beside the original in torch."""
         candidate.setdefault("first_p50_ms", first_p50_ms(candidate))
-        candidate["validation"] = {**candidate["validation"], "speed": dict(speed)}
+        candidate["validation"] = {**candidate["validation"], "speed": {**candidate["validation"]["speed"], **speed}}
         candidate["speedup"] = round(speed["ratio_to_first"]["value"], 3)
         self._judge(candidate)
 

@@ -37,7 +37,7 @@ def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | No
     run = _run_of(folder)
     known = run.get("data", {})
     arguments = run.get("arguments", {})
-    name = task or _task_of(folder) or run.get("task", "")
+    name = task or task_of(folder) or run.get("task", "")
     source = data or known.get("source", "")
     mapping: dict[str, str] = {}
     problems = check_sources("", name, source)
@@ -66,7 +66,8 @@ def _run_of(folder: Path) -> Mapping[str, Any]:
     return {}
 
 
-def _task_of(folder: Path) -> str:
+def task_of(folder: Path) -> str:
+    """The task that a model folder or an export was made for; empty where it does not say."""
     for name in ("runtime.json", "recipe.json"):
         if (folder / name).is_file():
             return str(read_json(folder / name).get("task") or "")

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ._report_run import GROWING
+
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -116,26 +118,27 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
 
 
 def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """`metrics.json` dicts as a table, header first; speed-ups are against the first."""
-    metric = metrics[0]["quality"]["metric"]
-    rows = [["", metric, "95 %", "runtime", "p50 ms", "threads", "speed-up", "texts/s", "MB", "parameters"]]
+    """`metrics.json` dicts as a table, header first; speed-ups are against the first. Qualities that are shares are in per cent."""
+    metric = metrics[0]["quality"]["metric"].replace("_", " ")
+    share = metric not in GROWING and all(0 <= end <= 1 for one in metrics for end in one["quality"]["ci95"])
+    scale, digits = (100, 1) if share else (1, 3)
+    rows = [["", f"{metric}{', %' * share} (95 %)", "runtime", "p50 ms", "threads", "speed-up", "texts/s", "MB", "parameters"]]
     writes = all("decode_tokens_per_s" in one["speed"] for one in metrics)
     rows[0] += ["first token ms", "decode tokens/s", "speed-up"] if writes else []
     for name, one in zip(names, metrics, strict=True):
         quality, speed, size = one["quality"], one["speed"], one["size"]
-        low, high = quality["ci95"]
+        value, low, high = (f"{scale * number:.{digits}f}" for number in (quality["value"], *quality["ci95"]))
         rows.append(
             [
                 name,
-                f"{quality['value']:.4f}",
-                f"{low:.3f} to {high:.3f}",
+                f"{value} ({low}–{high})",
                 f"{speed['runtime']} {speed['precision']}",
                 f"{speed['p50_ms']:.3g}",
                 f"{speed['threads']}",
                 f"{speed['ratio_to_first']['value']:.2f}x",
                 f"{speed['examples_per_s']:.0f}",
                 f"{size['bytes_on_disk'] / 1e6:.2f}",
-                f"{size['parameters'] / 1e6:.2f} M",
+                f"{size['parameters'] / 1e6:.1f} M",
                 *(_pace(speed) if writes else []),
             ]
         )

@@ -152,7 +152,9 @@ def thread_counts(most: int) -> list[int]:
 
 
 def cores() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use; no more than `OMP_NUM_THREADS` says, where it is set."""
     import os
 
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(there, int(asked)) if asked.isdecimal() and int(asked) else there

@@ -92,7 +92,8 @@ class EncoderTask:
         if unnamed and len(labels) == len(self.labels) and all(label.lstrip("-").isdigit() for label in self.labels):
             return list(range(len(labels)))
         if set(labels) != set(self.labels):
-            hint = "; give the model's config the names (id2label)" if unnamed else ""
+            names = "the data's names" if unnamed else "them alike"
+            hint = f"; name {names} in the model's config.json (id2label, label2id)" + ("" if unnamed else ", or in the data")
             raise InputError(f"the model's labels are {', '.join(labels)}, the data's are {', '.join(self.labels)}{hint}")
         return [list(labels).index(label) for label in self.labels]
 
