@@ -54,13 +54,17 @@ def lost(value: float) -> str:
 
 def points(value: float) -> str:
     """`0.6 points`, `1 point`."""
-    text = f"{value:.2f}".rstrip("0").rstrip(".")
+    text = _figure(value)
     return f"{text} point" + ("" if text == "1" else "s")
 
 
 def amount(value: float, *, per_cent: bool) -> str:
     """A drop in words, in the unit of the budget: `0.6 points`, `3.2 %`."""
-    return f"{value:.2f}".rstrip("0").rstrip(".") + " %" if per_cent else points(value)
+    return f"{_figure(value)} %" if per_cent else points(value)
+
+
+def _figure(value: float) -> str:
+    return lost(value).rstrip("0").rstrip(".")
 
 
 def sample_input(task: str) -> dict[str, str]:

@@ -132,13 +132,13 @@ def apply(
 ) -> None:
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
     from . import recipe, units
-    from .commands import apply_and_show, fields_of, new_folder, together, unsaid
+    from .commands import apply_and_show, fields_of, new_folder, together, without_data
     from .core.step import make
-    from .targets import task_of
+    from .targets import task_for
 
-    task = task or task_of(Path(model).expanduser())
     parsed = together(
-        recipe.check_sources(model, task, data, unlabelled) + unsaid(step, model, task, data),
+        recipe.check_sources(model, task, data, unlabelled) + without_data(step, data),
+        task=lambda: task_for(model, task),
         step=lambda: make(step, fields_of(ctx.args, step, seed)),
         columns=lambda: units.pairs(columns, "--columns"),
         options=lambda: units.pairs(options, "--options"),
@@ -146,7 +146,7 @@ def apply(
     )
     sources = {"data": recipe.locate(data), "unlabelled": recipe.locate(unlabelled)}
     sources |= {name: parsed[name] for name in ("columns", "options")}
-    apply_and_show(parsed["step"], recipe.locate(model), task, output, sources, seed or 0, trust_remote_code)
+    apply_and_show(parsed["step"], recipe.locate(model), parsed["task"], output, sources, seed or 0, trust_remote_code)
 
 
 @app.command(epilog="Example: multum measure runs/reviews/original runs/reviews/chosen --data reviews.csv")

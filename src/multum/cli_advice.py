@@ -27,7 +27,7 @@ def add_to(app: typer.Typer) -> None:
 
 def advise(
     model: opt.ModelArgument,
-    task: opt.TaskName,
+    task: opt.OptionalTask = "",
     data: SomeData = "",
     goal: Goal = "both",
     output: RecipeOut = None,
@@ -43,9 +43,11 @@ def advise(
     from . import recipe, terminal, units
     from ._advice_sources import GOALS
     from .commands import one_of, progress, together
+    from .targets import task_for
 
     parsed = together(
         recipe.check_sources(model, task, data, unlabelled),
+        task=lambda: task_for(model, task),
         goal=lambda: one_of(goal, "--goal", tuple(GOALS)),
         columns=lambda: units.pairs(columns, "--columns"),
         output=lambda: _new_recipe(output, data),
@@ -54,9 +56,15 @@ def advise(
     from ._advise import advise as look
     from ._advise import commands, write_recipe
 
-    options: dict[str, Any] = {"columns": parsed["columns"], "seed": seed, "threads": threads, "measured": measured}
+    options: dict[str, Any] = {
+        "task": parsed["task"],
+        "columns": parsed["columns"],
+        "seed": seed,
+        "threads": threads,
+        "measured": measured,
+    }
     with progress().stage("look at the model"):
-        advice = look(model, task=task, data=data, goal=goal, unlabelled=unlabelled, trust_remote_code=trust_remote_code, **options)
+        advice = look(model, data=data, goal=goal, unlabelled=unlabelled, trust_remote_code=trust_remote_code, **options)
     if output:
         write_recipe(output, advice)
     advice["commands"] = commands(advice, output)

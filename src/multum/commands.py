@@ -90,14 +90,13 @@ def apply_and_show(
     terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
 
 
-def unsaid(step: str, model: str, task: str, data: str) -> list[str]:
-    """What a step is not told and cannot do without."""
+def without_data(step: str, data: str) -> list[str]:
+    """What is wrong with a step that is given no data."""
     from .core.step import find, names
 
-    problems = [] if task else [f"--task is missing, for example text-classification: {model} does not say what it was made for"]
-    if not data and step in names() and find(step).needs_data:
-        problems.append(f"--data is missing: {step} works on the task's data")
-    return problems
+    if data or step not in names() or not find(step).needs_data:
+        return []
+    return [f"--data is missing: {step} works on the task's data"]
 
 
 def show_run(folder: Path) -> None:

@@ -74,6 +74,17 @@ def task_of(folder: Path) -> str:
     return ""
 
 
+def task_for(model: str, task: str) -> str:
+    """The task asked for; where none is, that which a model folder was made for.
+
+    Raises:
+        InputError: neither.
+    """
+    if found := task or task_of(Path(model).expanduser()):
+        return found
+    raise InputError(f"--task is missing, for example text-classification: {model} does not say what it was made for")
+
+
 def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
     """What is executed in each folder: the export it ships, the one asked for, or the model itself in torch.
 
