@@ -35,12 +35,13 @@ class MadeUp(Ladder):
         room: int = MAX_RUNGS,
         error: float = 0.0,
         goes_on: bool = True,
+        brief: bool = False,
     ) -> None:
         self.error, self.descent = error, SimpleNamespace(goes_on=goes_on, exports=True)
         self.progress = Progress.silent()
         self.run = SimpleNamespace(budget=SimpleNamespace(max_drop=1.0))
         self.drops, self.taught_from, self.room = drops, taught_from, room
-        self.effort = SimpleNamespace(retry=retry)
+        self.effort = SimpleNamespace(retry=retry, brief=brief)
         self.made: list[tuple[str, str, float]] = []
         self.there: dict[str, list[Any]] = {}
 
@@ -136,7 +137,8 @@ def test_after_longer_teaching_the_best_of_them_is_the_one_to_go_on_from() -> No
 
 def test_going_back_passes_rungs_that_missed_by_less_than_their_error() -> None:
     made = walk({"rung-01": 1.5, "rung-02": 1.5, "rung-03": 1.4, "rung-02-taught": 0.5}, taught_from=3, error=0.5)
-    assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", "rung-02-taught"]
+    assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", "rung-02-taught", "rung-05"]
+    assert made[-1] == ("rung-05", "rung-02-taught", HALF)
 
 
 def test_untaught_rungs_are_passed_whatever_they_drop() -> None:
@@ -151,7 +153,7 @@ def test_untaught_rungs_are_passed_whatever_they_drop() -> None:
 
 @pytest.mark.parametrize(("holds", "taught"), [("rung-03-taught", ["rung-03-taught"]), ("", ["rung-03-taught", "rung-02-taught"])])
 def test_when_the_first_taught_rung_fails_those_above_are_taught_from_the_lowest_up(holds: str, taught: list[str]) -> None:
-    made = walk({"rung-01": 0, holds: 0.5}, taught_from=4)
+    made = walk({"rung-01": 0, holds: 0.5}, taught_from=4, brief=True)
     assert [name for name, _, _ in made] == ["rung-02", "rung-03", "rung-04", *taught]
 
 
@@ -160,7 +162,16 @@ def test_half_a_step_is_taken_from_a_rung_that_holds_once_it_is_taught() -> None
     made = walk(drops, taught_from=3, retry=1)
     assert [name for name, _, _ in made[:3]] == ["rung-02", "rung-03", "rung-03-longer"]
     assert made[3:5] == [("rung-02-taught", "rung-02", 1.0), ("rung-04", "rung-02-taught", HALF)]
-    assert [name for name, _, _ in walk(drops, taught_from=3)] == ["rung-02", "rung-03", "rung-02-taught"]  # to be quick
+    assert [name for name, _, _ in walk(drops, taught_from=3, brief=True)] == ["rung-02", "rung-03", "rung-02-taught"]
+
+
+def test_a_brief_walk_takes_half_a_step_once_and_nothing_below_a_rung_that_misses() -> None:
+    drops = {"rung-01": 0, "rung-02": 0.8, "rung-03": 1.4, "rung-04": 0.9}
+    steps = [("rung-02", "rung-01", STEP), ("rung-03", "rung-02", STEP), ("rung-04", "rung-02", HALF)]
+    assert walk(drops, error=0.5, brief=True) == steps
+    assert walk({**drops, "rung-04": 1.5}, error=0.5, brief=True) == steps
+    on = [("rung-04", "rung-03", STEP), ("rung-05", "rung-04", STEP)]
+    assert walk({**drops, "rung-03": 0.9}, brief=True)[:4] == [*steps[:2], *on]
 
 
 def test_an_untaught_rung_that_holds_needs_no_teaching() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Work:
             write_json(self.folder / ARGUMENTS, self._arguments)
 
 
-class ByText:
+class ByText(ABC):
     """Something computed of one text after the other, some texts at a time; `_compute` says what.
 
     Args:
@@ -111,9 +112,9 @@ class ByText:
     def _later(self, start: int, end: int) -> Callable[[], Arrays]:
         return lambda: self._compute(start, end)
 
+    @abstractmethod
     def _compute(self, start: int, end: int) -> Arrays:
         """Of the texts from one to before another."""
-        raise NotImplementedError
 
 
 def portions(lengths: np.ndarray) -> list[tuple[int, int]]:

@@ -70,6 +70,9 @@ class Effort:
     what they lack is taught further down. If the first taught rung fails, the walk goes back up and teaches those above."""
     retry: int
     """How many more times a rung that dropped too much is taught, as long as each lessens the drop; 0 for not at all."""
+    brief: bool = False
+    """The walk ends with its first half step, and with the first rung that misses the drop, by however little: what the rungs below
+    would take is spent on those above."""
     texts_per_round: int = 50
     """Of every measurement: texts that are timed one by one. Few where an answer is a text, which takes long to write."""
 
@@ -87,8 +90,9 @@ QUICK = Effort(
     distill={"epochs": 1, "augment": 2},
     prune={"samples": 256},
     rounds=12,
-    teach_below=0.3,
+    teach_below=0.6,
     retry=0,
+    brief=True,
 )
 LANGUAGE = Effort(
     finetune={"epochs": 1, "learning_rate": 1e-4, "batch_size": 8},
@@ -100,7 +104,7 @@ LANGUAGE = Effort(
     texts_per_round=3,
 )
 """For causal language models, whose training texts are blocks of hundreds of tokens."""
-LANGUAGE_QUICK = replace(LANGUAGE, distill={**LANGUAGE.distill, "epochs": 0.5}, prune={"samples": 4}, rounds=8, retry=0)
+LANGUAGE_QUICK = replace(LANGUAGE, distill={**LANGUAGE.distill, "epochs": 0.5}, prune={"samples": 4}, rounds=8, retry=0, brief=True)
 TRANSLATORS = Effort(
     finetune={"epochs": 10, "learning_rate": 7e-4, "batch_size": 64},
     distill={"beams": 4, "epochs": 3, "learning_rate": 5e-4, "batch_size": 64},
@@ -117,4 +121,5 @@ TRANSLATORS_QUICK = replace(
     distill={**TRANSLATORS.distill, "beams": 2, "epochs": 1},
     rounds=8,
     retry=0,
+    brief=True,
 )

@@ -108,13 +108,15 @@ class Ladder(Landing):
                 if not (self._holds(name) or (whole and self._nearly_holds(name))):
                     while self._taught(above[-1]) and not self._holds(above[-1]):
                         above.pop()
-                    if not self._holds(above[-1]) and not (self._go_back(above) and self.effort.retry):
+                    if not self._holds(above[-1]) and not (self._go_back(above) and not self.effort.brief):
                         return
                     if not whole:
                         return
                     step = step**0.5
                     continue
             above.append(name)
+            if self.effort.brief and step < self.step:
+                return
 
     def _go_back(self, above: list[str]) -> bool:
         """Teach the rungs that were passed untaught, from the lowest up, until one holds, which is then the last of `above`."""
@@ -141,7 +143,8 @@ class Ladder(Landing):
         return best
 
     def _nearly_holds(self, name: str) -> bool:
-        return self.descent.goes_on and self._drop(name) - self._error(name) <= self.run.budget.max_drop
+        going = self.descent.goes_on and not self.effort.brief
+        return going and self._drop(name) - self._error(name) <= self.run.budget.max_drop
 
     # -- one rung ------------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ TEST_ROUNDS = 30
 """Of the measurement on the test split, at least."""
 TOGETHER = 10
 """Models that are timed together before one is chosen, at most."""
-FAR_SLOWER = 1.5
+FAR_SLOWER = 1.3
 """A runtime that took so much longer than the fastest on the original is not tried on what ships."""
 
 

@@ -26,7 +26,7 @@ from .packed import packed_parts, refuse_packed
 from .shapes import current_shapes
 from .task import Task
 
-Layer = tuple[tuple[int, int], torch.Tensor | bytes]
+Layer = tuple[tuple[int, int], bytes]
 """A linear layer as it was: (out, in), and its weights or, where these may be written over, a digest of them."""
 
 
@@ -62,35 +62,30 @@ class Step(ABC):
 
     def __call__(self, model: Model, task: Task) -> Model:
         """A changed copy of `model`, its history one entry longer. `model` itself is left as it was."""
-        if not self.takes_packed:
-            refuse_packed(model.module, self.name)
-        return self._made(model.copy(), task, {name: (shape_of(part), part.weight) for name, part in model.linears().items()})
+        return self.take(model.copy(), task)
 
     def take(self, model: Model, task: Task) -> Model:
         """What calling the step gives, made of `model` itself, which is used up: memory never holds its weights twice."""
         if not self.takes_packed:
             refuse_packed(model.module, self.name)
-        return self._made(model, task, {name: (shape_of(part), _digest(part.weight)) for name, part in model.linears().items()})
-
-    def _made(self, result: Model, task: Task, before: Mapping[str, Layer]) -> Model:
-        """`result` changed in place, its history one entry longer."""
-        started, parameters = time.perf_counter(), result.parameters()
-        notes = dict(self.apply(result, task) or {})
-        result.module.eval()
-        changed, skipped = _account(before, result, notes.pop("skipped", {}))
-        result.history.append(
+        before = {name: (shape_of(part), _digest(part.weight)) for name, part in model.linears().items()}
+        started, parameters = time.perf_counter(), model.parameters()
+        notes = dict(self.apply(model, task) or {})
+        model.module.eval()
+        changed, skipped = _account(before, model, notes.pop("skipped", {}))
+        model.history.append(
             {
                 "step": self.name,
                 "fields": asdict(self),
                 "changed": changed,
                 "skipped": skipped,
-                "parameters": [parameters, result.parameters()],
+                "parameters": [parameters, model.parameters()],
                 "seconds": round(time.perf_counter() - started, 1),
                 **({"data": data} if (data := getattr(task, "fingerprints", {}).get("train")) and self.needs_data else {}),
                 **notes,
             }
         )
-        return result
+        return model
 
 
 def _digest(weight: torch.Tensor) -> bytes:
@@ -112,7 +107,7 @@ def _account(before: Mapping[str, Layer], after: Model, reasons: Mapping[str, st
             changed[name] = [list(shape), list(now)] if len(now) == 3 else "removed"
         elif shape_of(other) != shape:
             changed[name] = [list(shape), list(shape_of(other))]
-        elif not (torch.equal(other.weight, weight) if isinstance(weight, torch.Tensor) else _digest(other.weight) == weight):
+        elif _digest(other.weight) != weight:
             changed[name] = "weights"
         else:
             skipped[name] = reasons.get(name, "not touched by this step")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderTask:
+class EncoderTask(ABC):
     """A task whose model is an encoder with a head; what differs is how inputs are read, the loss and the score."""
 
     auto_class: ClassVar[str]
@@ -75,7 +76,7 @@ class EncoderTask:
         self.configure(config)
         return model
 
-    def configure(self, config: Any) -> None:
+    def configure(self, config: Any) -> None:  # noqa: B027 - most have nothing to say
         """Write into a model's config what its answers are."""
 
     def is_trained(self, model: Model) -> bool:
@@ -102,17 +103,17 @@ class EncoderTask:
         limit = token_limit(model.module.config, model.tokenizer)
         return min(limit, self.max_length or limit)
 
+    @abstractmethod
     def encode(self, model: Model, split: SplitName) -> Dataset:
         """The split as the model reads it, with labels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_texts(self, model: Model, texts: Sequence[Any]) -> Dataset:
         """Inputs without references as the model reads them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, split: SplitName) -> Sequence[Any]:
         """The split's inputs."""
-        raise NotImplementedError
 
     def calibration(self, model: Model, samples: int, *, seed: int = 0) -> list[Batch]:
         """Inputs drawn from the training split, in order of length so that little is padding."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -162,9 +163,9 @@ class LanguageTask(EncoderTask):
         for start in range(0, len(rows), batch_size):
             yield pad([rows[i] for i in range(start, min(start + batch_size, len(rows)))], model.tokenizer.pad_token_id)
 
+    @abstractmethod
     def row(self, model: Model, block: Block, number: int, split: SplitName) -> dict[str, Any]:
         """A block as the model reads it, special tokens included."""
-        raise NotImplementedError
 
     def _blocks(self, model: Model, texts: Sequence[Text], *, packed: bool | None = None) -> Iterator[Block]:
         """The blocks of these texts, of full length but for the last of all, or of each text."""
