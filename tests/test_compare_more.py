@@ -278,3 +278,5 @@ def test_words():
     assert "".join(piece["text"] for piece in pieces) == "good film | bad"
     assert [piece.get("kind") for piece in pieces] == ["for strong", None, "against strong", None, None]
     assert json.loads(json.dumps(pieces)) == pieces
+    kinds = [piece.get("kind") for piece in weighed("a quiet end", [0.2, 0.01, -0.2]) if "weight" in piece]
+    assert kinds == ["for weak", "for", "against weak"]

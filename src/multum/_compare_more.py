@@ -16,8 +16,8 @@ FOUND = {
     "tpr_at_0.1_percent": "Members found at 0.1 % false positives",
 }
 ROLES = {"before": "before", "after": "after", "floor": "trained again"}
-STRONG = 0.35
-"""Weight from which a word is also underlined, so that colour is not needed to see it."""
+STRONG, WEAK = 0.35, 0.1
+"""Weights from which a word is also underlined, twice as thick and at all, so that colour is not needed to see it."""
 
 
 def reasons(result: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -110,12 +110,16 @@ def weighed(text: str | Sequence[str], weights: Sequence[float | None], kind: st
             pieces.append({"text": sides[at][last:start]})
         word: dict[str, Any] = {"text": sides[at][start:end]}
         if weight is not None:
-            word["kind"] = (kind or ("for" if weight > 0 else "against")) + (" strong" if abs(weight) >= STRONG else "")
+            word["kind"] = (kind or ("for" if weight > 0 else "against")) + _line(abs(weight))
             word["weight"] = round(60 * abs(weight))
         pieces.append(word)
         last = end
     pieces.append({"text": sides[side][last:]})
     return [piece for piece in pieces if piece["text"]]
+
+
+def _line(weight: float) -> str:
+    return " strong" if weight >= STRONG else " weak" if weight >= WEAK else ""
 
 
 def privacy(result: Mapping[str, Any]) -> dict[str, Any] | None:
