@@ -200,9 +200,9 @@ def inlined(drawn: Mapping[str, Mapping[str, Drawing]]) -> dict[str, Any]:
     return found
 
 
-def text_width(text: str, size: int) -> float:
+def text_width(text: str, size: float) -> float:
     """About how wide a text is, in pixels."""
-    return len(text) * size * 0.54 + 2
+    return len(text) * size * 0.58 + 2
 
 
 def _fit(text: str, width: float, size: float) -> str:

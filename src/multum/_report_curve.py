@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
-from ._report_charts import COLORS, FONT_SIZE, SHAPES, altair, kind, rule, svg, text_width
+from ._report_charts import BOLD, COLORS, FONT_SIZE, SHAPES, altair, kind, rule, svg, text_width
 from ._report_run import Candidate, Run
 from ._report_words import amount, runtime, short
 
@@ -55,9 +56,9 @@ def curve(run: Run, *, width: int, height: int) -> str:
         layers.insert(0, rule(alt, {"value": floor}, y=y))
     layers[:0] = [rule(alt, {"p50": place}, x=x) for place, _ in plot.latency_limits()]
     labels = list(plot.labels())
-    for weight in (400, 700):
-        chosen = [label for label in labels if label["weight"] == weight]
-        text = alt.Chart(alt.Data(values=chosen)).mark_text(align="left", baseline="middle", fontSize=FONT_SIZE, fontWeight=weight)
+    for weight, align in product((400, 700), ("left", "right")):
+        chosen = [label for label in labels if (label["weight"], label["align"]) == (weight, align)]
+        text = alt.Chart(alt.Data(values=chosen)).mark_text(align=align, baseline="middle", fontSize=FONT_SIZE, fontWeight=weight)
         layers.append(text.encode(x=x, y=y, text="text:N", color=color))
     return svg(alt.layer(*layers).properties(width=width - plot.LEFT, height=height))
 
@@ -109,10 +110,10 @@ class _Plot:
             taken += [(x - 7, y - 7, x + 7, y + 7, 1.0), (x - 2, top, x + 2, bottom, LINE)]
         for text, places in self.notes():
             width = text_width(text, FONT_SIZE)
-            boxes = [(x if side else x - width, y - 8, x + width if side else x, y + 8) for x, y, side in places]
-            box = min(boxes, key=lambda box: self._cost(box, taken, None))
+            boxes = [((x if side else x - width, y - 8, x + width if side else x, y + 8), side) for x, y, side in places]
+            box, side = min(boxes, key=lambda one: self._cost(one[0], taken, None))
             taken.append((*box, 1.0))
-            yield self._label(text, box[0], (box[1] + box[3]) / 2, "limit", 400)
+            yield self._label(text, box, "limit", 400, ends=not side)
         if (floor := self.drop_limit()) is not None:
             _, y = self.pixel(1, floor)
             taken.append((0, y - 2, self.width, y + 2, LINE))
@@ -121,9 +122,10 @@ class _Plot:
             if not (text := self._text(c)):
                 continue
             point = self.pixel(c.validation.p50, c.validation.value * run.scale)
-            box = min(self._places(point, text_width(text, FONT_SIZE)), key=lambda box: self._cost(box, taken, point))
+            width = text_width(text, FONT_SIZE * BOLD if c is run.chosen else FONT_SIZE)
+            box = min(self._places(point, width), key=lambda box: self._cost(box, taken, point))
             taken.append((*box, 1.0))
-            yield self._label(text, box[0], (box[1] + box[3]) / 2, kind(run, c), 700 if c is run.chosen else 400)
+            yield self._label(text, box, kind(run, c), 700 if c is run.chosen else 400, ends=box[2] <= point[0])
 
     def notes(self) -> Iterator[tuple[str, list[tuple[float, float, bool]]]]:
         """What the budget's lines are called, and where that may stand: x, y, and whether the text starts there or ends."""
@@ -148,11 +150,13 @@ class _Plot:
         text = text if len(text) <= 26 else text[:25] + "…"
         return f"{text}, chosen" if c is self.run.chosen else text
 
-    def _label(self, text: str, x: float, y: float, color: str, weight: int) -> dict[str, Any]:
+    def _label(self, text: str, box: Sequence[float], color: str, weight: int, *, ends: bool = False) -> dict[str, Any]:
+        """A text that begins at the left of its box, or `ends` at its right: there what it belongs to is, whatever the font."""
         low, high = map(math.log, self.x)
+        x, y, align = box[2] if ends else box[0], (box[1] + box[3]) / 2, "right" if ends else "left"
         place = math.exp(low + (high - low) * x / self.width)
         value = self.y[1] - (self.y[1] - self.y[0]) * y / self.height
-        return {"text": text, "p50": place, "value": value, "color": COLORS[color], "weight": weight}
+        return {"text": text, "p50": place, "value": value, "color": COLORS[color], "weight": weight, "align": align}
 
     def pixel(self, p50: float, value: float) -> tuple[float, float]:
         low, high = map(math.log, self.x)
