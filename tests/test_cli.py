@@ -303,7 +303,7 @@ def predicting_both(places):
 
 
 def predicting_an_empty_text(places):
-    return ["predict", places[0], "a text", " "], ["text 2 of 2 is empty"]
+    return ["predict", places[0], "a text", " "], ["text 2: empty"]
 
 
 def applying_to_what_says_no_task(places):

@@ -26,7 +26,7 @@ from multum.core.surgery import head_size, keep_heads
 from multum.errors import InputError, MissingExtra, ParityError
 from multum.runtimes import _encoder, _encoder_graph
 from multum.runtimes._encoder_graph import quantize
-from multum.runtimes._predictor import cores
+from multum.runtimes._predictor import processors
 from multum.targets import export_model
 from multum.tasks._multi_label import MultiLabelClassification
 from multum.tasks._regression import Regression
@@ -212,7 +212,7 @@ def test_an_export_knows_on_how_many_threads_a_text_is_answered(runtime: str, tm
     model, inputs = tiny.model(), tiny.task().inputs("test")
     export(runtime, model, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / "runtime.json").read_text())
-    assert manifest["threads"] in (1, cores())
+    assert manifest["threads"] in (1, processors())
     (tmp_path / "out" / "runtime.json").write_text(json.dumps(manifest | {"threads": 1}))
     predictor = runtimes.open(tmp_path / "out", threads=2)
     assert predictor.threads == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +37,12 @@ class MadeUp(Ladder):
         error: float = 0.0,
         goes_on: bool = True,
         brief: bool = False,
+        untaught: Sequence[str] = (),
     ) -> None:
         self.error, self.descent = error, SimpleNamespace(goes_on=goes_on, exports=True)
         self.progress = Progress.silent()
         self.run = SimpleNamespace(budget=SimpleNamespace(max_drop=1.0))
-        self.drops, self.taught_from, self.room = drops, taught_from, room
+        self.drops, self.taught_from, self.room, self.untaught = drops, taught_from, room, untaught
         self.effort = SimpleNamespace(retry=retry, brief=brief)
         self.made: list[tuple[str, str, float]] = []
         self.there: dict[str, list[Any]] = {}
@@ -62,7 +64,7 @@ class MadeUp(Ladder):
         return self._holds(name)
 
     def _taught(self, name: str) -> bool:
-        return "-" in name[5:] or int(name[5:7]) >= self.taught_from
+        return name not in self.untaught and ("-" in name[5:] or int(name[5:7]) >= self.taught_from)
 
     def _holds(self, name: str) -> bool:
         return self._drop(name) <= 1.0
@@ -170,6 +172,8 @@ def test_a_brief_walk_takes_half_a_step_once_and_nothing_below_a_rung_that_misse
     steps = [("rung-02", "rung-01", STEP), ("rung-03", "rung-02", STEP), ("rung-04", "rung-02", HALF)]
     assert walk(drops, error=0.5, brief=True) == steps
     assert walk({**drops, "rung-04": 1.5}, error=0.5, brief=True) == steps
+    above = walk({"rung-01": 0, "rung-02": 0.8, "rung-03": 3.0, "rung-04-taught": 0.5}, brief=True, untaught=["rung-02", "rung-04"])
+    assert above == [*steps, ("rung-04-taught", "rung-04", 1.0)]
     on = [("rung-04", "rung-03", STEP), ("rung-05", "rung-04", STEP)]
     assert walk({**drops, "rung-03": 0.9}, brief=True)[:4] == [*steps[:2], *on]
 
@@ -237,7 +241,7 @@ def landing_of(folder: Path, candidates: list[dict[str, Any]], values: dict[str,
         budget=SimpleNamespace(max_drop=max_drop),
         values=values,
         strongest=lambda: candidates[0],
-        time_again=lambda one, _: one.update(timed=one.get("timed", 0) + 1),
+        time_again=lambda one, _: one.update(timed=one.get("timed", 0) + 1, first_p50_ms=1.0),
     )
     found.bench = SimpleNamespace(time_again=lambda targets: [{}] * len(targets), keep=lambda: None)
     return found
@@ -260,6 +264,9 @@ def test_what_another_budget_may_choose_of_is_timed_together_too(tmp_path: Path)
     assert {one.get("timed", 0) for one in rungs} == {0, 1}
     landing_of(tmp_path, there, values, max_drop=0.4).time_together()
     assert all(one["timed"] for one in rungs if one["drop"] <= 0.4)
+    there.insert(1, candidate("original") | {"name": "original, onnxruntime fp32"})  # that was never timed again
+    landing_of(tmp_path, there, values, max_drop=0.4).time_together()
+    assert there[1]["timed"] == 1
 
 
 def test_what_ships_is_what_was_chosen_whenever_a_call_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

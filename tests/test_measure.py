@@ -21,6 +21,7 @@ from multum.core.model import Model
 from multum.core.profile import profile
 from multum.core.surgery import head_size, heads_and_neurons
 from multum.errors import InputError, MultumError
+from multum.terminal import metric_rows
 
 
 def logits(model: Model, task: Any, split: str) -> np.ndarray:
@@ -190,3 +191,16 @@ def test_peak_memory_grows_with_use() -> None:
     block = np.ones(int(before) * 200_000)  # bigger than what is free inside the process
     assert peak_memory() >= before
     assert block.nbytes > 0
+
+
+@pytest.mark.parametrize(("metric", "cell"), [("accuracy", "40.0 (20.0–60.0)"), ("bleu", "0.400 (0.200–0.600)")])
+def test_what_is_a_share_is_shown_in_per_cent(metric: str, cell: str) -> None:
+    speed = {"runtime": "pytorch", "precision": "fp32", "p50_ms": 1, "threads": 1, "examples_per_s": 1}
+    found = {
+        "quality": {"metric": metric, "value": 0.4, "ci95": [0.2, 0.6]},
+        "size": {"bytes_on_disk": 1, "parameters": 1},
+        "speed": {**speed, "ratio_to_first": {"value": 1.0}},
+    }
+    rows = metric_rows(["a"], [found])
+    assert rows[1][1] == cell
+    assert (", %" in rows[0][1]) is (metric == "accuracy")

@@ -503,3 +503,21 @@ def test_warnings_stand_at_the_top_of_the_page_and_the_card(tmp_path):
     assert "**Something" in card
     assert "minilm" in page.split("</title>")[0]
     assert "/home/me" not in page.split("</h1>")[0]
+
+
+def test_a_recipe_without_limits_met_none(tmp_path: Path) -> None:
+    run = sample_run() | {"kind": "recipe", "budget": {}, "met": True, "why": "the recipe's last step"}
+    page = Page(made(tmp_path, run))
+    assert "Budget met" not in page.text
+    assert "✓ Done. The recipe's last step." in page.text
+
+
+def test_the_original_s_form_is_the_one_that_rungs_were_compared_with() -> None:
+    """It was the fastest when the walk began; timed again, another one is."""
+    run = sample_run()
+    forms = [entry for entry in run["candidates"][1:] if entry["folder"] == "original"]
+    for entry in forms:
+        entry["first_p50_ms"], entry["drop"], entry["test"] = 9.0, 0.0, None
+    forms[-1]["first_p50_ms"] = 0.1
+    assert parse(run).strongest.name == forms[-1]["name"]
+    assert min(forms, key=lambda entry: entry["validation"]["speed"]["p50_ms"]) is not forms[-1]

@@ -112,6 +112,20 @@ def test_what_may_ship_is_timed_together_with_the_original(finished: Path) -> No
     assert stages.index("time all rungs together") < stages.index("measure on the test split")
 
 
+def test_what_is_measured_beside_a_new_runtime_keeps_the_figures_it_was_chosen_by(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8"), ("openvino", "int8")])
+    monkeypatch.setattr("multum.landing.FAR_SLOWER", 1e6)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    values = run(sources, tmp_path / "run", threads=None)
+    assert values["threads"] == 1
+    assert any(one["technique"] == "another runtime" for one in values["candidates"])
+    for one in values["candidates"]:
+        kept = json.loads((tmp_path / "run" / one["target"] / "metrics-validation.json").read_text())
+        assert kept == one["validation"], one["name"]
+
+
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     values = json.loads((finished / "run.json").read_text())
     names = [candidate["name"] for candidate in values["candidates"]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from multum.core.model import Model
 from multum.core.step import Step, find, from_history, make, names
@@ -24,6 +25,16 @@ class Shift(Step):
         model.module.train()
         model.module.classifier.weight.data += self.by
         return {"skipped": {"bert.pooler.dense": "it is the pooler"}, "shifted": self.by}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn(Step):
+    """Zeros to minus zeros."""
+
+    def apply(self, model: Model, task: Any) -> Mapping[str, Any]:
+        for part in model.linears().values():
+            part.weight.data = torch.where(part.weight == 0, -0.0, part.weight)
+        return {}
 
 
 def test_a_step_changes_a_copy_and_accounts_for_every_layer() -> None:
@@ -75,3 +86,10 @@ def test_a_history_entry_makes_the_same_step_again() -> None:
     step = make("finetune", {"epochs": 0.5, "seed": 3})
     assert from_history({"step": "finetune", "fields": {**vars(step)}}) == step
     assert step.name == "finetune"
+
+
+def test_a_weight_whose_zeros_change_sign_did_not_change() -> None:
+    model = tiny.model()
+    for part in model.linears().values():
+        part.weight.data[0] = 0.0
+    assert Turn()(model, tiny.task()).history[-1]["changed"] == {}

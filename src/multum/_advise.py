@@ -51,7 +51,7 @@ def advise(
         columns: task column -> column of the data.
         unlabelled: file of further texts for a teacher.
         seed: of splits, and of the recipe.
-        threads: to measure with; all cores by default.
+        threads: to measure with; by default all cores, or `OMP_NUM_THREADS`.
         trust_remote_code: run code that comes with the model.
 
     Returns:

@@ -94,7 +94,7 @@ def compare(
         split: whose examples are compared.
         runtime: `pytorch`, `onnxruntime-int8`, ...; by default what each folder ships.
         seed: of the splits, where the data has none of its own; of samples, draws and perturbations.
-        threads: to run on; all cores by default.
+        threads: to run on; by default all cores, or `OMP_NUM_THREADS`.
         progress: shows how far it is; silent by default.
 
     Returns:

@@ -34,7 +34,7 @@ def continued(
         prompts: texts; or, with `chat`, what a user says.
         decoding: how tokens are chosen.
         chat: put each prompt into the tokenizer's chat template.
-        threads: all cores by default.
+        threads: by default all cores, or `OMP_NUM_THREADS`.
         show: is told the text while it is written, where there is one prompt.
 
     Yields:

@@ -55,7 +55,7 @@ def measure(
         targets: model folders (run by torch) or export folders, or how such a one is to be run. Speed-ups are against the first.
         task: the task on its data.
         split: `test` is written to `metrics.json`, another one to `metrics-<split>.json`.
-        threads: for every target; all cores by default.
+        threads: for every target; by default all cores, or `OMP_NUM_THREADS`.
         rounds: turns, each target timed in each.
         texts_per_round: texts answered one by one in a turn.
         batch_size: for throughput.

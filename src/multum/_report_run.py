@@ -13,6 +13,8 @@ from .errors import InputError
 
 GROWING = ("perplexity",)
 """Metrics that are higher for worse models."""
+UNSCALED = ("bleu", *GROWING)
+"""Metrics that are shown as they are; all others are shares, shown in per cent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,8 @@ class Candidate:
     vocabulary: int
     drop: float
     speedup: float
+    first_p50: float
+    """When it was first timed, which is what the run itself chooses the form of the original by that rungs are compared with."""
     broken: list[str]
     validation: Metrics
     test: Metrics | None
@@ -84,8 +88,7 @@ class Run:
     @property
     def scale(self) -> float:
         """100 where the metric is a share and is shown in per cent, else 1."""
-        seen = [m for c in self.candidates for m in (c.validation, c.test) if m]
-        return 100.0 if all(m.low >= 0 and m.high <= 1 for m in seen) and not self.grows else 1.0
+        return 1.0 if self.candidates and self.original.validation.metric in UNSCALED else 100.0
 
     @property
     def grows(self) -> bool:
@@ -115,7 +118,7 @@ class Run:
         forms = [c for c in self.candidates[1:] if c.is_original]
         tested = [c for c in forms if c.test]
         holding = tested or [c for c in forms if c.drop <= (self.budget["max_drop"] or math.inf)] or forms
-        return min(holding, key=lambda c: c.validation.p50, default=None)
+        return min(holding, key=lambda c: c.first_p50, default=None)
 
     def path(self) -> list[Candidate]:
         """From the original to the chosen one (to the last one in an unfinished run), each made from the one before.
@@ -215,6 +218,8 @@ class _Check:
 def _candidate(check: _Check, entry: Any, where: str, first: bool) -> Candidate:
     test = entry.get("test") if isinstance(entry, dict) else None
     folder = check.of(entry, "folder", str, where)
+    validation = _metrics(check, check.of(entry, "validation", dict, where), f"{where}.validation")
+    first_p50: Any = entry.get("first_p50_ms") if isinstance(entry, dict) else None
     return Candidate(
         name=check.of(entry, "name", str, where),
         folder=folder,
@@ -227,7 +232,8 @@ def _candidate(check: _Check, entry: Any, where: str, first: bool) -> Candidate:
         drop=check.number(entry, "drop", where),
         speedup=check.number(entry, "speedup", where, positive=True),
         broken=[str(reason) for reason in check.of(entry, "broken", list, where)],
-        validation=_metrics(check, check.of(entry, "validation", dict, where), f"{where}.validation"),
+        first_p50=float(first_p50) if _finite(first_p50) else validation.p50,
+        validation=validation,
         test=_metrics(check, test, f"{where}.test") if test else None,
         is_original=first or folder == "original",
     )

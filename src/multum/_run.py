@@ -47,7 +47,7 @@ def run(
     Args:
         recipe: a YAML file, or what `multum.recipe.read` made of one.
         output: the run folder; the final model is in its sub-folder `model`.
-        threads: for measuring; all cores by default.
+        threads: for measuring; by default all cores, or `OMP_NUM_THREADS`.
         rounds: of measuring speed.
         trust_remote_code: run code that comes with the model.
         progress: shows how far it is; silent by default.

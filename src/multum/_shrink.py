@@ -63,7 +63,7 @@ def shrink(
         max_latency_ms, max_size_bytes, min_speedup: further limits on the chosen model.
         time_limit_s: no new rung is begun that would end after this many seconds.
         seed: of splits, training and sampling.
-        threads: for measuring; all cores by default.
+        threads: for measuring; by default all cores, or `OMP_NUM_THREADS`.
         quick: train and measure less, as the quickstart does.
         trust_remote_code: run code that comes with the model.
         progress: shows how far it is; silent by default.

@@ -72,7 +72,7 @@ def choose(
         task: the task on its data, or `_runtime_inputs.Given`: it has the inputs that answers are compared on.
         lengths: tokens of a row; by default three of those of the inputs.
         batches: rows of a batch.
-        threads: that may be used; all cores by default.
+        threads: that may be used; by default all cores, or `OMP_NUM_THREADS`.
         precision: of the form; any by default.
         texts: how many will be answered, if getting ready is to count.
         forms: to choose from; `candidates` by default.

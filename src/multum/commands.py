@@ -201,8 +201,10 @@ def inputs_of(
         raise InputError("give either texts or --input FILE" + (", not both" if texts else ""))
     if source:
         return list(read(source, units.pairs(columns, "--columns"), names))
-    if blank := [str(at) for at, text in enumerate(texts, start=1) if not text.strip()]:
-        raise InputError(f"text {', '.join(blank)} of {len(texts)} is empty")
+    if blank := [
+        f"{what} {at}" for what, given in (("text", texts), ("--pair", pairs)) for at, one in enumerate(given, 1) if not one.strip()
+    ]:
+        raise InputError(f"{', '.join(blank)}: empty")
     if not pairs:
         return list(texts)
     if len(pairs) != len(texts):

@@ -99,23 +99,25 @@ class Ladder(Landing):
         above, step = [self.first], self.step
         for number in range(self.number, MAX_RUNGS + 1):
             self._expect(number - self.number + 1)
-            name = self._name(number, above[-1], step)
+            name, half = self._name(number, above[-1], step), step < self.step
             if not self._rung(name, above[-1], step):
                 self._go_back(above)
                 return
             if self._taught(name) and not self._holds(name):
-                name, whole = self._teach_longer(name), step == self.step
-                if not (self._holds(name) or (whole and self._nearly_holds(name))):
+                name = self._teach_longer(name)
+                if not (self._holds(name) or (not half and self._nearly_holds(name))):
                     while self._taught(above[-1]) and not self._holds(above[-1]):
                         above.pop()
                     if not self._holds(above[-1]) and not (self._go_back(above) and not self.effort.brief):
                         return
-                    if not whole:
+                    if half:
                         return
                     step = step**0.5
                     continue
             above.append(name)
-            if self.effort.brief and step < self.step:
+            if self.effort.brief and half:
+                if not self._holds(name):
+                    self._go_back(above)
                 return
 
     def _go_back(self, above: list[str]) -> bool:

@@ -16,6 +16,7 @@ from .run_folder import first_p50_ms
 
 PACKED = {8: "weights in 8 bits", 4: "weights in 4 bits"}
 ANOTHER = "another runtime"
+METRICS = "metrics-validation.json"
 PACKED_TRIES = 2
 """Models that are packed in each precision until one keeps the drop, the last of the walk first."""
 TEST_ROUNDS = 30
@@ -63,14 +64,15 @@ class Landing(Reckoning):
         rungs = [c for c in self.run.candidates if c["folder"] != "original" and c["technique"] != ANOTHER]
         rungs = sorted(rungs, key=lambda c: (c["drop"] > self.run.budget.max_drop, -c["speedup"]))[:TOGETHER]
         names = sorted(c["name"] for c in rungs)  # of another budget they may be others
-        if not self.descent.exports or set(names) <= set(self.run.values.get("timed_together", ())):
+        known = set(names) <= set(self.run.values.get("timed_together", ())) and all("first_p50_ms" in c for c in originals)
+        if known or not self.descent.exports:
             return
         together = [*originals, *rungs]
         with self.progress.stage("time all rungs together"):
             found = self.bench.time_again([self.folder / c["target"] for c in together])
         for candidate, speed in zip(together, found, strict=True):
             self.run.time_again(candidate, speed)
-            write_json(self.folder / candidate["target"] / "metrics-validation.json", candidate["validation"])
+            write_json(self.folder / candidate["target"] / METRICS, candidate["validation"])
         self.run.values["timed_together"] = names
         self.bench.keep()
 
@@ -93,6 +95,7 @@ class Landing(Reckoning):
         if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
             with self.progress.stage("choose a runtime"):
                 measured = self.bench.measure([self.folder / best["target"], *new])[1:]
+            write_json(self.folder / best["target"] / METRICS, best["validation"])  # what it was chosen by
             for target, metrics in zip(new, measured, strict=True):
                 form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
                 named = f"{source.name}, {form}"
@@ -149,7 +152,7 @@ class Landing(Reckoning):
         """Several steps that are one stage."""
         with self.progress.stage(stage):
             for step, fields in steps:
-                model = make(step, fields)(model, self.task)
+                model = make(step, fields).take(model, self.task)
             return model
 
     def _save(self, model: Model, folder: Path, **extra: Any) -> None:
@@ -175,6 +178,7 @@ class Landing(Reckoning):
                 beside *= strongest["validation"]["speed"]["p50_ms"] / metrics["speed"]["p50_ms"]
             else:
                 _, metrics = self.bench.measure([self.folder / strongest["target"], *targets])
+                write_json(self.folder / strongest["target"] / METRICS, strongest["validation"])
         self.bench.add(name, folder, targets[0], technique, model, metrics, made_from, beside)
         self.bench.keep()
         return True

@@ -13,7 +13,7 @@ from .core.model import Model
 from .core.training import autocast
 
 USUAL_RUNGS = 6
-"""What the time left is reckoned with before it is known how far the budget reaches."""
+"""What the time left is reckoned with before it is known how far the budget reaches; one less where the walk is brief."""
 TRAINING = 3.3
 """Cost of a training example against a forward pass."""
 PRUNING = 60
@@ -21,12 +21,15 @@ PRUNING = 60
 EXPORT, MEASURE, TABLE, VOCABULARY = 4.0, 5.0, 10.0, 5.0
 """Seconds; they hardly depend on the model."""
 
+ORIGINAL = (3, 6)
+"""What measuring the original takes against a rung: by itself, and with its exports, beside which a rung is one small export."""
+
 Stages = list[tuple[str, float]]
 
 
 def last(measure: float = MEASURE, *, together: bool = True) -> Stages:
     """What comes after the walk, where measuring a rung takes so many seconds; exports are timed together."""
-    return [("time all rungs together", 3 * measure)] * together + [("measure on the test split", 3 * measure)]
+    return [("time all rungs together", 4 * measure)] * together + [("measure on the test split", ORIGINAL[together] * measure)]
 
 
 LAST = last()
@@ -68,10 +71,10 @@ def ahead(
     if rungs_done == 0:
         stages.append(("fine-tune the original", TRAINING * effort.finetune["epochs"] * texts * pace))
         stages += [(f"original: export to {runtime} {precision}", EXPORT) for runtime, precision in offers]
-        stages += [("measure the original", 3 * measure), ("measure the latency table", TABLE)]
+        stages += [("measure the original", ORIGINAL[bool(offers)] * measure), ("measure the latency table", TABLE)]
         stages += [("rung-01: trim the vocabulary", VOCABULARY)] if first == 2 else []
     next_rung = max(2, rungs_done + 1)
-    for number in range(next_rung, max(USUAL_RUNGS, next_rung) + 1):
+    for number in range(next_rung, max(USUAL_RUNGS - effort.brief, next_rung) + 1):
         share, name = step ** (1 - number), f"rung-{number - 2 + first:02d}"
         work: dict[str, Any] = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
         stages += rung(name, effort, texts + unlabelled, pace, share, cutting=cutting, **work)

@@ -14,6 +14,7 @@ from .core.folders import check_writable, read_json, write_json
 from .core.model import machine, versions
 from .data import sizes
 from .errors import InputError
+from .runtimes._predictor import cores
 
 RUN = "run.json"
 OF_ONE_CALL = ("stopped before ", "the time limit ")
@@ -53,7 +54,7 @@ class RunFolder:
                     "fingerprints": dict(task.fingerprints),
                 },
                 "seed": arguments["seed"],
-                "threads": arguments["threads"] or machine()["cores"],
+                "threads": arguments["threads"] or cores(),
                 "quick": arguments["quick"],
                 "candidates": [],
                 "stages": [],

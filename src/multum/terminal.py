@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ._report_run import GROWING
+from ._report_run import UNSCALED
 
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -47,8 +47,11 @@ LOGGERS = (
 def quiet() -> None:
     """Keep load reports, progress bars and warnings of libraries off the terminal, here and in worker processes.
 
-    Variables that the user has set stay as they are. Errors are shown as ever.
+    Variables that the user has set stay as they are. Errors are shown as ever. A sign that the terminal's encoding lacks is a `?`.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     if os.environ["PYTHONWARNINGS"] == "ignore":
@@ -120,9 +123,8 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
 def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """`metrics.json` dicts as a table, header first; speed-ups are against the first. Qualities that are shares are in per cent."""
     metric = metrics[0]["quality"]["metric"].replace("_", " ")
-    share = metric not in GROWING and all(0 <= end <= 1 for one in metrics for end in one["quality"]["ci95"])
-    scale, digits = (100, 1) if share else (1, 3)
-    rows = [["", f"{metric}{', %' * share} (95 %)", "runtime", "p50 ms", "threads", "speed-up", "texts/s", "MB", "parameters"]]
+    scale, digits, unit = (1, 3, "") if metric in UNSCALED else (100, 1, ", %")
+    rows = [["", f"{metric}{unit} (95 %)", "runtime", "p50 ms", "threads", "speed-up", "texts/s", "MB", "parameters"]]
     writes = all("decode_tokens_per_s" in one["speed"] for one in metrics)
     rows[0] += ["first token ms", "decode tokens/s", "speed-up"] if writes else []
     for name, one in zip(names, metrics, strict=True):

@@ -27,7 +27,7 @@ from .shapes import current_shapes
 from .task import Task
 
 Layer = tuple[tuple[int, int], bytes]
-"""A linear layer as it was: (out, in), and its weights or, where these may be written over, a digest of them."""
+"""A linear layer as it was: (out, in), and a digest of its weights, which may be written over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,8 @@ class Step(ABC):
 
 
 def _digest(weight: torch.Tensor) -> bytes:
-    return hashlib.sha256(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+    same = weight.detach().cpu().contiguous() + 0  # zeros have no sign
+    return hashlib.sha256(same.view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _account(before: Mapping[str, Layer], after: Model, reasons: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -35,7 +35,7 @@ def open(folder: str | Path, threads: int | None = None) -> Any:
 
     Args:
         folder: the target.
-        threads: to run on; all cores by default.
+        threads: to run on; by default all cores, or `OMP_NUM_THREADS`.
 
     Raises:
         InputError: it is no target.

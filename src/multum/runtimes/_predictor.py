@@ -126,7 +126,7 @@ def choose_threads(folder: Path, open: Callable[..., GraphPredictor], inputs: Se
 
     On one, or on more where they are faster by more than noise. A small model's threads mostly wait for each other.
     """
-    most, texts = cores(), list(inputs[:TIMED])
+    most, texts = processors(), list(inputs[:TIMED])
 
     def timer(threads: int) -> Callable[[], float]:
         predictor = open(folder, threads=threads)
@@ -151,10 +151,19 @@ def thread_counts(most: int) -> list[int]:
     return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
-def cores() -> int:
-    """Processors that this process may use; no more than `OMP_NUM_THREADS` says, where it is set."""
+def processors() -> int:
+    """Those that this process may use."""
     import os
 
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores() -> int:
+    """Threads to use where nobody says how many: one for each processor, no more than `OMP_NUM_THREADS` where it is set.
+
+    What is tried for an export, which may run elsewhere, does not depend on it.
+    """
+    import os
+
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return min(there, int(asked)) if asked.isdecimal() and int(asked) else there
+    return min(processors(), int(asked)) if asked.isdecimal() and int(asked) else processors()

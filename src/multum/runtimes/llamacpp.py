@@ -189,7 +189,7 @@ def open(folder: str | Path, *, threads: int | None = None) -> LlamaPredictor:
 
     Args:
         folder: the export folder.
-        threads: to run on; all cores by default.
+        threads: to run on; by default all cores, or `OMP_NUM_THREADS`.
 
     Raises:
         MissingExtra: llama-cpp-python is not installed.

@@ -228,7 +228,7 @@ def open(folder: str | Path, *, threads: int | None = None, compiled: bool = Fal
 
     Args:
         folder: the model folder.
-        threads: to run on; all cores by default.
+        threads: to run on; by default all cores, or `OMP_NUM_THREADS`.
         compiled: by torch, when the first input comes.
     """
     return TorchPredictor(Path(folder), threads, compiled)
