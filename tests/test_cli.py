@@ -306,6 +306,12 @@ def predicting_an_empty_text(places):
     return ["predict", places[0], "a text", " "], ["text 2: empty"]
 
 
+def predicting_a_whole_run(places):
+    Path("runs/one/chosen").mkdir(parents=True)
+    Path("runs/one/run.json").write_text("{}")
+    return ["predict", "runs/one", "a text"], ["what it ships is runs/one/chosen"]
+
+
 def applying_to_what_says_no_task(places):
     return ["apply", "prune_weights", places[0], "--data", places[1], "-o", "out"], ["--task is missing", "text-classification"]
 
@@ -328,7 +334,7 @@ CASES = (
     unlabelled_file_and_data_missing, unlabelled_file_of_a_recipe_missing, unlabelled_texts_that_are_known,
     neither_teacher_nor_student, student_that_makes_no_sense, student_that_does_not_fit, student_that_is_no_yaml, unknown_step,
     measuring_nothing, measuring_without_data, unknown_split, no_such_export, unknown_runtime, unknown_precision,
-    predicting_nothing, predicting_both, predicting_an_empty_text, applying_to_what_says_no_task,
+    predicting_nothing, predicting_both, predicting_an_empty_text, predicting_a_whole_run, applying_to_what_says_no_task,
     report_of_nothing, unknown_name_of_a_step, unknown_example,
 )  # fmt: skip
 

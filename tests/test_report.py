@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from multum import _report_charts as charts
+from multum._measure import DISTURBED
 from multum._report import report, summary, test_summary
 from multum._report_run import parse
 from multum._report_words import points, short
@@ -521,3 +522,9 @@ def test_the_original_s_form_is_the_one_that_rungs_were_compared_with() -> None:
     forms[-1]["first_p50_ms"] = 0.1
     assert parse(run).strongest.name == forms[-1]["name"]
     assert min(forms, key=lambda entry: entry["validation"]["speed"]["p50_ms"]) is not forms[-1]
+
+
+def test_a_speed_that_was_disturbed_is_no_headline(tmp_path: Path) -> None:
+    page = Page(made(tmp_path, sample_run() | {"warnings": [DISTURBED]}))
+    assert "Of unknown speed, " in page.text
+    assert "× faster, " not in page.text

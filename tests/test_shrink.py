@@ -427,3 +427,13 @@ def test_what_is_lost_on_the_test_split_alone_is_said_and_not_after_another_choi
         said.append("; ".join(run.values["warnings"]))
     lost = "lost 2 points on the test split, which the search never saw, more than the 1 allowed; on validation it lost 0.7 points"
     assert said == [f"rung-02 {lost}", "", ""]
+
+
+def test_what_became_of_the_data_is_said_when_it_is_noted(tmp_path: Path) -> None:
+    said: list[str] = []
+    arguments = {"model": "m", "data": "d", "seed": 0, "threads": 1, "quick": True}
+    task = replace(tiny.task(), notes=["3 rows dropped: empty text"])
+    folder = RunFolder(tmp_path / "run", arguments, task=task, budget=Budget(), time_limit_s=None, say=said.append)
+    folder.note("stopped before rung-04")
+    folder.note("stopped before rung-04")
+    assert said == folder.values["data"]["notes"] == ["3 rows dropped: empty text", "stopped before rung-04"]

@@ -88,10 +88,11 @@ def verdict(run: Run, paired: str = "") -> dict[str, str]:
     drop = test_drop(run, best) if on_test else best.drop
     speed, size = ratio(run, best)[0], before.size / after.size
     where = "on held-out test" if on_test else "on validation"
+    faster = "of unknown speed" if _disturbed(run) else _compared(speed, "faster", "slower")
     headline = (
         "The original stays: nothing else was chosen"
         if best is first
-        else f"{_compared(speed, 'faster', 'slower')}, {_compared(size, 'smaller', 'larger')}, {_moved(run, drop)} {where}"
+        else f"{faster[:1].upper()}{faster[1:]}, {_compared(size, 'smaller', 'larger')}, {_moved(run, drop)} {where}"
     )
     apart = not (before.low <= after.high and after.low <= before.high)
     intervals = "do not overlap, so chance is an unlikely cause" if apart else "overlap; by them alone no difference is shown"
@@ -108,6 +109,11 @@ def verdict(run: Run, paired: str = "") -> dict[str, str]:
         "evidence": evidence if best is not first else "",
         "why": why,
     }
+
+
+def _disturbed(run: Run) -> bool:
+    """Whether a warning says that latencies are not to be trusted (`DISTURBED` of `_measure`)."""
+    return any("latencies and speed-ups are not to be trusted" in str(text) for text in _listing(run.raw.get("warnings")))
 
 
 def _compared(ratio: float, more: str, less: str) -> str:

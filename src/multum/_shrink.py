@@ -90,7 +90,7 @@ def shrink(
     check_folder(output, arguments)
     opened = open_task(task, data, columns=columns, unlabelled=unlabelled, seed=seed)
     kind = kind_of(opened)
-    run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s)
+    run = RunFolder(output, arguments, task=opened, budget=budget, time_limit_s=time_limit_s, say=progress.say)
     effort = effort_of(kind, QUICK if quick else FULL, quick=quick)
     ladder = Ladder(run, opened, effort, progress, kind=kind, trust_remote_code=trust_remote_code)
     try:

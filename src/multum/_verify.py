@@ -95,6 +95,8 @@ def _run(folder: Path, data: str, tolerance: float, rounds: int, threads: int | 
     candidates = run.get("candidates") or []
     if not candidates or run.get("chosen") is None:
         raise InputError(f"{folder} holds a run that is not finished; start its command again, it goes on where it stopped")
+    from ._measure import DISTURBED, unsteady
+
     task = open_for(folder / candidates[0]["folder"], data=data, task=run["task"], columns="", seed=None)
     same_machine = run["machine"] == machine()
     yield from _circumstances(run, same_machine)
@@ -109,9 +111,12 @@ def _run(folder: Path, data: str, tolerance: float, rounds: int, threads: int | 
     if tested:
         with progress.stage("measure on the test split"):
             found = _measured([there[one["name"]] for one in tested], task, "test", threads, rounds)
+        busy = any(unsteady(one["speed"]) for one in (*found, *(one["test"] for one in tested)))
         for one, metrics in zip(tested, found, strict=True):
             yield from _compared(one["name"], one["test"], metrics)
-            yield _speed(one["name"], one["test"], metrics, tolerance, same_machine)
+            yield _speed(
+                one["name"], one["test"], metrics, tolerance, DISTURBED if busy else "" if same_machine else "another machine"
+            )
     with progress.stage("score on the validation split"):
         for number, one in enumerate(rest):
             metrics = _measured([there[one["name"]]], task, "validation", threads, FEWEST_ROUNDS)[0]
@@ -198,13 +203,14 @@ def _compared(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> Ite
     yield Line(f"{name}: bytes", f"{held:,}", f"{holds:,}", held == holds)
 
 
-def _speed(name: str, then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float, same_machine: bool) -> Line:
+def _speed(name: str, then: Mapping[str, Any], now: Mapping[str, Any], tolerance: float, doubt: str) -> Line:
+    """The ratio of speeds; where there is a doubt it is shown and not judged."""
     was, is_now = then["speed"]["ratio_to_first"], now["speed"]["ratio_to_first"]
     low, high = was["ci95"][0] * (1 - tolerance), was["ci95"][1] * (1 + tolerance)
     agrees = low <= is_now["value"] <= high
     what = f"{name}: times faster than the first"
     note = f"within {low:.3g} to {high:.3g}" if agrees else f"outside of {low:.3g} to {high:.3g}"
-    return Line(what, f"{was['value']:.3g}", f"{is_now['value']:.3g}", agrees if same_machine else None, note)
+    return Line(what, f"{was['value']:.3g}", f"{is_now['value']:.3g}", None if doubt else agrees, doubt or note)
 
 
 # -- a comparison ------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def measure(
 ) -> None:
     """Measure quality, size, speed and memory; written into each folder as metrics.json."""
     from . import _auto, terminal
-    from .commands import one_of, progress
+    from .commands import one_of, progress, remark
     from .targets import open_for, targets_of
 
     one_of(split, "--split", ("train", "validation", "test"))
@@ -175,7 +175,6 @@ def measure(
     opened = open_for(folders[0], data=data, task=task, columns=columns, seed=seed)
     if chosen:
         targets = _auto.ways(folders, chosen, opened, threads, seed or 0, shown=not as_json)
-    from ._measure import DISTURBED, unsteady
     from ._measure import measure as measure_targets
 
     with progress().stage("measure"):
@@ -185,8 +184,7 @@ def measure(
     else:
         places = [str(getattr(target, "target", target)) for target in targets]
         terminal.print_rows(terminal.metric_rows(places, metrics), f"On the {split} split, n = {metrics[0]['n']}")
-    if any(unsteady(one["speed"]) for one in metrics):
-        terminal.say(f"Note: {DISTURBED}")
+    remark(metrics)
 
 
 @app.command(epilog="Example: multum export runs/reviews/chosen --to openvino --precision int8 -o served --data reviews.csv")

@@ -56,6 +56,8 @@ def add_to(app: typer.Typer) -> None:
         place = Path(recipe.locate(folder))
         if not place.is_dir():
             raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
+        if (place / "run.json").is_file() and (place / "chosen").is_dir():
+            raise InputError(f"{folder} is a run; what it ships is {place / 'chosen'}")
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         asked = {name: value for name, value in given.items() if value is not None}
         reader = reader_of(place)

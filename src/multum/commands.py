@@ -99,6 +99,16 @@ def without_data(step: str, data: str) -> list[str]:
     return [f"--data is missing: {step} works on the task's data"]
 
 
+def remark(metrics: Sequence[Mapping[str, Any]]) -> None:
+    """What to know of figures before trusting them."""
+    from ._measure import DISTURBED, unsteady
+
+    if longest := max(one.get("truncated", 0) for one in metrics):
+        terminal.say(f"Note: {longest} of {metrics[0]['n']} texts were longer than a model takes and were cut")
+    if any(unsteady(one["speed"]) for one in metrics):
+        terminal.say(f"Note: {DISTURBED}")
+
+
 def show_run(folder: Path) -> None:
     """The table of a run folder, what was chosen and what to do with it."""
     from ._report import summary, test_summary

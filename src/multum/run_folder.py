@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,13 +29,23 @@ class RunFolder:
         arguments: what decides the result; a run that was begun with others is refused.
         task: the task on its data.
         budget: may differ from that of an earlier call: the same walk then goes on, or another rung is chosen.
+        say: is told every note when it is taken.
 
     Raises:
         InputError: the folder holds something else, or a run with other arguments or data.
     """
 
-    def __init__(self, path: Path, arguments: Mapping[str, Any], *, task: Any, budget: Budget, time_limit_s: float | None) -> None:
-        self.path, self.budget = path, budget
+    def __init__(
+        self,
+        path: Path,
+        arguments: Mapping[str, Any],
+        *,
+        task: Any,
+        budget: Budget,
+        time_limit_s: float | None,
+        say: Callable[[str], Any] = str,
+    ) -> None:
+        self.path, self.budget, self._say = path, budget, say
         check_folder(path, arguments)
         if (path / RUN).exists():
             self.values: dict[str, Any] = read_json(path / RUN)
@@ -50,7 +60,7 @@ class RunFolder:
                 "data": {
                     "source": arguments["data"],
                     "sizes": sizes(task),
-                    "notes": list(task.notes),
+                    "notes": [],
                     "fingerprints": dict(task.fingerprints),
                 },
                 "seed": arguments["seed"],
@@ -63,6 +73,8 @@ class RunFolder:
                 "machine": machine(),
                 "when": datetime.now(UTC).isoformat(timespec="seconds"),
             }
+        for text in task.notes:
+            self.note(text)
         notes = self.values["data"]["notes"]
         self.values["data"]["notes"] = [note for note in notes if not note.startswith(OF_ONE_CALL)]
         self.values |= {"budget": asdict(budget), "time_limit_s": time_limit_s, "chosen": None}
@@ -116,6 +128,7 @@ class RunFolder:
         """Something the reader of the report should know."""
         if text not in self.values["data"]["notes"]:
             self.values["data"]["notes"].append(text)
+            self._say(text)
 
     def warn(self, text: str) -> None:
         """Something that nobody should miss who reads the result."""
