@@ -343,3 +343,12 @@ def test_texts_longer_than_the_model_reads_are_counted() -> None:
     long = [" ".join(["film"] * 200), *task.texts["test"][1:]]
     (sentence,) = cut(replace(task, texts={**task.texts, "test": long}), model)
     assert sentence == f"test: 1 text is longer than the model's {task.length_limit(model)} tokens and cut"
+
+
+def test_a_column_that_holds_no_labels_is_not_read_out(tmp_path: Path) -> None:
+    """Texts where labels were expected: the message names some, cut, and says what may be wrong."""
+    rows = [{"text": f"text {number}", "label": f"a long opinion, number {number}, " + "and so on " * 9} for number in range(300)]
+    pd.DataFrame(rows).to_csv(tmp_path / "data.csv", index=False)
+    with pytest.raises(InputError, match=r"and 292 more.*no labels.*--columns label=COLUMN") as error:
+        open_task("text-classification", str(tmp_path / "data.csv"))
+    assert len(str(error.value)) < 1000

@@ -8,11 +8,12 @@ import pandas as pd
 
 from .core.folders import digest
 from .core.task import of_split
-from .errors import InputError
+from .errors import InputError, few
 from .tables import SPLITS
 
 SHARE, MOST = 0.15, 2000
 """Of the rows, for each of validation and test where the data has no such split."""
+MANY = ". So many may be no labels: name their column with --columns label=COLUMN"
 FEWEST = 3
 """Rows that can be three splits."""
 
@@ -63,10 +64,10 @@ def complete(
     assert rest is not None  # noqa: S101 - both readers make sure of one or the other
     if missing and label is not None:
         counts = rest[label].astype(str).value_counts()
-        if len(counts) > 1 and (rare := [f"{name!r} ({count})" for name, count in counts.items() if count < 4]):
+        if len(counts) > 1 and (rare := [f"{str(name)[:40]!r} ({count})" for name, count in counts.items() if count < 4]):
             raise InputError(
                 f"{source}: labels with fewer than 4 examples cannot be split into train, {' and '.join(sorted(missing))}: "
-                f"{', '.join(rare)}; add examples or give a folder with splits"
+                f"{few(rare)}; add examples or give a folder with splits{MANY * (len(rare) > 20)}"
             )
     if missing and len(rest) < FEWEST:
         raise InputError(

@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def few(names: Sequence[str], most: int = 8) -> str:
+    """Names in a message: the first of them, long ones cut, and how many more there are."""
+    shown = ", ".join(name if len(name) <= 60 else f"{name[:59]}…" for name in names[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 class MultumError(Exception):

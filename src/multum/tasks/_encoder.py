@@ -19,7 +19,7 @@ from ..core.model import Model
 from ..core.reading import token_limit
 from ..core.task import Batch, Quality, SplitName
 from ..core.training import FEW_SHAPES, pad
-from ..errors import InputError
+from ..errors import InputError, few
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 BATCH = 32
@@ -95,7 +95,7 @@ class EncoderTask(ABC):
         if set(labels) != set(self.labels):
             names = "the data's names" if unnamed else "them alike"
             hint = f"; name {names} in the model's config.json (id2label, label2id)" + ("" if unnamed else ", or in the data")
-            raise InputError(f"the model's labels are {', '.join(labels)}, the data's are {', '.join(self.labels)}{hint}")
+            raise InputError(f"the model's labels are {few(labels)}, the data's are {few(self.labels)}{hint}")
         return [list(labels).index(label) for label in self.labels]
 
     def length_limit(self, model: Model) -> int:

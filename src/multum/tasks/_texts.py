@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ..core.model import Model
 from ..core.task import IGNORED, SplitName
+from ..errors import few
 from ._encoder import EncoderTask, model_columns
 
 Text = str | tuple[str, str]
@@ -119,9 +120,11 @@ def as_label(value: Any) -> str:
 
 def unseen(found: Mapping[str, set[str]]) -> list[str]:
     """What is wrong with labels that the training split lacks: `found` has those of every split."""
-    return [
-        f"label {label!r} appears in the {name} split only, so that no model could learn it; "
-        "add training examples of it or take it out"
-        for name in ("validation", "test")
-        for label in sorted(found[name] - found["train"], key=natural)
-    ]
+    problems = []
+    for name in ("validation", "test"):
+        if labels := [repr(label) for label in sorted(found[name] - found["train"], key=natural)]:
+            what = f"label {labels[0]} appears" if len(labels) == 1 else f"labels {few(labels)} appear"
+            problems.append(
+                f"{what} in the {name} split only, so that no model could learn it; add training examples of it or take it out"
+            )
+    return problems
