@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._report_run import Candidate, Run
-from ._report_words import megabytes, milliseconds, runtime, times
+from ._report_words import megabytes, milliseconds, runtime, threads, times
 
 COLORS = {
     "ink": "#1d1c1a",
@@ -77,12 +77,25 @@ def parts(run: Run, measure: str) -> list[Part]:
         return []
     first = Part(title="Original", name=runtime(path[0]), before=0, after=values[0], kind="original", total=True)
     steps = [
-        Part(title=_title(c), name=c.name, before=before, after=after, kind="export" if c.is_original else "rung", total=False)
+        Part(
+            title=_title(c),
+            name=_named(c, measure),
+            before=before,
+            after=after,
+            kind="export" if c.is_original else "rung",
+            total=False,
+        )
         for c, before, after in zip(path[1:], values, values[1:], strict=False)
     ]
     last = path[-1]
     ending = "Chosen" if run.chosen else "So far"
-    return [first, *steps, Part(title=ending, name=last.name, before=0, after=values[-1], kind="chosen", total=True)]
+    return [first, *steps, Part(title=ending, name=_named(last, measure), before=0, after=values[-1], kind="chosen", total=True)]
+
+
+def _named(candidate: Candidate, measure: str) -> str:
+    """With the threads that a time was taken on: one form may be fastest on two, the next on one."""
+    used = threads(candidate.validation) if measure == "p50" else ""
+    return f"{candidate.name}, {used}" if used else candidate.name
 
 
 def _title(candidate: Candidate) -> str:
