@@ -1,10 +1,11 @@
 """What differs between the ladders of encoders, causal language models and encoder-decoders: how a rung is cut and taught.
 
 An encoder's rungs lose heads, neurons and layers together under a measured latency table, and are executed by exports. What writes
-text is timed while it writes, in torch. A causal model loses whole layers first, those that turn their inputs least, as long as
-`DEPTH` of them stay; then heads, neurons and layers under a table of prefill and decode. An encoder-decoder loses decoder layers
-first, which run once for every token that is written, then heads and neurons of both stacks. At the end the weights of what holds
-are packed into integers, which saves bytes and no time.
+text is timed while it writes. A causal model loses whole layers first, those that turn their inputs least, as long as
+`DEPTH` of them stay; then heads, neurons and layers under a table of prefill and decode. It is executed by llama.cpp where that is
+installed and takes the model. An encoder-decoder loses decoder layers first, which run once for every token that is written, then
+heads and neurons of both stacks. What is executed in torch has its weights packed into integers at the end, which saves bytes and
+no time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from . import bench, tasks
+from . import bench, runtimes, tasks
 from .budget import LANGUAGE, LANGUAGE_QUICK, TRANSLATORS, TRANSLATORS_QUICK, Effort
 from .core.depth import Depth, shallower
 from .core.families import stacks_of
@@ -25,6 +26,8 @@ from .plan import PRUNING, TRAINING
 
 DEPTH = 0.75
 """Share of a causal model's layers below which single heads and neurons go."""
+WRITERS = ("f16", "q8_0", "q4_0")
+"""What llama.cpp runs causal models in."""
 LEAST = 0.1
 """Layers of each stack of an encoder-decoder that must be left."""
 WRITING = 4 * TRAINING
@@ -45,8 +48,8 @@ class Descent:
         seed: of the run.
     """
 
-    exports: ClassVar[bool] = True
-    """Rungs are measured as exports; else the model itself in torch."""
+    always: ClassVar[Sequence[tuple[str, str]]] = (("onnxruntime", "int8"),)
+    """Forms that what ships is tried in, however fast the original is in them."""
     first: ClassVar[str] = "rung-01"
     """What is cut first, and what teaches."""
     number: ClassVar[int] = 2
@@ -67,6 +70,8 @@ class Descent:
     folder: Path
     effort: Effort
     seed: int
+    exports: bool = True
+    """Rungs are measured as exports; else the model itself in torch."""
     table: Any = None
     full: float = 1.0
     """Predicted cost of the original."""
@@ -75,6 +80,13 @@ class Descent:
         """Measure what the parts of the original cost, or read it from the run."""
         self.table = self.measured(test_bench, model)
         self.full = self.cost(model)
+
+    def offers(self) -> list[tuple[str, str]]:
+        """Every (runtime, precision) that the original is exported to on this machine."""
+        return bench.offers()
+
+    def check(self, model: Model) -> None:
+        """Raise `InputError` where no export can say what was left of a model, before it is taught."""
 
     def measured(self, test_bench: bench.Bench, model: Model) -> Any:
         """The table."""
@@ -116,19 +128,27 @@ class Descent:
 class CausalDescent(Descent):
     """Layers, then heads, neurons and layers together, taught by the original's kept answers."""
 
-    exports: ClassVar[bool] = False
+    always: ClassVar[Sequence[tuple[str, str]]] = (("llamacpp", "q4_0"),)
     goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
     step: ClassVar[float] = 1.25
     cutting: ClassVar[tuple[str, float]] = ("cut", PRUNING)
     paced: ClassVar[int] = 4
+    exports: bool = False
     blocks: list[tuple[int, int]] = field(default_factory=list)
     """Of the original."""
 
     def begin(self, test_bench: bench.Bench, model: Model) -> None:
         self.blocks = heads_and_neurons(model.module)
         super().begin(test_bench, model)
+
+    def offers(self) -> list[tuple[str, str]]:
+        return [("llamacpp", precision) for precision in WRITERS if runtimes.find("llamacpp").unavailable() is None]
+
+    def check(self, model: Model) -> None:
+        if self.exports:
+            runtimes.find("llamacpp").check(model)
 
     def measured(self, test_bench: bench.Bench, model: Model) -> Any:
         return test_bench.writing_table(model)
@@ -146,14 +166,14 @@ class CausalDescent(Descent):
         return len(task.encode(model, "train")) + len(task.encode_texts(model, task.unlabelled)) * bool(task.unlabelled)
 
     def packing(self, bits: int) -> Steps:
-        return packed(bits, self.effort, self.seed)
+        return [] if self.exports else packed(bits, self.effort, self.seed)
 
 
 @dataclass(kw_only=True)
 class TranslatorDescent(Descent):
     """Decoder layers, then heads and neurons of both stacks, taught to write what the original writes."""
 
-    exports: ClassVar[bool] = False
+    always: ClassVar[Sequence[tuple[str, str]]] = ()
     goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
@@ -161,6 +181,7 @@ class TranslatorDescent(Descent):
     cutting: ClassVar[tuple[str, float]] = ("cut", PRUNING)
     teacher_passes: ClassVar[float] = WRITING
     paced: ClassVar[int] = 32
+    exports: bool = False
     widest: tuple[int, int] = (1, 1)
     """Heads and neurons of the original's widest block."""
 
@@ -168,6 +189,9 @@ class TranslatorDescent(Descent):
         heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
         self.widest = heads, neurons
         super().begin(test_bench, model)
+
+    def offers(self) -> list[tuple[str, str]]:
+        return []
 
     def measured(self, test_bench: bench.Bench, model: Model) -> Any:
         return test_bench.writing_table(model)

@@ -64,7 +64,7 @@ class Ladder(Landing):
         model = self.task.load(str(folder))
         self._look_at(model)
         self._expect(0)
-        targets = [folder, *self.bench.export(model, folder, self._offers())]
+        targets = [folder, *self.bench.export(model, folder, self.descent.offers())]
         if len(targets) == 1 and self.descent.exports:
             raise InputError(f"{model.source} cannot be exported to any runtime here", *self.run.values["data"]["notes"])
         if self.run.find("original") is None:
@@ -77,6 +77,7 @@ class Ladder(Landing):
                 self.bench.add(name, folder, target, technique, model, metrics)
             self.bench.doubt(found[0])
             self.bench.keep()
+        self.descent.exports = self.run.strongest()["target"] != "original"
         self.descent.begin(self.bench, model)
 
     def vocabulary(self) -> None:
@@ -171,7 +172,8 @@ class Ladder(Landing):
                 return False
             try:
                 model = self._steps(f"{name}: {self.descent.cutting[0]}", self.descent.cut(model, step), model)
-            except InputError as error:  # nothing more can be taken away
+                self.descent.check(model)
+            except InputError as error:  # nothing more can be taken away, or be said in the runtime
                 self.run.note(f"stopped before {name}: {error}")
                 return False
             if self._share(model) <= self.effort.teach_below:

@@ -84,11 +84,10 @@ class Landing(Reckoning):
         source, folder = self.folder / best["folder"], self.folder / "chosen"
         model = self.task.load(str(source))
         walked = self.run.find(best["folder"]) or best
-        always = ("onnxruntime", "int8")
         wanted = [
             offer
-            for offer in self._offers()
-            if offer == always or (offer in self._worth_trying() and offer[1] == walked["precision"])
+            for offer in self.descent.offers()
+            if offer in self.descent.always or (offer in self._worth_trying() and offer[1] == walked["precision"])
         ]
         targets = self.bench.export(model, source, wanted)
         known = {candidate["target"] for candidate in self.run.candidates}

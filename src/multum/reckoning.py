@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from . import bench as benches
 from .bench import Bench
 from .budget import Effort
 from .core.model import Model
@@ -39,7 +38,7 @@ class Reckoning:
 
     def _ahead(self, rungs_done: int) -> Stages:
         costs = {"step": self.step, "first": self.number, **self._costs()}
-        stages = ahead(self.effort, self.rows, self.pace, self._offers(), rungs_done, **costs)
+        stages = ahead(self.effort, self.rows, self.pace, self.descent.offers(), rungs_done, **costs)
         done = {stage["name"] for stage in self.progress.stages()}
         return [stage for stage in stages if stage[0] not in done]
 
@@ -55,9 +54,6 @@ class Reckoning:
         """The same where nothing is cut."""
         known = {"taught": (self.folder / "teacher").exists(), "measure": self.measuring}
         return {**known, "teacher_passes": self.descent.teacher_passes}
-
-    def _offers(self) -> list[tuple[str, str]]:
-        return benches.offers() if self.descent.exports else []
 
     def _look_at(self, model: Model) -> None:
         """What the time of everything is reckoned from."""

@@ -83,6 +83,13 @@ def export(model: Model, folder: Path, *, precision: str, inputs: Sequence[Any],
         return parity | ({} if extra else {"slow": WITHOUT_AMX})
 
 
+def check(model: Model) -> None:
+    """Raise `InputError` where llama.cpp has no words for a model: what `export` would say of it, before anything is computed."""
+    from ._gguf_model import read
+
+    read(model.module)
+
+
 def _write(model: Model, work: Path, precision: str) -> dict[str, Any]:
     """Write the file; what of the manifest is known with it."""
     from ..core.likelihood import context_of
