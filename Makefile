@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/ready
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test check lint types bench clean
+.PHONY: quickstart test check lint types bench bench-applications clean
 
 quickstart: $(READY)
 	$(BIN)/multum quickstart -o $(RUN)
@@ -23,6 +23,9 @@ types: $(READY)
 
 bench: $(READY)
 	for script in startup.py distil_cost.py one_shot.py latency_agreement.py distillation.py "reviews.py --quick" reviews.py; do $(BIN)/python benchmarks/$$script || exit 1; done
+
+bench-applications: $(READY)
+	for name in reviews-zh cloze-qa translation summarization text-generation; do $(BIN)/python benchmarks/applications.py $$name || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info src/*.egg-info

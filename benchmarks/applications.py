@@ -1,0 +1,180 @@
+"""The main job for the other applications: the original, its fastest form, every rung and what ships; quality, latency, bytes.
+
+    python benchmarks/applications.py NAME [--texts N] [--full] [--seed 0] [-o runs/applications]
+
+NAME is one of reviews-zh, cloze-qa, translation, summarization, text-generation; `reviews.py` is that of English reviews.
+Originals that no package carries are trained first, on the first `--texts` training texts (by default as many as two cores take
+within some hours); `shrink` then walks down from them with `--quick`, or with all its effort (`--full`), to the drop of the goal.
+Rungs are scored on validation, by which they are chosen; the original, its fastest form and what ships also on test, timed
+together in turns. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import publish
+
+import multum
+from multum.core.folders import read_json
+from multum.core.step import make
+from multum.data import open_task
+from multum.errors import BudgetNotMet
+from multum.example import fetch
+from multum.progress import Progress
+
+
+@dataclass(frozen=True)
+class Application:
+    """What is shrunk, and to which goal.
+
+    Args:
+        task, model, data: names of the task and of two examples.
+        max_drop: in the task's own unit.
+        texts: that teach the original and its rungs, by default; None for all.
+        first: steps that make the original, where no package carries one.
+    """
+
+    task: str
+    model: str
+    data: str
+    max_drop: float
+    texts: int | None = None
+    first: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+WRITER = [("finetune", {"epochs": 10, "learning_rate": 7e-4, "batch_size": 64})]
+APPLICATIONS = {
+    "reviews-zh": Application(
+        "text-classification",
+        "e5-small",
+        "reviews-zh",
+        1.0,
+        texts=2000,
+        first=[("trim_vocabulary", {}), ("finetune", {"epochs": 2, "learning_rate": 1e-4})],
+    ),
+    "cloze-qa": Application("question-answering", "minilm", "cloze-en", 1.5, texts=6000),
+    "translation": Application("translation", "untrained-en-it", "translations-en-it", 1.0, texts=20000, first=WRITER),
+    "summarization": Application("summarization", "untrained-summaries", "summaries-en", 0.7, texts=10000, first=WRITER),
+    "text-generation": Application("text-generation", "smollm2", "plain-en", 10.0),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=list(APPLICATIONS))
+    parser.add_argument("--texts", type=int, help="training texts; 0 for all")
+    parser.add_argument("--full", action="store_true", help="with all the effort of shrink")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/applications"))
+    options = parser.parse_args()
+    one = APPLICATIONS[options.name]
+    texts = one.texts if options.texts is None else options.texts or None
+    folder = options.output / f"{options.name}-{texts or 'all'}-{options.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = fewer(fetch(one.data), texts, folder / "data") if texts else fetch(one.data)
+    original = trained(one, data, folder / "original", options.seed) if one.first else fetch(one.model)
+    output = folder / ("full" if options.full else "quick")
+    job: dict[str, Any] = {"task": one.task, "data": str(data), "output": output, "seed": options.seed, "quick": not options.full}
+    try:
+        multum.shrink(str(original), **job, max_drop=one.max_drop, progress=Progress())
+    except BudgetNotMet as error:
+        print(error)
+    run = read_json(output / "run.json")
+    command = f"applications.py {options.name}{f' --texts {texts}' if texts else ''}{' --full' if options.full else ''}"
+    values = {"run": {key: run[key] for key in ("chosen", "met", "why", "candidates", "elapsed_s", "data", "budget")}}
+    rows = table(run, open_task(one.task, str(data), seed=options.seed))
+    publish(f"application_{options.name.replace('-', '_')}", rows, values, summary=words(one, run), command=command)
+
+
+def fewer(source: Path, texts: int, target: Path) -> Path:
+    """A folder of splits with the first so many training texts; of SQuAD's format the first so many questions."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (path for name in ("train", "validation", "test") for path in source.glob(f"{name}.*")):
+        most = texts if path.stem == "train" else None
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["data"] = content["data"] if most is None else _questions(content["data"], most)
+            (target / path.name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            continue
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+        with (target / path.name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(rows if most is None else rows[: most + 1])
+    return target
+
+
+def _questions(articles: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The first articles, until they have so many questions."""
+    found, count = [], 0
+    for article in articles:
+        if count >= most:
+            break
+        found.append(article)
+        count += sum(len(paragraph["qas"]) for paragraph in article["paragraphs"])
+    return found
+
+
+def trained(one: Application, data: Path, folder: Path, seed: int) -> Path:
+    """The original."""
+    if not folder.exists():
+        task = open_task(one.task, str(data), seed=seed)
+        model = task.load(str(fetch(one.model)))
+        for step, fields in one.first:
+            more = {"seed": seed} if step == "finetune" else {}
+            model = make(step, {**fields, **more}).take(model, task)
+        model.save(folder)
+    return folder
+
+
+def table(run: dict[str, Any], task: Any) -> list[list[str]]:
+    """Every candidate on validation, those that the test split was read for on it too."""
+    rows = [["model", "executed by", "split", "quality", "95 %", "lost", "ms", "x torch", "x smaller"]]
+    first = run["candidates"][0]
+    for candidate in run["candidates"]:
+        for split in ("validation", "test"):
+            found = candidate[split]
+            if not found:
+                continue
+            quality, speed, whole = found["quality"], found["speed"], first[split]
+            faster = candidate["speedup"] if split == "validation" else speed["ratio_to_first"]["value"]
+            smaller = whole["size"]["bytes_on_disk"] / found["size"]["bytes_on_disk"]
+            lost = candidate["drop"] if split == "validation" else task.drop_of(first["test"], found)
+            chosen = " (ships)" if candidate["name"] == run["chosen"] else ""
+            rows.append(
+                [
+                    candidate["name"] + chosen,
+                    f"{speed['runtime']} {speed['precision']}",
+                    split,
+                    f"{quality['value']:.4g}",
+                    f"{quality['ci95'][0]:.4g} to {quality['ci95'][1]:.4g}",
+                    f"{lost:+.2f}",
+                    f"{speed['p50_ms']:.2f}",
+                    f"{faster:.1f}",
+                    f"{smaller:.1f}",
+                ]
+            )
+    return rows
+
+
+def words(one: Application, run: dict[str, Any]) -> str:
+    metric = run["candidates"][0]["validation"]["quality"].get("metric", "quality")
+    per_cent = one.task == "text-generation"
+    unit = "per cent of perplexity" if per_cent else "points"
+    met = f"what ships keeps within {one.max_drop:g} {unit}" if run["met"] else f"nothing keeps within the limits: {run['why']}"
+    sizes = ", ".join(f"{count} {name}" for name, count in run["data"]["sizes"].items())
+    threads = run["candidates"][0]["validation"]["speed"]["threads"]
+    return (
+        f"{one.task}, {one.model} on {one.data} ({sizes}); quality is {metric}, and what was lost of it is in {unit}. "
+        f"On validation {met}. Batch 1 at the texts' own lengths, {threads} thread{'s' if threads > 1 else ''}; "
+        f"the walk took {run['elapsed_s'] / 60:.0f} minutes."
+    )
+
+
+if __name__ == "__main__":
+    main()
