@@ -3,11 +3,11 @@
     python benchmarks/prune_smollm2.py [--samples 32] [--length 256] [--held-out 8192] [--only wanda ...] [--python OTHER]
 
 Random weights (the control), the smallest, Wanda and SparseGPT at 50 %, and the last three at 2:4; Wanda and SparseGPT are given
-the same blocks of other articles. Every way runs in a process of its own, on all cores: seconds are those of the step on a model
-that is loaded, memory is the highest resident set meanwhile, and what of it came on top of the loaded model. Wanda and SparseGPT
-also prune the first 10 of the 30 blocks alone: memory that is streamed does not grow with the number of blocks. They work on the
-model that is loaded, as `multum apply` does, and not on a copy. Ratios of perplexities are taken on the same windows; intervals
-come from a bootstrap over windows.
+the same blocks of other articles. Every way runs in a process of its own, on all cores or `OMP_NUM_THREADS`: seconds are those of
+the step on a model that is loaded, memory is the highest resident set meanwhile, and what of it came on top of the loaded model.
+Wanda and SparseGPT also prune the first 10 of the 30 blocks alone: memory that is streamed does not grow with the number of blocks.
+They work on the model that is loaded, as `multum apply` does, and not on a copy. Ratios of perplexities are taken on the same
+windows; intervals come from a bootstrap over windows.
 
 Then structure, at equal multiply-accumulates: a quarter of every block's neurons, the smallest by torch-pruning or random ones, and
 `prune_structured`, which chooses where; and an eighth of the hidden width by `slice_hidden`, which saves about as many.
@@ -234,7 +234,8 @@ def table(found: dict[str, Any], count: int) -> tuple[list[list[str]], dict[str,
 def words(settings: dict[str, Any], missing: dict[str, str], left: list[str]) -> str:
     lines = [
         f"SmolLM2-135M-Instruct, {settings['held_out']} held-out tokens in windows of 256, calibrated on {settings['samples']} "
-        f"blocks of {settings['length']} tokens. Zeros are a share of the blocks' weights; they make no dense kernel faster. "
+        f"blocks of {settings['length']} tokens, {torch.get_num_threads()} thread(s). Zeros are a share of the blocks' weights; "
+        "they make no dense kernel faster. "
         "Its fp32 weights had 4 bits before (Q4_1)."
     ]
     lines += [f"Without {name}, which this interpreter cannot import ({why})." for name, why in missing.items()]

@@ -29,17 +29,18 @@ How to use it, in a training loop of any kind:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core.capture import Captured, Shape, Wanted
+from ..core.capture import Attention, Captured, Shape, Wanted
 from ..errors import InputError
 from ._layer_maps import Pairs, attending, attention_problems, layer_pairs, monotone_match, related
 from ._numbers import are_layers, is_number
+from ._text_by_text import Tensors, text_by_text
 
 Map = Literal["uniform", "last", "dynamic"] | tuple[int, ...]
 """Which layers are compared; see `_layer_maps`."""
@@ -222,20 +223,23 @@ class LayerMatcher(nn.Module):
             result["hidden"] = _mean([state_loss(self._brought(student, m), teacher.hidden[n], mask) for m, n in pairs])
         if weights["attention"]:
             both = [(student.attention[m], teacher.attention[n]) for m, n in attending(pairs, self.student, self.teacher)]
-            result["attention"] = _mean(
-                [attention_loss(ours.scores(), theirs.scores(), attended(mask, causal=theirs.causal)) for ours, theirs in both]
-            )
+            result["attention"] = _mean([_by_scores(ours, theirs, mask) for ours, theirs in both])
         if weights["relations"]:
             ours, theirs = student.attention[self.related[0]], teacher.attention[self.related[1]]
-            seen = attended(mask, causal=theirs.causal)
-            result["relations"] = _mean(
-                [relation_loss(getattr(ours, x), getattr(theirs, x), self.relation_heads, seen) for x in ("query", "key", "value")]
-            )
+            result["relations"] = _mean([self._by_relations(ours, theirs, kind, mask) for kind in ("query", "key", "value")])
         if weights["pkd"]:
             # The last layer is left out, as in the paper: the output that it feeds is matched already.
             inner = [pair for pair in pairs if pair[0] < self.student.layers] or pairs
             result["pkd"] = _mean([pkd_loss(self._brought(student, m), teacher.hidden[n], mask) for m, n in inner])
         return result
+
+    def _by_relations(self, ours: Attention, theirs: Attention, kind: str, mask: torch.Tensor) -> torch.Tensor:
+        """The relation loss of one kind of vectors."""
+
+        def loss(x: Tensors, y: Tensors, pairs: torch.Tensor) -> torch.Tensor:
+            return relation_loss(x[0], y[0], self.relation_heads, pairs)
+
+        return text_by_text(loss, [getattr(ours, kind)], [getattr(theirs, kind)], attended(mask, causal=theirs.causal))
 
     def _brought(self, student: Captured, layer: int) -> torch.Tensor:
         """H W_h of a student's layer: W_h is float32 whatever the student's weights are."""
@@ -249,6 +253,16 @@ class LayerMatcher(nn.Module):
         costs = torch.stack([torch.stack([state_loss(state, teacher.hidden[n], mask) for state in ours]) for n in targets])
         chosen = monotone_match(costs.nan_to_num(nan=1e30, posinf=1e30).tolist())  # a run that diverges is stopped elsewhere
         return [(m + 1, n) for m, n in zip(chosen, targets, strict=True)]
+
+
+def _by_scores(ours: Attention, theirs: Attention, mask: torch.Tensor) -> torch.Tensor:
+    """The attention loss of one pair of layers."""
+
+    def loss(x: Tensors, y: Tensors, pairs: torch.Tensor) -> torch.Tensor:
+        mine, others = replace(ours, query=x[0], key=x[1]), replace(theirs, query=y[0], key=y[1])
+        return attention_loss(mine.scores(), others.scores(), pairs)
+
+    return text_by_text(loss, [ours.query, ours.key], [theirs.query, theirs.key], attended(mask, causal=theirs.causal))
 
 
 def _projection(student: int, teacher: int, needed: bool, always: bool) -> nn.Module:
