@@ -146,13 +146,19 @@ def test_long_questions_are_cut_to_leave_room() -> None:
     assert encoded.sequence_ids(0).count(1) == len(model.tokenizer(pair[1], add_special_tokens=False)["input_ids"])
 
 
-def test_the_loss_is_that_of_transformers() -> None:
-    task, model = taggers.answering(8, 2, 2), taggers.answerer()
-    batch = next(task.batches(model, "train", 8))
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with torch.no_grad():
-        outputs = model.module(**inputs, start_positions=batch["labels"][:, 0], end_positions=batch["labels"][:, 1])
-    assert task.loss(outputs, batch).item() == pytest.approx(outputs.loss.item(), rel=1e-6)
+def test_the_loss_is_that_of_transformers_whatever_else_is_in_the_batch() -> None:
+    task, model, alone = taggers.answering(8, 2, 2), taggers.answerer(), []
+    for size in (1, 8):
+        for batch in task.batches(model, "train", size):
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            with torch.no_grad():
+                outputs = model.module(**inputs, start_positions=batch["labels"][:, 0], end_positions=batch["labels"][:, 1])
+            loss = task.loss(outputs, batch).item()
+            if size == 1 and batch["attention_mask"].all():
+                assert loss == pytest.approx(outputs.loss.item(), rel=1e-6)
+            alone += [loss] if size == 1 else []
+    assert not batch["attention_mask"].all()
+    assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
 
 
 def test_quality_of_both_kinds_of_questions() -> None:

@@ -163,3 +163,45 @@ def test_multiple_choice_has_no_cache_and_no_layers(tmp_path: Path) -> None:
 def test_layers_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"layer_losses: layer_map: the teacher has the layers 1 to 3, no 4"):
         DistillationTrainer(*of_kind("single_label"), arguments(tmp_path), layer_losses={"hidden": 1.0, "layer_map": (1, 4)})
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+@pytest.mark.parametrize("kind", ["single_label", "causal_lm"])
+def test_adapters_alone_are_trained_and_saved_with_layer_losses(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    (teacher, student), data = of_kind(kind), examples(kind, 8)
+    where = (
+        {"target_modules": ["query", "value"]} if kind == "single_label" else {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(student), peft.LoraConfig(r=2, **where))
+    args = arguments(tmp_path, save_strategy="epoch")
+    trainer = DistillationTrainer(teacher, adapted, args, train_dataset=data, layer_losses={"hidden": 1.0, "relations": 1.0})
+    trainer.train()
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(student), tmp_path / "checkpoint-1")
+    assert difference(again, adapted) == 0.0
+    assert difference(again.unload(), student) == 0.0
+    assert (tmp_path / "checkpoint-1" / "layer_projections.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_prompts_that_are_learnt_are_refused_where_tokens_are_compared(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def with_prompt(kind: str, task: str, way: str = "PromptTuningConfig") -> tuple[Any, Any]:
+        teacher, student = of_kind(kind)
+        return teacher, peft.get_peft_model(student, getattr(peft, way)(task_type=task, num_virtual_tokens=3))
+
+    args = arguments(tmp_path)
+    for way in ("PromptTuningConfig", "PrefixTuningConfig"):
+        with pytest.raises(InputError, match="adds 3 virtual tokens to every text of the student; train LoRA adapters, or leave"):
+            DistillationTrainer(*with_prompt("single_label", "SEQ_CLS", way), args, layer_losses={"hidden": 1.0})
+    for kind, task in (("token_labels", "TOKEN_CLS"), ("causal_lm", "CAUSAL_LM")):
+        with pytest.raises(InputError, match="answers are compared token by token, but prompt_tuning adds 3 virtual tokens"):
+            DistillationTrainer(*with_prompt(kind, task), args)
+    teacher, student = with_prompt("single_label", "SEQ_CLS")
+    with pytest.raises(InputError, match="every text of the teacher"):
+        DistillationTrainer(student, teacher, args, layer_losses={"hidden": 1.0})
+    trainer = DistillationTrainer(teacher, student, args, train_dataset=examples("single_label", 8))
+    before = copy.deepcopy(student)
+    trainer.train()
+    assert difference(before, student) > 1e-4

@@ -135,6 +135,7 @@ def agreement(
     if problems:
         raise InputError(*problems)
     kind, configs = kind_of(inner(student)), [inner(model).config for model in (student, teacher)]
+    problems += _no_prompts({"student": student, "teacher": teacher}, kind, layer_losses)
     order, texts = None, None
     if kind in ("single_label", "multi_label", "token_labels"):
         try:
@@ -174,6 +175,19 @@ def _same_task(student: nn.Module, teacher: nn.Module) -> list[str]:
     if kinds[0] != kinds[1] and (AUTO_CLASS[kinds[0]] != AUTO_CLASS[kinds[1]] or None not in said):
         return [f"the student's outputs are {kinds[0]} and the teacher's {kinds[1]}; both must have the same task"]
     return []
+
+
+def _no_prompts(models: Mapping[str, Any], kind: Kind, layer_losses: bool) -> Iterator[str]:
+    """What stands in the way of models to whose texts peft adds tokens of its own (prompt tuning) or keys (prefix tuning)."""
+    for name, model in models.items():
+        config: Any = getattr(model, "active_peft_config", None)
+        if not getattr(config, "is_prompt_learning", False):
+            continue
+        added = f"{config.peft_type.value.lower()} adds {config.num_virtual_tokens} virtual tokens to every text of the {name}"
+        if layer_losses:
+            yield f"layer_losses: layers are compared token by token, but {added}; train LoRA adapters, or leave layer_losses out"
+        elif kind not in PER_EXAMPLE and config.peft_type.value != "PREFIX_TUNING":  # which adds no outputs
+            yield f"answers are compared token by token, but {added}; train LoRA adapters"
 
 
 def _same_vocabulary(student: Any, teacher: Any) -> list[str]:

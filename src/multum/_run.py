@@ -20,6 +20,7 @@ from typing import Any
 from ._measure import measure
 from .core.folders import check_writable, read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
+from .core.processes import alone
 from .core.step import Step, find, make
 from .core.surgery import heads_and_neurons
 from .data import open_task, sizes
@@ -58,6 +59,7 @@ def run(
     Raises:
         InputError: mistakes in the recipe, all of them; wrong data or model; a folder that holds something else.
     """
+    alone("a recipe")
     if not isinstance(recipe, Recipe):
         recipe = read(recipe)
     elif problems := check(recipe):

@@ -20,6 +20,7 @@ from ._report import report
 from ._report_words import amount
 from .budget import FULL, QUICK, Budget
 from .core.folders import write_json
+from .core.processes import alone
 from .data import open_task
 from .descent import effort_of, kind_of
 from .errors import BudgetNotMet
@@ -75,6 +76,7 @@ def shrink(
         BudgetNotMet: no candidate keeps to all limits; the best is saved in `chosen/` and named.
         InputError: wrong model, data, output folder or limits.
     """
+    alone("shrink")
     arguments = {
         "model": model,
         "task": task,

@@ -108,7 +108,7 @@ class Teacher:
         assert self.cache  # noqa: S101
         rows = _rows(self.data, self.columns, self.reader)
         model, precision = self._as_model(rows), self._precision
-        with self.args.main_process_first(local=False), answering(self.module):
+        with answering(self.module):
             logits = cached_logits(model, rows, self.cache, precision=precision)
             states = cached_states(model, rows, self.matcher.wanted, self.cache, precision=precision) if self.matcher else None
         given = [{name: torch.as_tensor(values) for name, values in row.items()} for row in rows if not self.reader]
@@ -119,7 +119,7 @@ class Teacher:
         """A language model's answers to the training set, from the cache."""
         assert self.cache and self.plan  # noqa: S101, PT018
         rows = _rows(self.data, self.columns, None, labels=True)
-        with self.args.main_process_first(local=False), answering(self.module):
+        with answering(self.module):
             return SparseAnswers.of(self.plan, self._as_model(rows), rows, self.cache, self._precision)
 
     def _as_model(self, rows: Sequence[Mapping[str, Any]]) -> Model:

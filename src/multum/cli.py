@@ -11,6 +11,7 @@ import typer
 
 from . import __version__, cli_advice, cli_doctor, cli_evidence, cli_language, cli_legacy, cli_predict, cli_sensitivity
 from . import options as opt
+from .core.processes import alone
 from .failures import INTERRUPTED, STOPPED, Commands
 
 app = typer.Typer(
@@ -26,8 +27,12 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False) -> None:
+def root(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False
+) -> None:
     """Shrink a pretrained Transformer to a budget, with evidence of what the shrinking cost."""
+    if ctx.invoked_subcommand not in (None, "apply"):
+        alone(f"multum {ctx.invoked_subcommand}")
     if version:
         print(f"multum {__version__}")
         raise typer.Exit

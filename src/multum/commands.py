@@ -69,8 +69,15 @@ def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
 def apply_and_show(
     step: Any, model: str, task: str, output: Path, sources: Mapping[str, Any], seed: int, trust_remote_code: bool
 ) -> None:
-    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is, if it takes any."""
+    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is, if it takes any.
+
+    Of several processes the main one saves and speaks.
+    """
+    from .core import processes
     from .data import cut, open_task, open_without_data
+
+    processes.wait()  # all have seen that the output is a new folder
+    speaks = processes.number() == 0
 
     if sources["data"]:
         opened = open_task(
@@ -79,11 +86,13 @@ def apply_and_show(
     else:
         opened = open_without_data(task, seed=seed, options=sources["options"])
     before = opened.load(model, trust_remote_code=trust_remote_code)
-    for note in [*opened.notes, *cut(opened, before)]:
+    for note in [*opened.notes, *cut(opened, before)] if speaks else []:
         terminal.say(note)
-    with progress().stage(step.name):
+    with (progress() if speaks else Progress.silent()).stage(step.name):
         after = step.take(before, opened)
     after.save(output, {"task": task, "seed": seed})
+    if not speaks:
+        return
     entry = after.history[-1]
     terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")
     was, now = entry["parameters"]

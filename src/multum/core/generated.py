@@ -17,6 +17,7 @@ from .continuations import AS_IT_IS, Continuation, continued, seeded, written_be
 from .folders import digest, read_json, write_json
 from .generation import prefix_of, settings_of, write
 from .model import Model
+from .processes import main_first
 from .reading import token_limit
 from .reporting import report
 from .sentences import Text
@@ -104,17 +105,18 @@ def _kept(
 ) -> list[Any]:
     """What is written for sources, from the files of one folder, or by `written` (sources, number of the first one)."""
     place = folder / f"{digest(teacher.fingerprint(), json.dumps(settings, sort_keys=True), json.dumps(list(sources)))}.texts"
-    place.mkdir(parents=True, exist_ok=True)
     found: list[Any] = []
-    for start in range(0, len(sources), CHUNK):
-        part, path = sources[start : start + CHUNK], place / f"{start // CHUNK:06d}.json"
-        texts = _read(path, len(part)) if path.is_file() else None
-        if texts is None:
-            with on_accelerator(teacher.module), autocast(precision):
-                texts = written(part, start)
-            write_json(path, {"texts": texts, "digest": digest(json.dumps(texts))})
-        found += texts
-        report(len(found) / len(sources))
+    with main_first():
+        place.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(sources), CHUNK):
+            part, path = sources[start : start + CHUNK], place / f"{start // CHUNK:06d}.json"
+            texts = _read(path, len(part)) if path.is_file() else None
+            if texts is None:
+                with on_accelerator(teacher.module), autocast(precision):
+                    texts = written(part, start)
+                write_json(path, {"texts": texts, "digest": digest(json.dumps(texts))})
+            found += texts
+            report(len(found) / len(sources))
     return found
 
 

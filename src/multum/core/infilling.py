@@ -25,6 +25,7 @@ from ..errors import InputError
 from .families import FAMILIES
 from .folders import digest, read_json, write_json
 from .model import Model
+from .processes import main_first
 from .reporting import report
 from .teacher import batches_by_length
 from .training import Precision, autocast, on_accelerator, resolve_precision
@@ -66,10 +67,11 @@ def cached_infill(model: Model, texts: Sequence[Text], seed: int, folder: Path, 
     settings = (seed, MASKED, LIKELIEST, resolve_precision(precision))
     key = digest(model.fingerprint(), json.dumps(list(texts)), json.dumps(settings))
     path = folder / f"{key}.infilled.json"
-    if (kept := _read(path, len(texts))) is None:
-        kept = infill(model, texts, seed, precision=precision)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"texts": kept, "digest": digest(json.dumps(kept))})
+    with main_first():
+        if (kept := _read(path, len(texts))) is None:
+            kept = infill(model, texts, seed, precision=precision)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"texts": kept, "digest": digest(json.dumps(kept))})
     return kept
 
 

@@ -10,21 +10,22 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from .memory import trim
 from .padding import item_count
 from .reporting import report
 
 Rows = Sequence[Mapping[str, Any]]
-Loss = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+Loss = Callable[[nn.Module, dict[str, torch.Tensor]], Any]
+"""A mean over the items of a batch (`item_count`), a scalar; or that and one over its examples, which is added."""
 TRIM_EVERY = 50
 """Optimizer steps after which freed memory goes back to the system: batches of many shapes leave holes in it."""
 
 
 class LossTrainer(Trainer):
-    """A loss is a mean over the items of a part of a batch. Parts, in all processes, are weighed by how many items they have, so
-    that the gradient is that of the whole batch however it is cut. Terms that are means over something else (layer losses: all
-    real tokens) are weighed the same, which is exact only where texts are equally long."""
+    """A loss is a mean over the items of a part of a batch, or that and a mean over its examples. Parts, in all processes, are
+    weighed by how many items and examples they have, so that the gradient is that of the whole batch however it is cut."""
 
     def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -33,18 +34,38 @@ class LossTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The parts of one optimizer step, and the items of all of them, in all processes."""
+        """The parts of one optimizer step, and what is in all of them, in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(item_count(batch, causal=self.causal) for batch in batches), device=device)
-        return batches, int(self.accelerator.reduce(count, "sum") if self.args.world_size > 1 else count)
+        counts = torch.tensor([self._counts(batch) for batch in batches], device=device).reshape(-1, 2).sum(0)
+        return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """A part's own mean, by its share of all items."""
+        """A part's own means, by its share of all items and all examples."""
         parts = self.current_gradient_accumulation_steps * self.args.world_size  # what Trainer and DDP divide by
-        share = item_count(inputs, causal=self.causal) * parts / max(num_items_in_batch, 1)
-        return share * self.loss(model, inputs)
+        items, examples = (
+            part * parts / max(whole, 1) for part, whole in zip(self._counts(inputs), num_items_in_batch.tolist(), strict=True)
+        )
+        loss = self.loss(model, inputs)
+        return items * loss[0] + examples * loss[1] if isinstance(loss, tuple) else items * loss
+
+    def over_processes(self, loss: float) -> float:
+        """The mean of what the processes have."""
+        if self.args.world_size == 1:
+            return loss
+        return float(self.accelerator.reduce(torch.tensor(loss, device=self.args.device), "mean"))
+
+    def _counts(self, batch: Mapping[str, Any]) -> tuple[int, int]:
+        """Items, examples."""
+        return item_count(batch, causal=self.causal), len(batch["input_ids"])
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """As Trainer's, but in an order that does not depend on how many processes there are."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):  # it sorts within some batches of one process
+            sampler.batch_size *= self.args.world_size
+        return sampler
 
 
 class ListDataset(torch.utils.data.Dataset[Any]):

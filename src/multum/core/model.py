@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import InputError
-from . import shapes
+from . import processes, shapes
 from .folders import digest, read_json, whole_folder
 from .hub import loading
 from .linears import Linear, is_linear
@@ -106,13 +106,16 @@ class Model:
         )
 
     def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
-        """Write the model folder: weights, config, tokenizer and `recipe.json`. Whole or not at all.
+        """Write the model folder: weights, config, tokenizer and `recipe.json`. Whole or not at all. Of several processes the main
+        one writes.
 
         Args:
             folder: replaced if it exists.
             extra: more entries for `recipe.json` (task, data fingerprints, seed).
         """
         stock = shapes.record(self.module)
+        if processes.number() > 0:
+            return
         with whole_folder(Path(folder)) as work:
             self.module.save_pretrained(work)
             self.tokenizer.save_pretrained(work)

@@ -26,6 +26,7 @@ from torch import nn
 from ..errors import InputError
 from .folders import cache_home, check_writable, digest, read_json, write_json
 from .model import Model
+from .processes import main_first
 from .reporting import report
 from .training import FEW_SHAPES, Precision, Rows, autocast, on_accelerator, pad, resolve_precision
 
@@ -222,7 +223,8 @@ def kept(
     dtype: DTypeLike,
     compute: Callable[[Rows], np.ndarray],
 ) -> np.ndarray:
-    """What a teacher computes for examples, from the file at `path` or computed chunk by chunk and written there.
+    """What a teacher computes for examples, from the file at `path` or computed chunk by chunk and written there, by the main
+    process if there are several.
 
     Args:
         path: named by `key_of`; its folder is made if missing.
@@ -239,6 +241,22 @@ def kept(
     Raises:
         InputError: they would not fit the disk.
     """
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    with main_first():
+        _fill(path, teacher, rows, counts, width, dtype, compute)
+    return np.memmap(path, dtype=dtype, mode="r", shape=(int(ends[-1]), width))
+
+
+def _fill(
+    path: Path,
+    teacher: Model,
+    rows: Rows,
+    counts: Sequence[int],
+    width: int,
+    dtype: DTypeLike,
+    compute: Callable[[Rows], np.ndarray],
+) -> None:
+    """Compute what the file lacks. Arguments as `kept`."""
     index = path.with_suffix(".json")
     ends = np.concatenate([[0], np.cumsum(counts)])
     entry = width * np.dtype(dtype).itemsize
@@ -264,7 +282,6 @@ def kept(
         done[str(start)] = digest(fresh.tobytes())  # not of the file, which another process may be writing too
         write_json(index, done)
         report(end / len(rows))
-    return np.memmap(path, dtype=dtype, mode="r", shape=values.shape)
 
 
 def _starts(counts: Sequence[int], entry: int) -> list[int]:

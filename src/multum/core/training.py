@@ -7,6 +7,7 @@ resume come with it for all of them.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..errors import MultumError
+from ..errors import InputError, MultumError
 from .estimate import estimate, is_long
 from .lora import Spec, adapted, lora_problems
 from .loss_trainer import AfterStep, ListDataset, LossTrainer
@@ -29,6 +30,7 @@ from .packed import refuse_packed
 from .padding import FEW_SHAPES as FEW_SHAPES
 from .padding import pad as pad
 from .private import Budget, train_privately
+from .processes import count
 from .reporting import anyone_reads, remark
 from .while_training import attention_for_training, dropout_as, joined, recomputed, zeros_kept
 
@@ -58,14 +60,15 @@ def fit(
     extra: nn.Module | None = None,
     private: Budget | None = None,
 ) -> dict[str, Any]:
-    """Train `model.module` in place with AdamW, linear warm-up and decay, gradients clipped to norm 1.
+    """Train `model.module` in place with AdamW, linear warm-up and decay, gradients clipped to norm 1. Of several processes each
+    takes its share of every batch, and all end with the same weights.
 
     Weights that are exactly zero stay so, which is all the mask registry that prune-then-train needs.
 
     Args:
         model: changed in place.
         rows: encoded examples (`input_ids`, `attention_mask`, ...), unpadded; or a stream of them, which takes `steps`.
-        loss: (module, padded batch) -> scalar, a mean over its items (`item_count`).
+        loss: (module, padded batch) -> scalar, a mean over its items (`item_count`); or that and a mean over its examples.
         epochs: passes over `rows`.
         steps: optimizer steps, in the place of `epochs`. A stream is read until they are done, and must be long enough.
         learning_rate: the highest, reached after the share `warmup` of all steps.
@@ -84,11 +87,13 @@ def fit(
         `loss` (mean over the run) and `seconds`; of a private training `seconds` and `privacy`.
 
     Raises:
-        InputError: the model is quantized already, or cannot take `checkpointing` or `lora`.
+        InputError: the model is quantized already, cannot take `checkpointing` or `lora`, or a batch cannot be shared out.
         MissingExtra: `lora` or `private` takes a package that is not installed.
         MultumError: the loss became infinite or not a number.
     """
     refuse_packed(model.module, "training")
+    if problems := _parts_problems(batch_size, accumulate):
+        raise InputError(*problems)
     give_back()  # what an earlier fit has left
     module, data = model.module, rows if isinstance(rows, torch.utils.data.IterableDataset) else ListDataset(rows)
     with (
@@ -130,7 +135,7 @@ def fit(
                 max_steps=steps or -1,
                 train_sampling_strategy="group_by_length" if isinstance(data, ListDataset) else "random",
                 learning_rate=learning_rate,
-                per_device_train_batch_size=batch_size // accumulate,
+                per_device_train_batch_size=batch_size // accumulate // count(),
                 gradient_accumulation_steps=accumulate,
                 weight_decay=weight_decay,
                 warmup_steps=warmup,
@@ -147,10 +152,11 @@ def fit(
             resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
         )
         _without_autocast(module)
-    if not torch.isfinite(torch.tensor(result.training_loss)):
+    training_loss = trainer.over_processes(result.training_loss)
+    if not math.isfinite(training_loss):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
     module.eval()
-    return {"loss": round(result.training_loss, 4), "seconds": round(result.metrics["train_runtime"], 1)}
+    return {"loss": round(training_loss, 4), "seconds": round(result.metrics["train_runtime"], 1)}
 
 
 def _arguments(**hyper: Any) -> TrainingArguments:
@@ -234,10 +240,17 @@ def on_accelerator(module: nn.Module) -> Iterator[None]:
 
 def memory_problems(batch_size: int, accumulate: int, lora: Spec | None) -> list[str]:
     """What is wrong with how memory is to be saved."""
-    problems = lora_problems(lora)
+    return [*lora_problems(lora), *_parts_problems(batch_size, accumulate)]
+
+
+def _parts_problems(batch_size: int, accumulate: int) -> list[str]:
+    """What is wrong with how a batch is cut."""
     if accumulate < 1 or batch_size % accumulate:
-        problems.append(f"accumulate must divide batch_size, {batch_size} (got {accumulate})")
-    return problems
+        return [f"accumulate must divide batch_size, {batch_size} (got {accumulate})"]
+    if batch_size // accumulate % count():
+        parts = f"{count()} processes" + (f" with {accumulate} parts each (accumulate)" if accumulate > 1 else "")
+        return [f"batch_size is that of all processes together, and {batch_size} examples cannot be shared by {parts}"]
+    return []
 
 
 def training_problems(epochs: float, learning_rate: float, batch_size: int, warmup: float) -> list[str]:
@@ -249,6 +262,8 @@ def training_problems(epochs: float, learning_rate: float, batch_size: int, warm
         problems.append(f"learning_rate must be between 0 and 1 (got {learning_rate}); 1e-5 to 5e-4 is usual")
     if batch_size < 1:
         problems.append(f"batch_size must be at least 1 (got {batch_size})")
+    else:
+        problems += _parts_problems(batch_size, 1)
     if not 0 <= warmup < 1:
         problems.append(f"warmup is a share of all steps, 0 to 1 (got {warmup})")
     return problems

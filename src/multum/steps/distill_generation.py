@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core import processes
 from ..core.continuations import Continuation
 from ..core.model import Model
 from ..core.sparse_logits import thinning_of, thinning_problems
@@ -203,7 +204,7 @@ class DistillGeneration(Step):
             if said is None:
                 return task.loss(module(**{name: value for name, value in batch.items() if name != "labels"}), batch)
             index = batch.pop("index")
-            (batch,) = some_sampled(model.module, [batch], self.on_policy, self.seed, next(steps))
+            (batch,) = some_sampled(model.module, [batch], self.on_policy, self.seed, next(steps), processes.number())
             new = bool(batch.pop(ON_POLICY, False))
             reads_labels = new and model.module.config.is_encoder_decoder  # its decoder does
             outputs = module(**{name: value for name, value in batch.items() if reads_labels or name != "labels"})

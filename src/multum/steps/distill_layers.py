@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..core import processes
 from ..core.augment import transfer_texts
 from ..core.capture import Captured, capture, shape_of
 from ..core.model import Model
@@ -150,20 +151,17 @@ class DistillLayers(Step):
         how = Thinning(seed=self.seed)
         said = kept_answers(kind, teacher, rows, theirs, folder, self.precision, how, step=self.name) if kind else None
 
-        def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
             index = batch.pop("index")
             with capture(module, attention=matcher.attention) as captured:
                 outputs = module(**{name: value for name, value in batch.items() if name != "labels"})
             mask = batch["attention_mask"]
-            total = matcher(captured, inside(index, mask.shape[1]), mask)
-            if said is not None:
-                answers = said(index, mask.shape[1])
-                total = total + self.logits * answer_loss(
-                    task, model.module, outputs, answers, batch, alpha=self.alpha, temperature=self.temperature
-                )
-            elif torch.distributed.is_initialized():  # several processes wait for a gradient of every weight, the head's too
-                total = total + 0.0 * outputs[0].sum()
-            return total
+            layers = matcher(captured, inside(index, mask.shape[1]), mask)
+            if said is None:  # several processes wait for a gradient of every weight, the head's too
+                return 0.0 * outputs[0].sum() if processes.count() > 1 else layers.new_zeros(()), layers
+            answers = said(index, mask.shape[1])
+            told = answer_loss(task, model.module, outputs, answers, batch, alpha=self.alpha, temperature=self.temperature)
+            return self.logits * told, layers
 
         training = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _TRAINING}
         with on_accelerator(teacher.module) if self.live else nullcontext():

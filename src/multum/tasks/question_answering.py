@@ -22,6 +22,7 @@ from datasets import Dataset
 from torch.nn import functional as F
 
 from ..core.model import Model
+from ..core.padding import real_tokens
 from ..core.passages import THRESHOLD, Passages, choose, context_tokens, first_token
 from ..core.task import IGNORED, Batch, Quality, SplitName, of_split
 from ..errors import InputError
@@ -143,10 +144,12 @@ class QuestionAnswering(EncoderTask):
         return self._encode(model, texts, None)
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """The mean of two cross entropies, a mean over the windows that have labels."""
+        """The mean of two cross entropies, a mean over the windows that have labels. Padding is no place where an answer could be,
+        so that the loss does not depend on what else is in the batch."""
         starts, ends = batch["labels"].unbind(1)
-        first = F.cross_entropy(outputs.start_logits.float(), starts, ignore_index=IGNORED)
-        return (first + F.cross_entropy(outputs.end_logits.float(), ends, ignore_index=IGNORED)) / 2
+        none = ~real_tokens(batch).bool()
+        first, last = (part.float().masked_fill(none, -torch.inf) for part in (outputs.start_logits, outputs.end_logits))
+        return (F.cross_entropy(first, starts, ignore_index=IGNORED) + F.cross_entropy(last, ends, ignore_index=IGNORED)) / 2
 
     def score(self, predictions: np.ndarray, split: SplitName) -> Quality:
         """F1 and exact match of the best spans, (questions, 1 + spans, 3), as `core/passages` makes them."""
