@@ -98,6 +98,12 @@ def test_a_temperature_that_is_none(step: type, value: Any) -> None:
         step(teacher="teacher", temperature=value)
 
 
+@pytest.mark.parametrize("step", [*STEPS, DistillGeneration])
+def test_a_teacher_without_a_name(step: type) -> None:
+    with pytest.raises(InputError, match="teacher names no folder or Hub id"):
+        step(teacher="")
+
+
 @pytest.mark.parametrize("weight", ["hidden", "logits"])
 def test_a_weight_without_end(weight: str) -> None:
     with pytest.raises(InputError, match=f"{weight} is a weight, 0 or more and finite"):

@@ -691,6 +691,9 @@ def test_wrong_values_are_listed_together(tmp_path: Path) -> None:
     ("options", "problem"),
     [
         ({"temperature": "2"}, "temperature must be above 0 and finite (got '2')"),
+        ({"temperature": True}, "temperature must be above 0 and finite (got True)"),
+        ({"layer_losses": {"hidden": 1.0, "layer_map": [True, 2]}}, "layer_losses: layer_map must name one teacher layer"),
+        ({"layer_losses": {"hidden": 1.0, "project": "yes"}}, "layer_losses: project is true or false (got 'yes')"),
         ({"temperature": float("inf")}, "temperature must be above 0 and finite (got inf)"),
         ({"alpha": None}, "alpha is a share, 0 to 1 (got None)"),
         ({"on_policy": "a"}, "on_policy is a share, 0 to 1 (got 'a')"),
@@ -704,6 +707,24 @@ def test_so_are_values_of_a_wrong_kind(options: dict[str, Any], problem: str, tm
     text = refused(tmp_path, *of_kind("single_label"), **{"sparse_logits": {"top_k": 0}, **options})
     assert "2 problems" in text
     assert problem in text
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"args": {"output_dir": "out"}}, "args must be TrainingArguments (got dict)"),
+        ({"model": nn.Linear(1, 1)}, "the model to train is student_model here"),
+        ({"train_dataset": {"train": [1], "test": [1]}}, "train_dataset holds several data sets (train, test); pass one"),
+        ({"train_dataset": "train.csv"}, "train_dataset must be a data set (got 'train.csv')"),
+        ({"train_dataset": []}, "train_dataset is empty"),
+        ({"student_model": None}, "student_model is missing"),
+    ],
+)
+def test_so_is_what_trainer_could_do_nothing_with(options: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    teacher, student = of_kind("single_label")
+    with pytest.raises(InputError) as caught:
+        DistillationTrainer(**{"teacher_model": teacher, "student_model": student, "args": arguments(tmp_path), **options})
+    assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize("given", [3, None, Path("folder")])

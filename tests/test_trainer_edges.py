@@ -14,10 +14,10 @@ from datasets import Dataset
 from lessons import arguments, difference, examples, of_kind, other_words, reviews, uld_by_loops, without_dropout
 from tokenizers import normalizers
 from torch import nn
-from transformers import BertForMultipleChoice
+from transformers import BertForMultipleChoice, DataCollatorForSeq2Seq, DataCollatorWithPadding
 
 from multum.distillation_trainer import DistillationTrainer
-from multum.errors import InputError
+from multum.errors import InputError, MultumError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ULD: dict[str, Any] = {"divergence": "uld", "temperature": 1.0}
@@ -205,3 +205,45 @@ def test_prompts_that_are_learnt_are_refused_where_tokens_are_compared(tmp_path:
     before = copy.deepcopy(student)
     trainer.train()
     assert difference(before, student) > 1e-4
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", ["single_label", "causal_lm"])
+def test_a_teacher_whose_answers_are_no_numbers_is_refused(kind: str, cached: bool, tmp_path: Path) -> None:
+    teacher, student = of_kind(kind)
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(torch.nan)
+    options = {"cache": tmp_path / "kept", "temperature": 1.0} if cached else {}
+    trainer = DistillationTrainer(teacher, student, arguments(tmp_path), train_dataset=examples(kind, 8), **options)
+    with pytest.raises(MultumError, match="the teacher's answers are no numbers"):
+        trainer.train()
+
+
+def test_a_student_of_which_nothing_can_be_trained_is_refused(tmp_path: Path) -> None:
+    teacher, student = of_kind("single_label")
+    with pytest.raises(InputError, match="no weight of the student can be trained"):
+        DistillationTrainer(teacher, student.requires_grad_(False), arguments(tmp_path), layer_losses={"hidden": 1.0})
+
+
+@pytest.mark.parametrize("kind", ["single_label", "causal_lm"])
+def test_examples_without_tokens_cannot_be_cached(kind: str, tmp_path: Path) -> None:
+    ids: list[list[int]] = [[2, 3], [], [4, 5]]
+    labels = [0, 1, 1] if kind == "single_label" else ids
+    data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": labels})
+    collator = (DataCollatorWithPadding if kind == "single_label" else DataCollatorForSeq2Seq)(tiny.model().tokenizer)
+    options: dict[str, Any] = {"cache": tmp_path / "kept", "temperature": 1.0, "data_collator": collator}
+    trainer = DistillationTrainer(*of_kind(kind), arguments(tmp_path), train_dataset=data, **options)
+    with pytest.raises(InputError, match="1 of 3 examples of the training set have no tokens \\(the first is number 2\\)"):
+        trainer.train()
+
+
+def test_one_text_column_may_be_a_plain_name(tmp_path: Path) -> None:
+    teacher, student, texts = writers("text")
+    both = {"processing_class": student.tokenizer, "teacher_processing_class": teacher.tokenizer, **ULD}
+    named = texts.rename_column("text", "line")
+    trainer = DistillationTrainer(
+        teacher.module, student.module, arguments(tmp_path), train_dataset=named, text_columns="line", **both
+    )
+    assert "teacher_inputs" in next(iter(trainer.get_train_dataloader()))
+    with pytest.raises(InputError, match="the data has no column other;"):
+        DistillationTrainer(teacher.module, student.module, arguments(tmp_path), train_dataset=named, text_columns="other", **both)

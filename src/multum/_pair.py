@@ -168,6 +168,8 @@ def agreement(
 
 
 def _same_task(student: nn.Module, teacher: nn.Module) -> list[str]:
+    if not any(p.requires_grad for p in student.parameters()):
+        return ["no weight of the student can be trained: all are frozen (requires_grad_)"]
     if ids := {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         return [f"teacher and student share {len(ids)} weights, so that the teacher would change in training; copy it (deepcopy)"]
     kinds = kind_of(inner(student)), kind_of(inner(teacher))
@@ -223,7 +225,11 @@ def _each_for_itself(
         yield f"layer_losses: layers are compared token by token, but {differ}"
     if texts is None:
         usual = LANGUAGE_COLUMNS.get(kind, TEXT_COLUMNS)
-        named = " and ".join(columns) if columns else ", or ".join(" and ".join(each) for each in usual)
+        named = (
+            " and ".join([columns] if isinstance(columns, str) else columns)
+            if columns
+            else ", or ".join(" and ".join(each) for each in usual)
+        )
         yield (
             f"{differ}, so each must read the texts itself, but the data has no column {named}; keep the texts, or name their "
             "columns (text_columns)"
@@ -235,7 +241,7 @@ def text_columns(
 ) -> tuple[str, ...] | None:
     """The columns with the texts, one or two, that all the data sets have."""
     found = [set(_column_names(each)) for each in data]
-    candidates = [tuple(named)] if named else usual
+    candidates = [(named,) if isinstance(named, str) else tuple(named)] if named else usual
     return next((columns for columns in candidates if found and all(set(columns) <= names for names in found)), None)
 
 

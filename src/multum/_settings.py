@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +82,9 @@ def settings_of(
     Raises:
         InputError: lists what is wrong with them.
     """
-    problems: list[str] = []
+    problems = list(_unfit(args, trainer))
+    if problems:
+        raise InputError(*problems)
 
     def read(reader: Callable[[Any], T], given: Any) -> T | None:
         try:
@@ -104,6 +106,21 @@ def settings_of(
     if problems:
         raise InputError(*problems)
     return settings
+
+
+def _unfit(args: Any, trainer: Mapping[str, Any]) -> Iterator[str]:
+    """What Trainer is given and could do nothing with; its own messages are about something else."""
+    if not isinstance(args, TrainingArguments):
+        yield f"args must be TrainingArguments (got {type(args).__name__})"
+    if "model" in trainer:
+        yield "model: the model to train is student_model here"
+    data = trainer.get("train_dataset")
+    if isinstance(data, Mapping):
+        yield f"train_dataset holds several data sets ({', '.join(map(str, data))}); pass one of them"
+    elif isinstance(data, str) or not (data is None or hasattr(data, "__getitem__") or hasattr(data, "__iter__")):
+        yield f"train_dataset must be a data set (got {data!r}); datasets.load_dataset makes one of a file"
+    elif isinstance(data, Sized) and not len(data):
+        yield "train_dataset is empty"
 
 
 def _folder(given: Any) -> Path:

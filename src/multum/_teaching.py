@@ -26,7 +26,7 @@ from ._settings import WRITERS
 from ._sparse_answers import SparseAnswers, SparsePlan, check_unchanged, said
 from .core.capture import Captured, capture, shape_of
 from .core.model import Model
-from .core.teacher import answering, cached_logits
+from .core.teacher import answering, cached_logits, refuse_nan
 from .core.teacher_states import CachedStates, cached_states
 from .core.training import Precision
 from .errors import InputError
@@ -60,6 +60,8 @@ class Teacher:
     """The TrainingArguments."""
     plan: SparsePlan | None = None
     """What is kept of its answers, if it is a language model."""
+    heard: bool = False
+    """Whether it has answered live, in numbers."""
 
     @cached_property
     def columns(self) -> list[str]:
@@ -97,6 +99,9 @@ class Teacher:
             inputs["use_cache"] = False
         with answering(self.module), capturing(self.module, self.matcher) as captured:
             outputs = self.module(**inputs)
+        if not self.heard:  # once is enough, and no wait for an accelerator in every step
+            refuse_nan(next(value for name, value in outputs.items() if name != "loss"))
+            self.heard = True
         if theirs is not None and isinstance(self.reader, LanguageReader):
             outputs = SimpleNamespace(logits=outputs.logits, counts=items(kind_of(inner(self.module)), theirs))
         return outputs, captured
@@ -280,6 +285,11 @@ def _rows(data: Any, columns: Sequence[str], reader: AnyReader | None, *, labels
     if more := sorted((set(rows[0]) & set(columns)) - {*wanted, *LABELS}):
         raise InputError(
             f"cache: the teacher would read {', '.join(more)} too, which it is not kept for; leave them out of the data"
+        )
+    if empty := [number for number, row in enumerate(rows, start=1) if len(row["input_ids"]) == 0]:
+        raise InputError(
+            f"cache: {len(empty)} of {len(rows)} examples of the training set have no tokens (the first is number {empty[0]}); "
+            "leave them out of the data"
         )
     found = [{name: np.asarray(row[name]).tolist() for name in wanted if name in row} for row in rows]
     return found if labels else [_without_padding(row) for row in found]

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import InputError
 from .folders import digest
 from .model import Model
-from .teacher import batches_by_length, kept, key_of
+from .teacher import batches_by_length, kept, key_of, refuse_nan
 from .training import Precision, Rows, autocast
 
 NUMBERS = 2**26
@@ -139,6 +139,7 @@ def sparse_logits(
         for number, values in zip(chosen, logits, strict=True):
             row, part = rows[number], result[ends[number] - counts[number] : ends[number]]
             wanted = values[torch.as_tensor(row["places"], dtype=torch.long, device=values.device)]
+            refuse_nan(wanted)
             uniform = np.random.default_rng([how.seed, row["index"]]).random((len(part), how.tokens))
             size, done = max(NUMBERS // 4 // vocabulary, 1), 0
             for block in wanted.split(size):

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import DTypeLike
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, MultumError
 from .folders import cache_home, check_writable, digest, read_json, write_json
 from .model import Model
 from .processes import main_first
@@ -73,6 +73,7 @@ def logits(module: nn.Module, rows: Rows, pad_token_id: int, *, batch_size: int 
         result[chosen] = values
     if result is None:
         raise ValueError("no rows to compute outputs for")
+    refuse_nan(result)
     return result
 
 
@@ -86,6 +87,18 @@ def batches_by_length(
         chosen = order[start : start + batch_size]
         batch = pad([model_inputs(rows[i]) for i in chosen], pad_token_id, multiple=FEW_SHAPES)
         yield chosen, {name: value.to(device) for name, value in batch.items()}
+
+
+def refuse_nan(values: Any) -> None:
+    """Refuse a teacher whose answers, a tensor or an array, are no numbers: a student would learn that.
+
+    Raises:
+        MultumError: there is a nan.
+    """
+    if bool((values != values).any()):
+        raise MultumError(
+            "the teacher's answers are no numbers (nan): its weights are damaged, or its precision is too low; try it alone first"
+        )
 
 
 def model_inputs(row: Any) -> dict[str, Any]:
@@ -143,6 +156,7 @@ def token_outputs(
             result[ends[row] - length : ends[row]] = value[:length]
     if result is None:
         raise ValueError("no rows to compute outputs for")
+    refuse_nan(result)
     return result
 
 

@@ -140,6 +140,8 @@ class LayerLosses:
                 found.append(f"{name} must be at least 1 (got {value!r})")
         if (chosen := self.dynamic_layers) is not None and not (are_layers(chosen) and sorted(set(chosen)) == list(chosen)):
             found.append(f"dynamic_layers must be different layers in ascending order, counted from 1 (got {chosen!r})")
+        if not isinstance(self.project, bool):
+            found.append(f"project is true or false (got {self.project!r})")
         return found
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is one, and neither infinite nor nan."""
-    return isinstance(value, Real) and math.isfinite(value)
+    """Whether it is one, and neither infinite nor nan. To Python true and false are numbers too."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def are_layers(value: Any) -> bool:
     """Whether it is a list of layers, at least one, counted from 1."""
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(layer, Integral) and int(layer) > 0 for layer in value)
+    if not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(layer, Integral) and not isinstance(layer, bool) and int(layer) > 0 for layer in value)
 
 
 def share_problems(**shares: Any) -> list[str]:

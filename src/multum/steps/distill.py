@@ -103,6 +103,8 @@ class Distill(Step):
         if self.augment_model is not None and self.augment == 0:
             problems.append("augment_model makes variants, but augment asks for none; say how many, for example augment: 4")
         problems += thinning_problems(self.sparse_logits)
+        if self.teacher == "":
+            problems.append("teacher names no folder or Hub id")
         if self.teacher is None and self.student is None:
             problems.append("it takes a teacher (folder or Hub id of a trained model), or a student that the model itself teaches")
         return [*problems, *(student_problems(self.student) if self.student is not None else [])]
