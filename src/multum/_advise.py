@@ -18,6 +18,7 @@ from ._advice_profile import Profile, profile_of
 from ._advice_sources import BOTH, FASTER, GOALS, SMALLER
 from .core.step import find, names
 from .errors import InputError, ParityError
+from .targets import DataOf, data_of
 
 FEW_ROUNDS, FEW_TEXTS = 6, 25
 """Of a quick measurement."""
@@ -36,7 +37,7 @@ def advise(
     measured: bool = False,
     columns: Mapping[str, str] | None = None,
     unlabelled: str = "",
-    seed: int = 0,
+    seed: int | None = None,
     threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -45,12 +46,13 @@ def advise(
     Args:
         model: folder, Hub id or `example:NAME`.
         task: as Hugging Face pipelines name it.
-        data: as every command takes it. Without it the vocabulary and the times are not known.
+        data: as every command takes it; by default that of the run the model came from. Without any the vocabulary and the times
+            are not known.
         goal: one of `GOALS`.
         measured: measure the latency of the original, and of its int8 form, as `measure` does, quickly. Takes data.
         columns: task column -> column of the data.
         unlabelled: file of further texts for a teacher.
-        seed: of splits, and of the recipe.
+        seed: of splits, and of the recipe; by default that of the run, else 0.
         threads: to measure with; by default all cores, or `OMP_NUM_THREADS`.
         trust_remote_code: run code that comes with the model.
 
@@ -61,6 +63,8 @@ def advise(
     Raises:
         InputError: lists every mistake.
     """
+    known = data_of(Path(model).expanduser(), data=data, columns=columns or {}, seed=seed)
+    data, seed = known.source, known.seed
     problems = recipes.check_sources(model, task, data, unlabelled)
     if goal not in GOALS:
         problems.append(f"no goal named {goal!r}; there are: {', '.join(GOALS)}")
@@ -68,10 +72,11 @@ def advise(
         problems.append("a measurement takes texts; give data")
     if problems:
         raise InputError(*problems)
-    profile, notes = _look(model, task, data, measured, columns, unlabelled, seed, threads, trust_remote_code)
+    profile, notes = _look(model, task, known, measured, unlabelled, threads, trust_remote_code)
     use, leave = decide(profile, goal)
     sources = {"model": model, "task": task, "data": data}
-    more = {"columns": dict(columns or {}), "unlabelled": unlabelled}
+    # What else is said of the data goes with it, into the recipe and into the command.
+    more = {"columns": known.columns, "unlabelled": unlabelled, "options": known.options}
     written = {**sources, **{key: value for key, value in more.items() if value}, "seed": seed, "steps": steps(profile, goal, use)}
     return {
         "schema": 1,
@@ -81,7 +86,7 @@ def advise(
         "use": [_entry(profile, goal, name) for name in use],
         "leave": [{**_entry(profile, goal, name), "why": why} for name, why in leave.items()],
         "recipe": written if data and written["steps"] else None,
-        "shrink": _shrink(sources, goal, profile),
+        "shrink": _shrink({**sources, "unlabelled": unlabelled, "seed": seed}, known.columns, goal, profile),
         "notes": [*notes, *_notes(profile)],
     }
 
@@ -162,8 +167,7 @@ def commands(advice: Mapping[str, Any], path: Path | None) -> list[str]:
     run = _run_of(path)
     found.append(f"multum run {shlex.quote(str(path))} -o {run}")
     if any(one["name"] == "int8" for one in advice["use"]):
-        export = f"multum export {run}/model --to onnxruntime --precision int8 -o {run}/served"
-        found.append(f"{export} --task {advice['task']} --data {shlex.quote(advice['data'])}")
+        found.append(f"multum export {run}/model --to onnxruntime --precision int8 -o {run}/served")
     return found
 
 
@@ -174,11 +178,9 @@ def _run_of(path: Path) -> str:
 def _look(
     model: str,
     name: str,
-    data: str,
+    known: DataOf,
     measured: bool,
-    columns: Mapping[str, str] | None,
     unlabelled: str,
-    seed: int,
     threads: int | None,
     trust_remote_code: bool,
 ) -> tuple[Profile, list[str]]:
@@ -187,12 +189,14 @@ def _look(
     from .data import open_task
 
     source = recipes.locate(model)
-    if not data:
+    if not known.source:
         kind = tasks.find(name)
         loaded = Model.load(source, auto_class=kind.auto_class, trust_remote_code=trust_remote_code)
         return profile_of(loaded, name, None, shrinks=getattr(kind, "shrinks", False)), []
     more = recipes.locate(unlabelled) if unlabelled else None
-    task = open_task(name, recipes.locate(data), columns=columns, unlabelled=more, seed=seed)
+    task = open_task(
+        name, recipes.locate(known.source), columns=known.columns, unlabelled=more, seed=known.seed, options=known.options
+    )
     loaded = task.load(source, trust_remote_code=trust_remote_code)
     profile = profile_of(loaded, name, task, shrinks=getattr(task, "shrinks", False))
     notes = list(task.notes)
@@ -244,12 +248,15 @@ def _entry(p: Profile, goal: str, name: str) -> dict[str, Any]:
     }
 
 
-def _shrink(sources: Mapping[str, str], goal: str, p: Profile) -> str | None:
+def _shrink(sources: Mapping[str, Any], columns: Mapping[str, str], goal: str, p: Profile) -> str | None:
     """The search finds by measuring how far a model can go; it takes one label a text, and an export."""
     if p.exportable or not p.known or p.factored or p.packed or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
         return None
-    model, data = (shlex.quote(sources[key]) for key in ("model", "data"))
-    return f"multum shrink {model} --task {sources['task']} --data {data} --max-drop 1 -o runs/{goal}"
+    more = {name: sources[name] for name in ("unlabelled", "seed") if sources[name]}
+    more |= {"columns": ",".join(f"{name}={own}" for name, own in columns.items())} if columns else {}
+    words = ["multum", "shrink", sources["model"], "--task", sources["task"], "--data", sources["data"]]
+    words += [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    return shlex.join([*words, "--max-drop", "1", "-o", f"runs/{goal}"])
 
 
 def _notes(p: Profile) -> list[str]:

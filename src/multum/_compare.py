@@ -29,7 +29,8 @@ from ._compare_work import Work, unfinished
 from .core.folders import digest, read_json, whole_folder, write_json
 from .errors import InputError
 from .progress import Progress
-from .targets import open_for, task_of
+from .recipe import locate
+from .targets import DataOf, data_of, open_known, task_of
 
 TASK = "text-classification"
 RESULT, PAGE = "comparison.json", "report.html"
@@ -59,6 +60,7 @@ def compare(
     floor: str | Path | None = None,
     task: str = "",
     columns: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
     group_by: Sequence[str] = (),
     shift: str | Path | None = None,
     lexicon: str | Path | None = None,
@@ -84,6 +86,7 @@ def compare(
         floor: a second fine-tuning of `before` that differs in its seed only; it gets the same figures as `after`.
         task: as Hugging Face pipelines name it; by default the one that `before` was made for.
         columns: task column -> column of the data.
+        options: further fields of the task, as `data.open_task` takes them.
         group_by: columns of the data by whose values examples are grouped, beside class and length.
         shift: file of texts from elsewhere, with or without labels.
         lexicon: file of synonyms, words that mean the same on one line; texts are then also changed by them.
@@ -103,18 +106,20 @@ def compare(
     Raises:
         InputError: lists all that is wrong: folders, data, label sets, columns, too few examples.
     """
-    started, progress, columns = time.monotonic(), progress or Progress.silent(), dict(columns or {})
+    started, progress = time.monotonic(), progress or Progress.silent()
     sources = {"before": before, "after": after} | ({"floor": floor} if floor else {})
     task = task or task_of(Path(before)) or TASK
-    problems = _Problems(_wrong_options(Path(output), margin, level, split, data, group_by, shadows))
+    problems = _Problems(_wrong_options(Path(output), margin, level, split, shadows))
     folders: dict[str, Path] = {}
     for role, source in sources.items():
         with problems.gather():
             folders[role] = target(source, runtime, task)
-    opened, words = None, {}
+    on, words = None, {}
+    known = data_of(folders.get("before"), data=data, columns=columns or {}, seed=seed, options=options)
+    columns, seed = known.columns, known.seed
     if data or "before" in folders:
         with problems.gather():
-            opened = _open(folders.get("before"), data, task, columns, seed)
+            on = _open(before, task, known)
     with problems.gather():
         words = read_lexicon(Path(lexicon)) if lexicon else {}
     secrets: list[str] = []
@@ -122,22 +127,22 @@ def compare(
         secrets = read_canaries(Path(canaries)) if canaries else []
     problems += canary_problems(secrets, task)
     problems.refuse()
-    assert opened is not None  # noqa: S101 - or there was a problem
-    on, where = opened
-    asked_for: dict[str, Any] = {"level": level, "split": split, "seed": seed or 0, "runtime": runtime}
-    where_from = {"source": where, "columns": columns, "fingerprints": dict(on.fingerprints)}
+    assert on is not None  # noqa: S101 - or there was a problem
+    asked_for: dict[str, Any] = {"level": level, "split": split, "seed": seed, "runtime": runtime}
+    where = locate(known.source)
+    where_from = {"source": where, "columns": columns, "options": known.options, "fingerprints": dict(on.fingerprints)}
     if view := view_of(on):
         problems += not_asked(group_by=group_by, shift=shift, lexicon=lexicon, shadows=shadows)
         problems.refuse()
         about = {"task": task, **asked_for, "canaries": str(canaries) if canaries else None, "data": where_from}
-        how: dict[str, Any] = {"margin": margin / 100, "level": level, "split": split, "seed": seed or 0, "threads": threads}
+        how: dict[str, Any] = {"margin": margin / 100, "level": level, "split": split, "seed": seed, "threads": threads}
         found = compare_outputs(
             on, view, folders, sources, output=Path(output), asked_for=about, progress=progress, canaries=secrets, **how
         )
         found = {"schema": 1, "kind": "outputs", **about, **found, **_circumstances()}
         found["data"] |= {"notes": [*on.notes, *found.pop("notes", ())]}
         return _write(Path(output), found, progress, started)
-    look = Look(on, LEVELS[level], split, seed or 0, margin / 100)
+    look = Look(on, LEVELS[level], split, seed, margin / 100)
     problems += [look.problem] if look.problem else []
     look.lexicon(words)
     with problems.gather():
@@ -149,14 +154,14 @@ def compare(
         with problems.gather(f"{sources[role]}: "):
             predictors[role] = Predictor(folder, threads, on)
     with problems.gather():
-        trained = _shadows(on, folders, look, split, shadows, seed or 0)
+        trained = _shadows(on, folders, look, split, shadows, seed)
     problems.refuse()
     further = {"shift": str(shift) if shift else None, "lexicon": str(lexicon) if lexicon else None}
     asked_for |= {"shadows": shadows, "data": {**where_from, "group_by": list(group_by), **further}}
     read = {name: digest(Path(path)) for name, path in (("shift", shift), ("lexicon", lexicon)) if path}
     executed = {role: [str(source), predictors[role].facts["fingerprint"]] for role, source in sources.items()}
     work = Work(Path(output), {"models": executed, "margin": margin, **asked_for, **read})
-    answers, asked = gather(look, predictors, on, work, progress, trained, seed or 0), look.asked()
+    answers, asked = gather(look, predictors, on, work, progress, trained, seed), look.asked()
     with progress.stage("figures"):
         figures = {role: compared(answers["before"], answers[role], asked) for role in sources if role != "before"}
         models = {
@@ -221,7 +226,7 @@ def _private(folder: Path) -> dict[str, float] | None:
 
 
 def _wrong_options(
-    output: Path, margin: float, level: str, split: str, data: str, group_by: Sequence[str], shadows: int
+    output: Path, margin: float, level: str, split: str, shadows: int
 ) -> list[str]:
     problems = []
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not unfinished(output)):
@@ -231,8 +236,6 @@ def _wrong_options(
     for name, value, known in (("level", level, tuple(LEVELS)), ("split", split, ("train", "validation", "test"))):
         if value not in known:
             problems.append(f"{name}: {value!r} is none of {', '.join(known)}")
-    if group_by and not data:
-        problems.append("--group-by needs --data, the file or folder that has the columns")
     if shadows and shadows < FEWEST_SHADOWS:
         problems.append(
             f"shadows: {shadows} shadow models tell nothing; give {FEWEST_SHADOWS} or more (16 is usual), or 0 for none"
@@ -242,16 +245,11 @@ def _wrong_options(
     return problems
 
 
-def _open(folder: Path | None, data: str, task: str, columns: dict[str, str], seed: int | None) -> tuple[Any, str]:
-    """The task, and where its data is."""
-    from .data import open_task
-    from .recipe import check_sources, locate
-
-    if not data and folder:
-        return open_for(folder, data="", task=task, columns="", seed=seed), "the data of the run"
-    if problems := check_sources("", task, data):
-        raise InputError(*problems)
-    return open_task(task, locate(data), columns=columns, seed=seed or 0), locate(data)
+def _open(before: str | Path, task: str, known: DataOf) -> Any:
+    """The task on its data."""
+    if not known.source:
+        raise InputError(f"{before} does not say which data it is for; give --data")
+    return open_known(task, known)
 
 
 def _circumstances() -> dict[str, Any]:

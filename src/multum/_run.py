@@ -27,6 +27,7 @@ from .data import open_task, sizes
 from .errors import InputError
 from .progress import Progress
 from .recipe import MODEL, STAGE, Entry, Recipe, check, locate, read
+from .run_folder import differing
 from .targets import fingerprint
 
 RUN = "run.json"
@@ -239,6 +240,5 @@ def _check_folder(folder: Path, recipe: Recipe) -> None:
     before, now = read_json(folder / RUN).get("recipe"), _written(recipe)
     if before is None:
         raise InputError(f"{folder} holds another kind of run; choose another -o")
-    other = [key for key in now if before.get(key) != now[key]]
-    if other:
+    if other := differing(before, now):
         raise InputError(f"{folder} holds the run of another recipe ({', '.join(other)} differ); choose another -o to keep both")

@@ -231,6 +231,7 @@ def _comparison(folder: Path, data: str, threads: int | None, progress: Progress
             floor=sources.get("floor"),
             task=then["task"],
             columns=about["columns"],
+            options=about.get("options"),
             group_by=about.get("group_by", ()),
             shift=about.get("shift"),
             lexicon=about.get("lexicon"),

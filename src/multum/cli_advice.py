@@ -12,7 +12,8 @@ from . import options as opt
 
 Goal = Annotated[str, typer.Option("--goal", metavar="G", help="smaller, faster, both, private or no-training.")]
 SomeData = Annotated[
-    str, typer.Option("--data", metavar="D", help="As for shrink; without it the vocabulary's use and times are not known.")
+    str,
+    typer.Option("--data", metavar="D", help="As for shrink; by default that of its run. Without any, use and times are not known."),
 ]
 RecipeOut = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Recipe to write (YAML).")]
 Measured = Annotated[bool, typer.Option("--measure", help="Measure the original and its int8 form here, quickly.")]
@@ -34,7 +35,7 @@ def advise(
     measured: Measured = False,
     columns: opt.Columns = "",
     unlabelled: opt.Unlabelled = "",
-    seed: opt.Seed = 0,
+    seed: opt.OptionalSeed = None,
     threads: opt.Threads = None,
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
@@ -43,15 +44,16 @@ def advise(
     from . import recipe, terminal, units
     from ._advice_sources import GOALS
     from .commands import one_of, progress, together
-    from .targets import task_for
+    from .targets import data_of, task_for
 
+    known = data_of(Path(model).expanduser(), data=data, columns={}, seed=seed).source
     parsed = together(
-        recipe.check_sources(model, task, data, unlabelled),
+        recipe.check_sources(model, task, known, unlabelled),
         task=lambda: task_for(model, task),
         goal=lambda: one_of(goal, "--goal", tuple(GOALS)),
         columns=lambda: units.pairs(columns, "--columns"),
-        output=lambda: _new_recipe(output, data),
-        measured=lambda: _with_data(measured, data),
+        output=lambda: _new_recipe(output, known),
+        measured=lambda: _with_data(measured, known),
     )
     from ._advise import advise as look
     from ._advise import commands, write_recipe

@@ -50,7 +50,8 @@ class RunFolder:
         if (path / RUN).exists():
             self.values: dict[str, Any] = read_json(path / RUN)
             if self.values["data"]["fingerprints"] != dict(task.fingerprints):
-                raise InputError(f"{path} was made from other data than {arguments['data']} holds now; choose another -o")
+                held = " and ".join(filter(None, (arguments["data"], arguments.get("unlabelled"))))
+                raise InputError(f"{path} was made from other data than {held} holds now; choose another -o")
         else:
             self.values = {
                 "schema": 1,
@@ -167,9 +168,24 @@ def check_folder(folder: Path, arguments: Mapping[str, Any]) -> None:
             return
         raise InputError(f"{folder} holds something else already; choose an empty or new folder for -o")
     before = read_json(folder / RUN).get("arguments", {})
-    other = [f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in arguments.items() if before.get(key) != value]
+    other = [f"{key}: {before.get(key)!r} then, {arguments[key]!r} now" for key in differing(before, arguments)]
     if other:
         raise InputError(f"{folder} holds a run with other arguments ({'; '.join(other)}); choose another -o to keep both")
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the arguments of two calls.
+
+    Data may be called by another name (`../d.csv`): its content is compared once it is read. A model may, if the name leads to
+    the same place.
+    """
+    return [key for key, value in now.items() if before.get(key) != value and not _same(key, before.get(key), value)]
+
+
+def _same(key: str, then: Any, now: Any) -> bool:
+    if not (then and now):
+        return False
+    return key in ("data", "unlabelled") or (key == "model" and Path(then).expanduser().resolve() == Path(now).expanduser().resolve())
 
 
 def first_p50_ms(candidate: Mapping[str, Any]) -> float:

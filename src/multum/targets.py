@@ -23,38 +23,74 @@ class Way:
     compiled: bool = False
 
 
+@dataclass(frozen=True)
+class DataOf:
+    """Which data a model belongs to, and how that is read."""
+
+    source: str
+    """As `--data` takes it; empty where nobody says."""
+    columns: Mapping[str, str]
+    seed: int
+    """Of the splits, where the data has none of its own."""
+    options: Mapping[str, Any]
+    """Further fields of the task."""
+
+
+def data_of(
+    folder: Path | None, *, data: str, columns: Mapping[str, str], seed: int | None, options: Mapping[str, Any] | None = None
+) -> DataOf:
+    """What is given; what is not is looked up in the run that a model folder or export came from.
+
+    Columns and options go with the data: those of the run are not those of other data.
+    """
+    run = _run_of(folder) if folder and folder.exists() else {}
+    known, mapping, more = run.get("data", {}), columns, options
+    if not data:
+        mapping = mapping or run.get("arguments", {}).get("columns") or known.get("columns")
+        more = more or known.get("options")
+    at = run.get("seed", 0) if seed is None else seed
+    return DataOf(source=data or known.get("source", ""), columns=dict(mapping or {}), seed=at, options=dict(more or {}))
+
+
+def open_known(name: str, found: DataOf) -> Any:
+    """The task of this name on data that was found.
+
+    Raises:
+        InputError: there is no such data, or it is wrong.
+    """
+    from .data import open_task
+    from .recipe import check_sources, locate
+
+    if problems := check_sources("", name, found.source):
+        raise InputError(*problems)
+    return open_task(name, locate(found.source), columns=found.columns, seed=found.seed, options=found.options)
+
+
 def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | None) -> Any:
     """The task that a model folder or export is measured on; what is not given is looked up in the run it came from.
 
     Raises:
         InputError: no task or data given and none found; wrong data.
     """
-    from .data import open_task
-    from .recipe import check_sources, locate
+    from .recipe import check_sources
 
     if not folder.exists():
         raise InputError(f"there is no folder {folder}")
-    run = _run_of(folder)
-    known = run.get("data", {})
-    arguments = run.get("arguments", {})
-    name = task or task_of(folder) or run.get("task", "")
-    source = data or known.get("source", "")
-    mapping: dict[str, str] = {}
-    problems = check_sources("", name, source)
+    name = task or task_of(folder) or _run_of(folder).get("task", "")
+    problems, mapping = [], {}
     try:
         mapping = units.pairs(columns, "--columns")
     except InputError as error:
-        problems += error.problems
+        problems = error.problems
+    found = data_of(folder, data=data, columns=mapping, seed=seed)
+    problems = [*check_sources("", name, found.source), *problems]
     if not name:
         problems.append(f"{folder} does not say which task it is for; give --task, for example text-classification")
-    if not source:
+    if not found.source:
         problems.append(f"{folder} does not say which data it is for; give --data")
     if problems:
         raise InputError(*problems)
-    if not data and not mapping:
-        mapping = arguments.get("columns") or known.get("columns") or {}
-    options = {} if data else known.get("options") or {}
-    return open_task(name, locate(source), columns=mapping, seed=run.get("seed", 0) if seed is None else seed, options=options)
+    return open_known(name, found)
 
 
 def _run_of(folder: Path) -> Mapping[str, Any]:
