@@ -20,8 +20,10 @@ from multum._compare_answers import cost
 from multum._compare_attribution import torch_form
 from multum._compare_look import LEVELS
 from multum._compare_more import agree, leaked, trust, weighed
+from multum._compare_page import drawings
 from multum._compare_shadows import Shadows
 from multum._compare_targets import Predictor
+from multum._compare_weighed import cells, picture, placed
 from multum._compare_work import Work
 from multum.cli import app
 from multum.core.folders import read_json
@@ -237,10 +239,10 @@ def test_a_lexicon_changes_words(places, tmp_path):
 
 
 def test_pictures_are_files_that_stand_alone(places, tmp_path):
-    arguments = ["compare", places / "model", places / "student", "--data", places / "data", "-o", tmp_path / "out"]
+    arguments = ["compare", places / "model", places / "student", "--data", places / "data", "--level", "full", "-o", tmp_path / "out"]
     done = CliRunner().invoke(app, [*map(str, arguments), "--pictures", str(tmp_path / "pictures")])
     assert done.exit_code == 0, done.output
-    names = ("groups", "reliability", "scaled")
+    names = ("depths", "flips", "groups", "reliability", "scaled", "words")
     assert on_disk.listing(tmp_path / "pictures") == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     for name in names:
         png = (tmp_path / "pictures" / f"{name}.png").read_bytes()
@@ -256,6 +258,47 @@ def test_pictures_are_files_that_stand_alone(places, tmp_path):
     )
     assert wrong.exit_code == 2
     assert not (tmp_path / "no").exists()
+
+
+def test_flips_of_every_class_are_drawn_and_said(places, tmp_path):
+    result = compare(places / "model", places / "student", **options(places, tmp_path, floor=places / "copy"))
+    rows = [row for row in result["comparisons"]["after"]["groups"]["rows"] if row["by"] == "class"]
+    assert {row["name"] for row in rows} == {"negative", "positive"}
+    assert sum(row["lost"] for row in rows) == result["comparisons"]["after"]["flips"]["lost"] > 0
+    drawn = drawings(result)["flips"]
+    assert drawn.label == "; ".join(f"class {row['name']}: {row['lost']} lost, {row['gained']} gained" for row in rows)
+    assert all(f"▼ {row['lost']}   ▲ {row['gained']}" in drawn.svg.replace("\N{NO-BREAK SPACE}", " ") for row in rows)
+    assert "-" not in "".join(re.findall(r"<text[^>]*>([^<]*)</text>", drawn.svg)), "lost answers are counted, not subtracted"
+    assert [sign for _, sign, _ in drawn.key] == ["▼", "▲", "◇"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count(f'aria-label="{drawn.label}"') == 2  # wide and narrow
+    result["comparisons"]["after"]["groups"]["rows"] = [row | {"lost": 0, "gained": 0} for row in rows]
+    assert "flips" not in drawings(result)
+
+
+def test_weighed_texts_as_a_picture():
+    """What is read line by line is the text; lines are no longer than they may be; signs do not take colour to be told apart."""
+    text = "A moving, well-made film; don't miss (it)! " + "very " * 30 + "日本語の映画です。" * 9
+    pieces = weighed(text, [0.5, -0.2, None] * 60)
+    lines: dict[int, list] = {}
+    for row, cell, piece in placed(pieces, most=40):
+        lines.setdefault(row, []).append((cell, piece))
+    assert list(lines) == list(range(len(lines)))
+    assert max(cell + cells(piece["text"]) for line in lines.values() for cell, piece in line) <= 40
+    for line in lines.values():
+        ends = [cell + cells(piece["text"]) for cell, piece in line]
+        assert line[0][0] == 0
+        assert all(start - end in (0, 1) for (start, _), end in zip(line[1:], ends, strict=False))
+    assert "".join(piece["text"] for line in lines.values() for _, piece in line) == "".join(text.split())
+    first = [(cell, piece["text"]) for cell, piece in lines[0]][:5]
+    assert first == [(0, "A"), (2, "moving"), (8, ","), (10, "well-made"), (20, "film")]
+    example = {"text": "a <bad> film", "answer": "x-y", "label": "x-y", "rank": -0.5, "before": [1, -1, -1, -0.2], "after": [None] * 4}
+    root = ElementTree.fromstring(picture([example]))  # noqa: S314 - our own
+    marks = [(part.get("stroke-width"), part.get("stroke-dasharray")) for part in root if part.tag.endswith("path")]
+    assert marks == [("2", None), ("2", "2 3"), ("2", "2 3"), ("1", "2 3")]
+    said = [part.text for part in root if part.tag.endswith("text")]
+    assert said[:2] == ["Before · both answer x-y · ρ = −0.50", "After"]
+    assert said[2:] == ["a", "<", "bad", ">", "film"] * 2
 
 
 def test_words():

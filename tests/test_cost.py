@@ -153,7 +153,7 @@ def test_the_report_shows_them(run, task):
 def test_its_pictures_are_written_with_the_others(run, task):
     written(run, task)
     names = {path.stem for path in pictures(run.path, run.path / "pictures")}
-    assert names == {"curve", "p50", "size", "groups", "reliability", "scaled"}
+    assert names == {"curve", "p50", "size", "flips", "groups", "reliability", "scaled"}
 
 
 def test_a_run_without_evidence_and_evidence_of_another_choice(run, task, monkeypatch):

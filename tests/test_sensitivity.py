@@ -223,16 +223,20 @@ def test_the_command_writes_a_folder_and_prints_tables(tmp_path):
     assert on_disk.listing(tmp_path / "out") == ["sensitivity.html", "sensitivity.json"]
     written = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert written["examples"] == 12
-    printed = CliRunner().invoke(app, [*arguments, "--json"])
+    printed = CliRunner().invoke(app, [*arguments, "--json", "--pictures", str(tmp_path / "pictures")])
     assert json.loads(printed.stdout)["units"] == written["units"]
+    assert on_disk.listing(tmp_path / "pictures") == ["heads.png", "heads.svg", "neurons.png", "neurons.svg"]
+    drawn = (tmp_path / "pictures" / "heads.svg").read_text()
+    assert all(figure(1000 * unit["kl"]) in drawn for unit in written["units"] if unit["kind"] == "head")
+    assert "the more the darker" in drawn
 
 
 def test_wrong_arguments_are_all_named(tmp_path):
     data = on_disk.review_folder(tmp_path / "data", n_train=16, n_validation=16, n_test=8)
     (tmp_path / "table.json").write_text("{}")
     arguments = ["nowhere/at/all", "--data", str(data), "--task", "text-classification", "--samples", "0"]
-    more = ["--groups", "0", "--latency-table", str(tmp_path / "table.json"), "-o", str(data)]
+    more = ["--pictures", str(tmp_path / "table.json"), "--groups", "0", "--latency-table", str(tmp_path / "table.json"), "-o", str(data)]
     done = CliRunner().invoke(app, ["sensitivity", *arguments, *more])
     assert done.exit_code == 2
-    for part in ("nowhere/at/all", "--samples must be", "--groups must be", "no latency table", "exists already"):
+    for part in ("nowhere/at/all", "table.json is a file; give a folder", "--samples must be", "--groups must be", "no latency table", "exists already"):
         assert part in done.stderr

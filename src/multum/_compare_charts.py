@@ -66,6 +66,57 @@ def group_chart(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, Mapping[s
     return svg(alt.layer(*layers).properties(width=width, height=44 * len(rows)))
 
 
+def flip_chart(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, Mapping[str, Any]], *, width: int) -> str:
+    """Answers of every class that were lost, to the left, and gained, to the right; hollow diamonds for training twice.
+
+    Args:
+        rows: groups, of classes.
+        floor: by the group's name as `named` gives it, the same group between two trainings.
+        width: pixels.
+    """
+    alt = altair()
+    twice = [(at, floor[named(row)]) for at, row in enumerate(rows) if named(row) in floor]
+    most = max(1, *(row[kind] for row in (*rows, *(one for _, one in twice)) for kind in ("lost", "gained")))
+    x_scale, y_scale = alt.Scale(domain=[-most, most], nice=True), alt.Scale(domain=[len(rows), 0], nice=False)
+    size = FONT_SIZE if width > 400 else FONT_SIZE - 1
+    values = []
+    for at, row in enumerate(rows):
+        said = f"▼ {row['lost']:,}   ▲ {row['gained']:,}"
+        fit = max(6, int((width - text_width(said, size) - 12) / (size * 0.53)))
+        title = f"{named(row)} · {row['n']:,}"
+        values.append(
+            {
+                "title": title if len(title) <= fit else title[: fit - 1].rstrip() + "…",
+                "said": said,
+                "zero": 0,
+                "lost": -row["lost"],
+                "gained": row["gained"],
+                "y": at + 0.08,
+                "bar": at + 0.55,
+                "end": at + 0.8,
+            }
+        )
+    base = alt.Chart(alt.Data(values=values))
+    axis = alt.Axis(title="Answers lost and gained", grid=True, orient="bottom", tickCount=6, labelExpr="abs(datum.value)")
+    x = alt.X("zero:Q", scale=x_scale, axis=axis)
+    y, bar = (alt.Y(f"{name}:Q", scale=y_scale, axis=None) for name in ("y", "bar"))
+    text: dict[str, Any] = {"baseline": "top", "fontSize": size, "color": COLORS["ink"]}
+    layers = [
+        base.mark_rect(color=COLORS["limit"]).encode(x=x, x2="lost:Q", y=bar, y2="end:Q"),
+        base.mark_rect(color=COLORS["chosen"]).encode(x=x, x2="gained:Q", y=bar, y2="end:Q"),
+        alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(strokeWidth=1.25, color=COLORS["muted"]).encode(x=x),
+        base.mark_text(align="left", **text).encode(x=alt.value(0), y=y, text="title:N"),
+        base.mark_text(align="right", fontWeight=600, **text).encode(x=alt.value(width), y=y, text="said:N"),
+    ]
+    if twice:
+        places = [{"zero": sign * one[kind], "bar": at + 0.675} for at, one in twice for kind, sign in (("lost", -1), ("gained", 1))]
+        diamonds = alt.Chart(alt.Data(values=places)).mark_point(
+            shape="diamond", size=90, strokeWidth=1.75, color=COLORS["original"]
+        )
+        layers.append(diamonds.encode(x=x, y=bar))
+    return svg(alt.layer(*layers).properties(width=width, height=44 * len(rows)))
+
+
 def reliability_chart(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, width: int) -> str:
     """Accuracy against confidence, bin by bin, with intervals; on the dashed line the probabilities mean what they say."""
     alt = altair()

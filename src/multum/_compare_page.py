@@ -27,6 +27,7 @@ GROUPS = (
     ("original", "◇", "training twice"),
 )
 """What the signs in the pictures mean."""
+FLIPS = (("limit", "▼", "right before, wrong after"), ("chosen", "▲", "wrong before, right after"), GROUPS[-1])
 DEPTHS = (("rung", "▢", "ρ in hundredths; framed: the depth before that a depth after is most like"),)
 NAMES = {
     "accuracy": "Accuracy",
@@ -169,6 +170,14 @@ def _groups(groups: Mapping[str, Any], floor: Mapping[str, Any] | None) -> dict[
     return {"rows": rows, "drawn": drawn, "floor": {named(row): row for row in floor["rows"]} if floor else {}}
 
 
+def _by_class(groups: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The classes in which answers changed sides, where there are too many those with the most such answers first."""
+    rows = [row for row in groups["rows"] if row["by"] == "class" and row["lost"] + row["gained"]]
+    if len(rows) > charts.MOST_ROWS:
+        rows = sorted(rows, key=lambda row: -row["lost"] - row["gained"])[: charts.MOST_ROWS]
+    return rows
+
+
 def _other_texts(kind: str, name: str, row: Mapping[str, Any]) -> str:
     """What texts a row is of: `typos`, `180 texts longer than 95 characters`."""
     return f"{row['n']:,} texts {name} than {row['than']:,} characters" if kind == "lengths" else name
@@ -206,6 +215,10 @@ def drawings(result: Mapping[str, Any], variant: str = "wide") -> dict[str, Draw
             SIDES,
         ),
     }
+    if flipped := _by_class(after["groups"]):
+        label = "; ".join(f"{named(row)}: {row['lost']:,} lost, {row['gained']:,} gained" for row in flipped)
+        drawn = charts.flip_chart(flipped, groups["floor"], width=width)
+        pictures["flips"] = Drawing(drawn, label, FLIPS if floor else FLIPS[:-1])
     if groups["drawn"]:
         label = "; ".join(f"{named(row)}: {signed(row['value'])} points" for row in groups["drawn"])
         drawn = charts.group_chart(groups["drawn"], groups["floor"], width=width)

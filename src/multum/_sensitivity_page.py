@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._report_charts import COLORS, FONT_SIZE, altair, inline, svg
+from ._report_charts import COLORS, FONT_SIZE, Drawing, altair, inlined, svg
 from ._report_template import template
 from ._report_words import short
 
@@ -13,19 +13,23 @@ Unit = Mapping[str, Any]
 FEW = 10
 """Units named in a list of those that are worth least."""
 WIDTHS = {"wide": 900, "narrow": 330}
+MAPS = {
+    "head": ("heads", "Head"),
+    "cross_head": ("cross_heads", "Cross-attention head"),
+    "neurons": ("neurons", "Neuron group, the one with the least slope first"),
+}
+"""Kind of unit -> name of its map, title of its axis."""
+KEY = (("rung", "■", "millinats of KL without it, the more the darker"),)
 
 
 def render(result: Mapping[str, Any]) -> str:
     """The page, complete in itself."""
-    units = result["units"]
     text: str = template("sensitivity.html.j2").render(
         result=result,
         headline=headline(result),
         colors=COLORS,
         stacks=stacks(result),
-        charts={
-            kind: _heat_maps(kind, [unit for unit in units if unit["kind"] == kind]) for kind in ("head", "cross_head", "neurons")
-        },
+        charts=inlined({variant: drawings(result, variant) for variant in WIDTHS}),
         layers=layer_rows(result),
         least=least_rows(result),
     )
@@ -99,15 +103,15 @@ def _row(title: str, result: Mapping[str, Any], unit: Unit) -> list[str]:
     ]
 
 
-def _heat_maps(kind: str, units: Sequence[Unit]) -> list[str]:
-    """Blocks by units, KL in millinats in every cell; once for wide screens and once for narrow ones."""
-    if not units:
-        return []
-    titles = {"head": "Head", "cross_head": "Cross-attention head", "neurons": "Neuron group, the one with the least slope first"}
-    label = f"KL in millinats when one {'group of neurons' if kind == 'neurons' else 'head'} is left out, block by block"
-    return [
-        inline(svg(heat_map(units, title=titles[kind], width=width)), name=screen, label=label) for screen, width in WIDTHS.items()
-    ]
+def drawings(result: Mapping[str, Any], variant: str = "wide") -> dict[str, Drawing]:
+    """The heat maps by name: blocks by units, KL in millinats in every cell."""
+    found = {}
+    for kind, (name, title) in MAPS.items():
+        if units := [unit for unit in result["units"] if unit["kind"] == kind]:
+            what = "group of neurons" if kind == "neurons" else "head"
+            label = f"KL in millinats when one {what} is left out, block by block"
+            found[name] = Drawing(svg(heat_map(units, title=title, width=WIDTHS[variant])), label, KEY)
+    return found
 
 
 def heat_map(units: Sequence[Unit], *, title: str, width: int) -> Any:

@@ -112,10 +112,12 @@ def compare(
         progress=progress(),
         **parsed,
     )
-    from . import _compare_outputs_page, _compare_page, _compare_words
+    from . import _compare_outputs_page, _compare_page, _compare_weighed, _compare_words
 
     by_outputs = result.get("kind") == "outputs"
-    drawn = _pictures.write(_compare_page.drawings(result), pictures) if pictures and not by_outputs else []
+    drawn = []
+    if pictures and not by_outputs:
+        drawn = _pictures.write(_compare_page.drawings(result) | _compare_weighed.drawings(result), pictures)
     if as_json:
         terminal.print_json(result)
         return

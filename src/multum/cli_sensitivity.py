@@ -33,13 +33,14 @@ def sensitivity(
     samples: Samples = 256,
     groups: Groups = 8,
     latency_table: Table = None,
+    pictures: opt.Pictures = None,
     columns: opt.Columns = "",
     seed: opt.OptionalSeed = None,
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
 ) -> None:
     """Show what every head, group of neurons and layer is worth and costs, by leaving out one at a time."""
-    from . import recipe, terminal
+    from . import _pictures, recipe, terminal
     from ._report_words import duration
     from .commands import new_folder, progress, together
     from .core.latency import LatencyTable
@@ -51,11 +52,12 @@ def sensitivity(
         groups=lambda: _positive(groups, "--groups"),
         table=lambda: LatencyTable.load(latency_table) if latency_table else None,
         output=lambda: new_folder(output) if output else None,
+        pictures=lambda: _pictures.check(pictures) if pictures else None,
         task=lambda: open_for(Path(model), data=data, task=task, columns=columns, seed=seed),
     )
     source, opened = recipe.locate(model), parsed["task"]
     from ._sensitivity import sensitivity as measure
-    from ._sensitivity_page import headline, layer_rows, least_rows, render, stacks
+    from ._sensitivity_page import drawings, headline, layer_rows, least_rows, render, stacks
 
     shown, loaded = progress(), opened.load(source, trust_remote_code=trust_remote_code)
 
@@ -71,16 +73,18 @@ def sensitivity(
         with whole_folder(output) as work:
             write_json(work / "sensitivity.json", result)
             (work / "sensitivity.html").write_text(render(result), encoding="utf-8")
+    drawn = _pictures.write(drawings(result), pictures) if pictures else []
     if as_json:
         terminal.print_json(result)
         return
     terminal.print_rows(layer_rows(result), f"{result['examples']} validation texts, accuracy {result['accuracy']:.4f}")
     terminal.print_lines("")
     terminal.print_rows(least_rows(result))
-    about = stacks(result)
-    terminal.print_lines(
-        "", headline(result), *([about] if about else []), *([f"Page: {(output / 'sensitivity.html').resolve()}"] if output else [])
-    )
+    terminal.print_lines("", headline(result), *filter(None, [stacks(result)]))
+    if output:
+        terminal.print_lines(f"Page: {(output / 'sensitivity.html').resolve()}")
+    if drawn:
+        terminal.print_lines(f"Pictures: {', '.join(map(str, drawn))}")
 
 
 def _positive(value: int, what: str) -> int:
