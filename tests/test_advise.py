@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import on_disk
 import pytest
 import tiny
 import tiny_families
@@ -382,6 +384,35 @@ def test_the_command(model: str, data: str, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "trim_vocabulary" in done.stdout
     assert (tmp_path / "r.yaml").is_file()
+
+
+def test_the_data_of_a_finished_run_need_not_be_given(model: str, tmp_path: Path) -> None:
+    columns = {"text": "review", "label": "stars"}
+    splits = tiny.splits()
+    rows = [{"review": row["text"], "stars": row["label"]} for part in (splits.train, splits.test) for row in part]
+    source = str(on_disk.write_csv(tmp_path / "reviews.csv", rows))
+    shutil.copytree(model, tmp_path / "run" / "chosen")
+    about = {"task": "text-classification", "seed": 7, "data": {"source": source}, "arguments": {"columns": columns}}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(about))
+    chosen = str(tmp_path / "run" / "chosen")
+    done = CliRunner().invoke(app, ["advise", chosen, "--task", "text-classification", "-o", str(tmp_path / "r.yaml")])
+    assert done.exit_code == 0, done.output
+    read = recipe.read(tmp_path / "r.yaml")
+    assert (read.data, read.columns, read.seed) == (source, columns, 7)
+    assert f"multum shrink {chosen} --task text-classification --data {source} --seed 7 --columns text=review,label=stars" in (
+        " ".join(done.stdout.split())
+    )
+    given = multum.advise(model, task="text-classification", data=source, columns=columns, seed=7)
+    assert advice(chosen, "")["profile"]["vocabulary"] == given["profile"]["vocabulary"]
+    assert given["profile"]["vocabulary"]["used"] is not None
+    other = multum.advise(chosen, task="text-classification", data=source, columns=columns, seed=0)
+    assert other["recipe"]["seed"] == 0
+    Path(source).unlink()
+    with pytest.raises(InputError, match=r"reviews\.csv"):
+        advice(chosen, "")
+    bare = CliRunner().invoke(app, ["advise", model, "--task", "text-classification", "-o", str(tmp_path / "none.yaml")])
+    assert bare.exit_code == 2
+    assert "give --data beside -o" in bare.stderr
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:

@@ -172,6 +172,26 @@ def test_damage_to_a_class_or_a_users_group_is_named(by, name, words_for):
     assert [one["after"]["probability"] for one in lost] == sorted((one["after"]["probability"] for one in lost), reverse=True)
 
 
+def test_a_model_that_was_damaged_for_one_class_is_found_from_its_folder(places, tmp_path):
+    """The head answers positive too often: what positive texts gain, negative ones lose."""
+    from transformers import AutoModelForSequenceClassification
+
+    whole = places / "model"
+    leaning = AutoModelForSequenceClassification.from_pretrained(whole)
+    shutil.copytree(whole, tmp_path / "leaning")
+    found = {}
+    for step in range(1, 40):
+        with torch.no_grad():
+            leaning.classifier.bias[leaning.config.label2id["positive"]] += 0.1
+        leaning.save_pretrained(tmp_path / "leaning")
+        found = compare(whole, tmp_path / "leaning", data=str(places / "data"), output=tmp_path / f"out-{step}")["comparisons"]["after"]
+        if found["groups"]["damaged"]:
+            break
+    assert [(row["by"], row["name"]) for row in found["groups"]["damaged"]] == [("class", "negative")]
+    assert found["groups"]["worst"]["name"] == "negative"
+    assert "class negative" in whom(found["groups"])
+
+
 def test_a_model_that_fails_where_texts_are_longer_than_those_trained_on_is_named():
     rng, n = np.random.default_rng(1), 600
     lengths, truth = np.arange(n) + 1, rng.integers(0, 2, n)
@@ -243,7 +263,15 @@ def test_columns_that_tell_no_groups_apart(places, tmp_path):
         group_columns(source, "test", texts, ["same"], {})
     with pytest.raises(InputError, match="has 15 values, the most frequent for 4 examples"):
         group_columns(source, "test", texts, ["many"], {})
-    refused(places, tmp_path, "--group-by needs --data", data="", group_by=["source"])
+    refused(places, tmp_path, "does not say which data it is for; give --data", data="", group_by=["source"])
+
+
+def test_groups_are_found_in_the_data_of_a_run(places, tmp_path):
+    for name in ("model", "copy"):
+        shutil.copytree(places / name, tmp_path / "run" / name)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"task": "text-classification", "data": {"source": str(places / "data")}}))
+    result = compare(tmp_path / "run" / "model", tmp_path / "run" / "copy", output=tmp_path / "out", group_by=["source"])
+    assert {row["name"] for row in result["comparisons"]["after"]["groups"]["rows"] if row["by"] == "source"} == {"web", "phone"}
 
 
 def test_group_columns_find_their_rows(tmp_path):
@@ -289,6 +317,7 @@ def test_models_that_cannot_be_compared(places, tmp_path):
     with pytest.raises(InputError, match="nobody/nothing is no folder and cannot be fetched from the Hub"):
         compare(places / "model", "nobody/nothing", data=str(places / "data"), output=tmp_path / "out")
     refused(places, tmp_path, "no export for onnxruntime-int8", runtime="onnxruntime-int8")
+    assert refused(places, tmp_path, "in forms that are named", runtime="auto-int8").startswith("--runtime"), "said once"
     shutil.copytree(places / "model", tmp_path / "headless")
     config = json.loads((tmp_path / "headless" / "config.json").read_text())
     (tmp_path / "headless" / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))

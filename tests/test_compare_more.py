@@ -115,6 +115,45 @@ def test_shadow_models_go_through_the_same_steps_with_teachers_of_their_own(plac
     assert "LiRA, 4 shadow models" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_every_step_on_record_is_taken_again_for_every_shadow_and_an_export_is_exported(places, tmp_path, monkeypatch):
+    """BEFORE by its recipe, AFTER by its own: the same steps with the same fields but for the seed, the cache and the teacher."""
+    from multum.targets import export_to, exporter
+
+    student = tmp_path / "student"
+    shutil.copytree(places / "student", student)
+    task = open_task("text-classification", str(places / "data"))
+    export_to(exporter("onnxruntime", "fp32"), student, student / "onnxruntime-fp32", "fp32", task, 0)
+    taken, asked = [], []
+    for kind in (Finetune, DropLayers, Distill):
+        monkeypatch.setattr(kind, "apply", recorded(kind.apply, taken))
+    answer = Shadows._answers
+    monkeypatch.setattr(Shadows, "_answers", lambda self, again, target: asked.append(target) or answer(self, again, target))
+    opened = []
+    predictor = "multum._compare_shadows.Predictor"
+    monkeypatch.setattr(predictor, lambda folder, *more: opened.append(folder) or Predictor(folder, *more))
+    compare(places / "model", student / "onnxruntime-fp32", **options(places, tmp_path, shadows=4))
+    assert asked == [places / "model", student / "onnxruntime-fp32"] * 4
+    assert [folder.name for folder in opened] == ["00", "onnxruntime-fp32"] * 4
+    steps = read_json(student / "recipe.json")["steps"]
+    assert steps[0] == read_json(places / "model" / "recipe.json")["steps"][0]
+    assert [name for name, _ in taken] == [entry["step"] for entry in steps] * 4  # the model's own is the beginning of the student's
+    for at, (_, fields) in enumerate(taken):
+        then = steps[at % len(steps)]["fields"]
+        other = {name for name, value in fields.items() if then.get(name, value) != value}
+        assert other <= {"seed", "cache", "teacher"}
+        assert set(then) <= set(fields)
+        if "seed" in fields:
+            assert fields["seed"] == 1 + at // len(steps)
+
+
+def recorded(apply, taken):
+    def again(self, model, task):
+        taken.append((self.name, dict(self.__dict__)))
+        return apply(self, model, task)
+
+    return again
+
+
 def test_halves_and_cost_of_shadow_models(places, tmp_path):
     task = open_task("text-classification", str(places / "data"))
     texts = [*task.inputs("train"), *task.inputs("test")]

@@ -178,10 +178,20 @@ def trained() -> Model:
     return Finetune(**DP)(tiny.model(), task())
 
 
-def test_what_was_spent_is_stated_and_is_what_opacus_accounts_for() -> None:
+def taught(folder: Any) -> Model:
+    """By a teacher that has not looked at the examples."""
+    tiny.model(seed=4).save(folder / "teacher")
+    step = Distill(student={"layers": 1}, teacher=str(folder / "teacher"), cache=str(folder / "cache"), **DP)
+    return step(tiny.model(), task())
+
+
+@pytest.mark.parametrize("by", ["finetune", "distill"])
+def test_what_was_spent_is_stated_and_is_what_opacus_accounts_for(by: str, tmp_path: Any) -> None:
     from opacus.accountants import PRVAccountant, RDPAccountant
 
-    training = trained().history[-1]["training"]
+    found = trained() if by == "finetune" else taught(tmp_path)
+    assert found.history[-1]["step"] == by
+    training = found.history[-1]["training"]
     assert training.keys() == {"seconds", "privacy"}, "a mean loss of private texts is no private figure"
     spent = training["privacy"]
     assert (spent["steps"], spent["sample_rate"], spent["delta"]) == (4, 0.25, 0.1 / 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import on_disk
 import pytest
@@ -121,6 +122,18 @@ def test_a_stopped_run_goes_on_to_the_same_result(whole, chain, tmp_path, monkey
 def test_another_recipe_in_the_same_folder_is_refused(whole, places):
     with pytest.raises(InputError, match=r"another recipe \(seed differ\)"):
         run(recipe_of(places, seed=6), whole[0])
+
+
+def test_the_same_data_by_another_name_is_the_same_run(whole, places, tmp_path, monkeypatch):
+    folder, summary = whole
+    monkeypatch.setattr(Finetune, "apply", None)
+    monkeypatch.chdir(tmp_path)
+    again = recipe_of((os.path.relpath(places[0]), os.path.relpath(places[1])))
+    assert again.data != str(places[1])
+    assert run(again, folder, rounds=3, threads=1) == summary
+    with pytest.raises(InputError, match="made from other data than other holds now"):
+        on_disk.review_folder(tmp_path / "other", n_train=32, n_validation=16, n_test=16, seed=9)
+        run(recipe_of(places, data="other"), folder, rounds=3, threads=1)
 
 
 def test_other_data_under_the_same_name_is_refused(places, tmp_path):

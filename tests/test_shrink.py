@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -326,6 +327,26 @@ def test_unlabelled_texts_are_taught_with_and_part_of_what_the_run_is(sources: d
             run(sources, finished)
     finally:
         file.write_text(before)
+
+
+def test_the_same_files_by_other_names_are_the_same_run(
+    sources: dict[str, str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    others = {name: os.path.relpath(place) for name, place in sources.items()}
+    assert not set(others.values()) & set(sources.values())
+    before = json.loads((folder / "run.json").read_text())
+    assert run(others, Path("../run"))["candidates"] == before["candidates"]
+    shutil.copytree(sources["data"], "reviews")
+    with (tmp_path / "elsewhere" / "reviews" / "train.csv").open("a") as file:
+        file.write("one more film,positive\n")
+    with pytest.raises(InputError, match=r"made from other data than reviews and .*more\.txt holds now"):
+        run(others | {"data": "reviews"}, folder)
+    with pytest.raises(InputError, match="model: .* then, 'reviews' now"):
+        run(others | {"model": "reviews"}, folder)
 
 
 def test_a_finished_rung_is_taught_again_under_a_new_name(sources: dict[str, str], finished: Path, tmp_path: Path) -> None:

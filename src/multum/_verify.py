@@ -17,7 +17,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .core.model import machine, versions
 from .core.reporting import report as report_progress
 from .errors import InputError
 from .progress import Progress
-from .targets import fingerprint, measured_files, open_for
+from .targets import data_of, fingerprint, measured_files, open_known
 
 RUN, COMPARISON = "run.json", "comparison.json"
 OWN = ("accuracy", "calibration", "ranking", "attribution", "inside", "privacy", "canaries")
@@ -97,7 +97,8 @@ def _run(folder: Path, data: str, tolerance: float, rounds: int, threads: int | 
         raise InputError(f"{folder} holds a run that is not finished; start its command again, it goes on where it stopped")
     from ._measure import DISTURBED, unsteady
 
-    task = open_for(folder / candidates[0]["folder"], data=data, task=run["task"], columns="", seed=None)
+    known = data_of(folder / candidates[0]["folder"], data="", columns={}, seed=None)
+    task = open_known(run["task"], replace(known, source=data or known.source))  # the same data in another place: all else stays
     same_machine = run["machine"] == machine()
     yield from _circumstances(run, same_machine)
     yield from _data(run["data"]["fingerprints"], task)

@@ -41,6 +41,10 @@ Canaries = Annotated[
         "--canaries", metavar="FILE", help="Texts planted in a language model's training, their digits secret, one a line."
     ),
 ]
+Form = Annotated[
+    str,
+    typer.Option("--runtime", metavar="R", help="pytorch, onnxruntime, onnxruntime-int8, ...; by default what each folder ships."),
+]
 Verified = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of shrink, run or compare.")]
 Moved = Annotated[
     str, typer.Option("--data", metavar="D", help="The data, where it is no longer in the place that was written down.")
@@ -75,7 +79,7 @@ def compare(
     canaries: Canaries = None,
     pictures: opt.Pictures = None,
     split: opt.Split = "test",
-    runtime: opt.Runtime = "",
+    runtime: Form = "",
     columns: opt.Columns = "",
     seed: opt.OptionalSeed = None,
     threads: opt.Threads = None,
