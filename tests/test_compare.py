@@ -184,7 +184,9 @@ def test_a_model_that_was_damaged_for_one_class_is_found_from_its_folder(places,
         with torch.no_grad():
             leaning.classifier.bias[leaning.config.label2id["positive"]] += 0.1
         leaning.save_pretrained(tmp_path / "leaning")
-        found = compare(whole, tmp_path / "leaning", data=str(places / "data"), output=tmp_path / f"out-{step}")["comparisons"]["after"]
+        found = compare(whole, tmp_path / "leaning", data=str(places / "data"), output=tmp_path / f"out-{step}")["comparisons"][
+            "after"
+        ]
         if found["groups"]["damaged"]:
             break
     assert [(row["by"], row["name"]) for row in found["groups"]["damaged"]] == [("class", "negative")]
@@ -269,7 +271,9 @@ def test_columns_that_tell_no_groups_apart(places, tmp_path):
 def test_groups_are_found_in_the_data_of_a_run(places, tmp_path):
     for name in ("model", "copy"):
         shutil.copytree(places / name, tmp_path / "run" / name)
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"task": "text-classification", "data": {"source": str(places / "data")}}))
+    (tmp_path / "run" / "run.json").write_text(
+        json.dumps({"task": "text-classification", "data": {"source": str(places / "data")}})
+    )
     result = compare(tmp_path / "run" / "model", tmp_path / "run" / "copy", output=tmp_path / "out", group_by=["source"])
     assert {row["name"] for row in result["comparisons"]["after"]["groups"]["rows"] if row["by"] == "source"} == {"web", "phone"}
 

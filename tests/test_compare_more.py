@@ -136,7 +136,9 @@ def test_every_step_on_record_is_taken_again_for_every_shadow_and_an_export_is_e
     assert [folder.name for folder in opened] == ["00", "onnxruntime-fp32"] * 4
     steps = read_json(student / "recipe.json")["steps"]
     assert steps[0] == read_json(places / "model" / "recipe.json")["steps"][0]
-    assert [name for name, _ in taken] == [entry["step"] for entry in steps] * 4  # the model's own is the beginning of the student's
+    assert [name for name, _ in taken] == [
+        entry["step"] for entry in steps
+    ] * 4  # the model's own is the beginning of the student's
     for at, (_, fields) in enumerate(taken):
         then = steps[at % len(steps)]["fields"]
         other = {name for name, value in fields.items() if then.get(name, value) != value}
@@ -278,7 +280,17 @@ def test_a_lexicon_changes_words(places, tmp_path):
 
 
 def test_pictures_are_files_that_stand_alone(places, tmp_path):
-    arguments = ["compare", places / "model", places / "student", "--data", places / "data", "--level", "full", "-o", tmp_path / "out"]
+    arguments = [
+        "compare",
+        places / "model",
+        places / "student",
+        "--data",
+        places / "data",
+        "--level",
+        "full",
+        "-o",
+        tmp_path / "out",
+    ]
     done = CliRunner().invoke(app, [*map(str, arguments), "--pictures", str(tmp_path / "pictures")])
     assert done.exit_code == 0, done.output
     names = ("depths", "flips", "groups", "reliability", "scaled", "words")
@@ -331,7 +343,14 @@ def test_weighed_texts_as_a_picture():
     assert "".join(piece["text"] for line in lines.values() for _, piece in line) == "".join(text.split())
     first = [(cell, piece["text"]) for cell, piece in lines[0]][:5]
     assert first == [(0, "A"), (2, "moving"), (8, ","), (10, "well-made"), (20, "film")]
-    example = {"text": "a <bad> film", "answer": "x-y", "label": "x-y", "rank": -0.5, "before": [1, -1, -1, -0.2], "after": [None] * 4}
+    example = {
+        "text": "a <bad> film",
+        "answer": "x-y",
+        "label": "x-y",
+        "rank": -0.5,
+        "before": [1, -1, -1, -0.2],
+        "after": [None] * 4,
+    }
     root = ElementTree.fromstring(picture([example]))  # noqa: S314 - our own
     marks = [(part.get("stroke-width"), part.get("stroke-dasharray")) for part in root if part.tag.endswith("path")]
     assert marks == [("2", None), ("2", "2 3"), ("2", "2 3"), ("1", "2 3")]

@@ -131,8 +131,8 @@ def test_the_same_data_by_another_name_is_the_same_run(whole, places, tmp_path, 
     again = recipe_of((os.path.relpath(places[0]), os.path.relpath(places[1])))
     assert again.data != str(places[1])
     assert run(again, folder, rounds=3, threads=1) == summary
+    on_disk.review_folder(tmp_path / "other", n_train=32, n_validation=16, n_test=16, seed=9)
     with pytest.raises(InputError, match="made from other data than other holds now"):
-        on_disk.review_folder(tmp_path / "other", n_train=32, n_validation=16, n_test=16, seed=9)
         run(recipe_of(places, data="other"), folder, rounds=3, threads=1)
 
 

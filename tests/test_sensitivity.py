@@ -235,8 +235,24 @@ def test_wrong_arguments_are_all_named(tmp_path):
     data = on_disk.review_folder(tmp_path / "data", n_train=16, n_validation=16, n_test=8)
     (tmp_path / "table.json").write_text("{}")
     arguments = ["nowhere/at/all", "--data", str(data), "--task", "text-classification", "--samples", "0"]
-    more = ["--pictures", str(tmp_path / "table.json"), "--groups", "0", "--latency-table", str(tmp_path / "table.json"), "-o", str(data)]
+    more = [
+        "--pictures",
+        str(tmp_path / "table.json"),
+        "--groups",
+        "0",
+        "--latency-table",
+        str(tmp_path / "table.json"),
+        "-o",
+        str(data),
+    ]
     done = CliRunner().invoke(app, ["sensitivity", *arguments, *more])
     assert done.exit_code == 2
-    for part in ("nowhere/at/all", "table.json is a file; give a folder", "--samples must be", "--groups must be", "no latency table", "exists already"):
+    for part in (
+        "nowhere/at/all",
+        "table.json is a file; give a folder",
+        "--samples must be",
+        "--groups must be",
+        "no latency table",
+        "exists already",
+    ):
         assert part in done.stderr

@@ -345,7 +345,7 @@ def test_the_same_files_by_other_names_are_the_same_run(
         file.write("one more film,positive\n")
     with pytest.raises(InputError, match=r"made from other data than reviews and .*more\.txt holds now"):
         run(others | {"data": "reviews"}, folder)
-    with pytest.raises(InputError, match="model: .* then, 'reviews' now"):
+    with pytest.raises(InputError, match=r"model: .* then, 'reviews' now"):
         run(others | {"model": "reviews"}, folder)
 
 

@@ -154,7 +154,9 @@ def test_data_that_was_moved_is_read_as_it_was(run, tmp_path, as_measured):
     """Columns and seed are the run's, whatever the place."""
     splits = on_disk.review_folder(tmp_path / "plain", n_train=20, n_validation=16, n_test=24)
     rows = [
-        {"review": row["text"], "stars": row["label"]} for name in ("train", "validation", "test") for row in tiny_rows(splits, name)
+        {"review": row["text"], "stars": row["label"]}
+        for name in ("train", "validation", "test")
+        for row in tiny_rows(splits, name)
     ]
     moved = on_disk.write_csv(tmp_path / "moved.csv", rows)
     task = open_task("text-classification", str(moved), columns=COLUMNS, seed=3)

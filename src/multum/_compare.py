@@ -225,9 +225,7 @@ def _private(folder: Path) -> dict[str, float] | None:
     return {name: looks[-1].get(f"{name}_in_all", looks[-1][name]) for name in ("epsilon", "delta")}
 
 
-def _wrong_options(
-    output: Path, margin: float, level: str, split: str, shadows: int
-) -> list[str]:
+def _wrong_options(output: Path, margin: float, level: str, split: str, shadows: int) -> list[str]:
     problems = []
     if output.is_file() or (output.is_dir() and any(output.iterdir()) and not unfinished(output)):
         problems.append(f"{output} exists already; choose a new folder for -o")

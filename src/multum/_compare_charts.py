@@ -109,7 +109,9 @@ def flip_chart(rows: Sequence[Mapping[str, Any]], floor: Mapping[str, Mapping[st
         base.mark_text(align="right", fontWeight=600, **text).encode(x=alt.value(width), y=y, text="said:N"),
     ]
     if twice:
-        places = [{"zero": sign * one[kind], "bar": at + 0.675} for at, one in twice for kind, sign in (("lost", -1), ("gained", 1))]
+        places = [
+            {"zero": sign * one[kind], "bar": at + 0.675} for at, one in twice for kind, sign in (("lost", -1), ("gained", 1))
+        ]
         diamonds = alt.Chart(alt.Data(values=places)).mark_point(
             shape="diamond", size=90, strokeWidth=1.75, color=COLORS["original"]
         )

@@ -27,7 +27,9 @@ def target(source: str | Path, runtime: str, task: str = "text-classification") 
     from .recipe import locate
 
     if runtime.startswith("auto"):
-        raise InputError("--runtime: two models are compared in forms that are named; 'multum measure --runtime auto' finds the fastest")
+        raise InputError(
+            "--runtime: two models are compared in forms that are named; 'multum measure --runtime auto' finds the fastest"
+        )
     folder = Path(locate(str(source)))
     if not folder.exists() and str(source).count("/") <= 1 and not str(source).startswith((".", "/", "~")):
         folder = _fetched(str(source))

@@ -13,7 +13,9 @@ from . import options as opt
 Goal = Annotated[str, typer.Option("--goal", metavar="G", help="smaller, faster, both, private or no-training.")]
 SomeData = Annotated[
     str,
-    typer.Option("--data", metavar="D", help="As for shrink; by default that of its run. Without any, use and times are not known."),
+    typer.Option(
+        "--data", metavar="D", help="As for shrink; by default that of its run. Without any, use and times are not known."
+    ),
 ]
 RecipeOut = Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Recipe to write (YAML).")]
 Measured = Annotated[bool, typer.Option("--measure", help="Measure the original and its int8 form here, quickly.")]

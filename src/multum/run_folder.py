@@ -185,7 +185,9 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _same(key: str, then: Any, now: Any) -> bool:
     if not (then and now):
         return False
-    return key in ("data", "unlabelled") or (key == "model" and Path(then).expanduser().resolve() == Path(now).expanduser().resolve())
+    return key in ("data", "unlabelled") or (
+        key == "model" and Path(then).expanduser().resolve() == Path(now).expanduser().resolve()
+    )
 
 
 def first_p50_ms(candidate: Mapping[str, Any]) -> float:
