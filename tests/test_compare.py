@@ -48,6 +48,9 @@ def places(tmp_path_factory):
     return folder
 
 
+KEYS = ("text", "text_pair")
+
+
 def call(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -262,9 +265,9 @@ def test_columns_that_tell_no_groups_apart(places, tmp_path):
     rows = [{"text": text, "label": "a", "same": "x", "many": str(at // 4)} for at, text in enumerate(texts)]
     source = str(on_disk.write_csv(tmp_path / "data.csv", rows))
     with pytest.raises(InputError, match="'x' for every example"):
-        group_columns(source, "test", texts, ["same"], {})
+        group_columns(source, "test", texts, ["same"], {}, KEYS)
     with pytest.raises(InputError, match="has 15 values, the most frequent for 4 examples"):
-        group_columns(source, "test", texts, ["many"], {})
+        group_columns(source, "test", texts, ["many"], {}, KEYS)
     refused(places, tmp_path, "does not say which data it is for; give --data", data="", group_by=["source"])
 
 
@@ -282,9 +285,20 @@ def test_group_columns_find_their_rows(tmp_path):
     rows = [{"review": f" text {at} ", "label": "a", "stars": "" if at == 3 else str(at % 2)} for at in range(60)]
     source = str(on_disk.write_csv(tmp_path / "data.csv", rows))
     texts = [f"text {at}" for at in reversed(range(60))]
-    found = group_columns(source, "test", texts, ["stars"], {"text": "review"})["stars"]
+    found = group_columns(source, "test", texts, ["stars"], {"text": "review"}, KEYS)["stars"]
     assert found[-5:].tolist() == ["0", "(none)", "0", "1", "0"]
     assert found[0] == "1"
+    pairs = [{"question": f"which {at}?", "context": f"text {at // 2}", "kind": "ab"[at % 2]} for at in range(60)]
+    source = str(on_disk.write_csv(tmp_path / "pairs.csv", pairs))
+    asked = [(row["question"], row["context"]) for row in pairs]
+    assert group_columns(source, "test", asked, ["kind"], {}, ("question", "context"))["kind"].tolist() == ["a", "b"] * 30
+    words = [{"words": [f"word{at}", "and", "more"], "kind": "ab"[at % 2]} for at in range(60)]
+    (tmp_path / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
+    source, aliases = str(tmp_path / "words.jsonl"), {"tokens": ("words",)}
+    tagged = [row["words"] for row in words[1:]]
+    assert group_columns(source, "test", tagged, ["kind"], {}, ["tokens"], aliases)["kind"].tolist()[:3] == ["b", "a", "b"]
+    with pytest.raises(InputError, match="examples that are not its rows as they are"):
+        group_columns(source, "test", [["word0", "and"]], ["kind"], {}, ["tokens"], aliases)
 
 
 def test_too_few_rows_say_how_many_would_do(places, tmp_path):
@@ -376,6 +390,10 @@ def test_the_page_is_whole_offline_and_small(places, tmp_path):
     assert page.open == page.links == []
     assert len(text) < 3e6
     assert "url(" not in text
+    assert text.count("<details>") == text.count("<summary>") > 2  # opened by keys, by the browser itself
+    assert ":focus-visible" in text
+    assert not re.search(r'<pre(?! tabindex="0")', text)  # what scrolls can be scrolled by keys
+    assert "onclick" not in text
     for part in (
         "▼ Right before, wrong after",
         "source = phone",

@@ -138,6 +138,24 @@ def test_the_metric_is_the_tasks_own_a_copy_is_the_same_and_another_model_is_not
     assert len(_compare_outputs_page.summary(full)[0]) == 5
 
 
+def test_the_page_says_how_many_examples_would_do() -> None:
+    found: dict[str, Any] = {
+        "value": 0.001,
+        "before": 0.8,
+        "after": 0.801,
+        "ci95": [-0.02, 0.02],
+        "p": 0.5,
+        "n": 100,
+        "needed": 4321,
+    }
+    found |= {"verdict": "not shown", "within_margin": False, "margin": 0.01, "shown_within": 0.03}
+    metric = {"name": "F1 of entities", "share": True, "lower_is_better": False}
+    result = {"metric": metric, "comparisons": {"after": {"difference": found, "groups": [], "same": None}}}
+    assert "within 1 point: if they are, about 4,300 would show it" in _compare_outputs_page.said(result)["status"]
+    found["needed"] = None
+    assert "about" not in _compare_outputs_page.said(result)["status"]
+
+
 @pytest.fixture
 def language(tmp_path: Path) -> Path:
     """A language model, itself with noise, and texts."""
@@ -161,6 +179,26 @@ def test_a_damaged_language_model_is_found_by_the_command_and_the_comparison_is_
     assert "higher, more than chance explains" in said.output
     assert on_disk.listing(language / "out") == ["comparison.json", "report.html"]
     assert verify(language / "out", threads=1)["agrees"]
+
+
+def test_groups_of_the_users_own_in_another_task(language: Path, tmp_path: Path) -> None:
+    """What the other model does worse everywhere it does worse in both, by the groups of the rows."""
+    rows = tiny.text_splits(20, 12, 60).test.to_list()
+    kinds = ["web" if at % 3 else "phone" for at in range(len(rows))]
+    for name in ("train", "validation"):
+        on_disk.write_csv(
+            tmp_path / "data" / f"{name}.csv", [{"text": f"{name} film", "place": "web"}, {"text": "a plot", "place": "web"}]
+        )
+    on_disk.write_csv(tmp_path / "data" / "test.csv", [{**row, "place": kind} for row, kind in zip(rows, kinds, strict=True)])
+    how: dict[str, Any] = {"data": str(tmp_path / "data"), "threads": 1, "group_by": ["place"]}
+    result = compare(language / "model", language / "other", output=tmp_path / "out", **how)
+    groups = {row["name"]: row for row in result["comparisons"]["after"]["groups"] if row["by"] == "place"}
+    assert {name: row["n"] for name, row in groups.items()} == {"web": kinds.count("web"), "phone": kinds.count("phone")}
+    assert all(row["damaged"] for row in groups.values())
+    assert "place = phone" in (tmp_path / "out" / "report.html").read_text()
+    assert result["data"]["group_by"] == ["place"]
+    with pytest.raises(InputError, match="no column 'where'"):
+        compare(language / "model", language / "other", output=tmp_path / "no", **how | {"group_by": ["where"]})
 
 
 def test_what_only_the_other_comparison_knows_and_models_of_other_tasks_are_refused(language: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,6 +63,26 @@ def test_verdicts_know_which_way_is_up() -> None:
     assert ev.difference(few, many, ev.perplexity, lower_is_better=True, **how)["verdict"] == "worse"
     assert ev.difference(few, few, ev.ratio, lower_is_better=False, **how)["verdict"] == "equal"
     assert ev.difference(few, few, ev.ratio, lower_is_better=False, **{**how, "margin": None})["verdict"] == "not shown"
+
+
+def test_as_many_examples_as_are_said_to_be_needed_show_equality_in_four_of_five() -> None:
+    """Of two models that are equally good, from what 100 examples tell."""
+    rng = np.random.default_rng(4)
+
+    def drawn(n: int) -> tuple[np.ndarray, np.ndarray]:
+        level, ones = rng.random(n), np.ones(n)
+        return tuple(np.stack([level + rng.normal(0, 0.1, n), ones], axis=1) for _ in range(2))  # type: ignore[return-value]
+
+    how: dict[str, Any] = {"margin": 0.01, "lower_is_better": False, "draws": 400, "seed": 0}
+    asked = [ev.difference(*drawn(100), ev.ratio, **how) for _ in range(20)]
+    needed = int(np.median([one["needed"] for one in asked if one["needed"]]))
+    assert needed > 100
+    found = [ev.difference(*drawn(needed), ev.ratio, **how)["within_margin"] for _ in range(120)]
+    assert 0.68 <= np.mean(found) <= 0.9
+    spread = ev.examples_needed(50, 0.02, 0.04)
+    assert spread == math.ceil(50 * (1.6449 + 1.2816) ** 2 / 4)
+    assert ev.difference(*drawn(100), ev.ratio, **{**how, "margin": None})["needed"] is None
+    assert ev.difference(*drawn(100), ev.ratio, **{**how, "margin": 0.5})["needed"] is None  # equal, and shown
 
 
 def test_a_group_that_suffers_is_named_and_the_others_are_not() -> None:

@@ -234,6 +234,12 @@ def test_page_has_everything_of_the_run(html):
     assert html.count("<svg") == 6
 
 
+def test_keys_reach_all_that_unfolds_or_scrolls(html):
+    assert html.count("<details>") == html.count("<summary>") > 1
+    assert html.count('<pre tabindex="0">') == html.count("<pre") > 0
+    assert "summary:focus-visible" in html
+
+
 def test_charts_use_only_colours_that_the_page_replaces(html):
     drawn = set(re.findall(r'(?:fill|stroke)="(#[0-9a-f]{3,6})"', "".join(re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL))))
     assert charts.COLORS["chosen"] in drawn
@@ -397,6 +403,26 @@ def test_cards(folder):
         assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.861}]
     assert 'from_pretrained("chosen")' in (folder / "README.md").read_text()
     assert 'from_pretrained(".")' in (folder / "chosen" / "README.md").read_text()
+
+
+def test_a_card_says_where_the_model_comes_from(folder, tmp_path):
+    cards = [(folder / place / "README.md").read_text() for place in (".", "chosen")]
+    for card in cards:
+        limits, came = card.index("## Limits"), card[card.index("## Provenance") :]
+        assert limits < card.index("## Provenance")
+        lines = [line for line in came.splitlines() if line][1:]
+        assert all(line.startswith("- ") for line in lines)
+        assert lines[0] == "- Base model: nreimers/MiniLM-L6-H384-uncased"
+        assert lines[1].startswith(
+            "- Steps: finetune, trim\\_vocabulary, prune\\_structured, prune\\_structured, distill; every field"
+        )
+        assert [line.rpartition(": ")[2] for line in lines[3:6]] == list(sample_run()["data"]["fingerprints"].values())
+        assert "- Versions: python 3.11.9, multum 0.1.0, torch 2.6.0" in lines
+        assert "2026-01-05T10:00:00+00:00" in lines[-1]
+    assert "`chosen/recipe.json`" in cards[0]
+    assert "`recipe.json`" in cards[1]
+    report(write(tmp_path / "run", sample_run(finished=False), chosen=False))
+    assert "Steps:" not in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_a_folder_is_no_base_model(tmp_path, monkeypatch):

@@ -132,12 +132,22 @@ def compare(
     where = locate(known.source)
     where_from = {"source": where, "columns": columns, "options": known.options, "fingerprints": dict(on.fingerprints)}
     if view := view_of(on):
-        problems += not_asked(group_by=group_by, shift=shift, lexicon=lexicon, shadows=shadows)
+        problems += not_asked(shift=shift, lexicon=lexicon, shadows=shadows)
         problems.refuse()
-        about = {"task": task, **asked_for, "canaries": str(canaries) if canaries else None, "data": where_from}
+        about = {"task": task, **asked_for, "canaries": str(canaries) if canaries else None}
+        about |= {"data": where_from | {"group_by": list(group_by)}}
         how: dict[str, Any] = {"margin": margin / 100, "level": level, "split": split, "seed": seed, "threads": threads}
         found = compare_outputs(
-            on, view, folders, sources, output=Path(output), asked_for=about, progress=progress, canaries=secrets, **how
+            on,
+            view,
+            folders,
+            sources,
+            output=Path(output),
+            asked_for=about,
+            progress=progress,
+            canaries=secrets,
+            grouped=lambda texts: _grouped(on, where, split, texts, group_by, columns),
+            **how,
         )
         found = {"schema": 1, "kind": "outputs", **about, **found, **_circumstances()}
         found["data"] |= {"notes": [*on.notes, *found.pop("notes", ())]}
@@ -146,7 +156,7 @@ def compare(
     problems += [look.problem] if look.problem else []
     look.lexicon(words)
     with problems.gather():
-        look.group(group_columns(where, split, look.texts, group_by, columns) if group_by else {})
+        look.group(_grouped(on, where, split, look.texts, group_by, columns))
     with problems.gather():
         look.shift(elsewhere(Path(shift), on, columns) if shift else None)
     predictors, trained = {}, None
@@ -185,6 +195,13 @@ def compare(
     }
     result["data"] |= {"notes": [*on.notes, *look.notes]}
     return _write(Path(output), result, progress, started)
+
+
+def _grouped(
+    task: Any, where: str, split: str, texts: Sequence[Any], names: Sequence[str], columns: Mapping[str, str]
+) -> Mapping[str, np.ndarray]:
+    """The user's groups of examples of any task."""
+    return group_columns(where, split, texts, names, columns, task.keys, getattr(task, "aliases", None)) if names else {}
 
 
 def _shadows(task: Any, folders: Mapping[str, Path], look: Look, split: str, count: int, seed: int) -> Shadows | None:

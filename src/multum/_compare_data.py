@@ -51,7 +51,13 @@ def _lengths(texts: Sequence[Text]) -> np.ndarray:
 
 
 def group_columns(
-    source: str, split: str, texts: Sequence[Text], names: Sequence[str], columns: Mapping[str, str]
+    source: str,
+    split: str,
+    texts: Sequence[Any],
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    keys: Sequence[str],
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, np.ndarray]:
     """For every column asked for the group of every text.
 
@@ -61,9 +67,11 @@ def group_columns(
         texts: as the task cleaned them.
         names: columns of the data.
         columns: task column -> the data's own name for it.
+        keys: columns of the task that an example is known by.
+        aliases: task column -> other names that it may have in the data.
 
     Raises:
-        InputError: lists columns that are absent or tell no groups apart.
+        InputError: lists columns that are absent or tell no groups apart; the examples are not rows of the data.
     """
     tables = from_hub(source[3:]) if source.startswith("hf:") else from_disk(Path(source))
     table = tables.get(split, tables.get("train", tables.get("all")))
@@ -71,12 +79,15 @@ def group_columns(
     if missing := [name for name in names if name not in table]:
         there = ", ".join(map(str, table.columns))
         raise InputError(*(f"--group-by: {source} has no column {name!r}; it has: {there}" for name in missing))
-    own = [columns.get(name, name) for name in ("text", "text_pair")]
-    keys = [_texts(table[name]) for name in own if name in table]
-    row_of: dict[Text, int] = {}
-    for at, key in enumerate(zip(*keys, strict=True)):
-        row_of.setdefault(key[0] if len(key) == 1 else (key[0], key[1]), at)
-    rows = [row_of[text] for text in texts]
+    ours = [(columns.get(name, name), *(aliases or {}).get(name, ())) for name in keys]
+    there = [_keys(table[own]) for names_of in ours if (own := next((name for name in names_of if name in table), None))]
+    row_of: dict[Any, int] = {}
+    for at, key in enumerate(zip(*there, strict=True)):
+        row_of.setdefault(key[0] if len(key) == 1 else key, at)
+    wanted = [text if isinstance(text, str) else tuple(text) for text in texts]
+    if not set(wanted) <= row_of.keys():
+        raise InputError(f"--group-by: {source} has examples that are not its rows as they are, so that no column belongs to them")
+    rows = [row_of[text] for text in wanted]
     found = {name: _clean(table[name]).replace("", NONE).to_numpy(dtype=str)[rows] for name in names}
     if problems := [problem for name, members in found.items() if (problem := _no_groups(name, members))]:
         raise InputError(*problems)
@@ -86,6 +97,15 @@ def group_columns(
 def _texts(column: pd.Series) -> pd.Series:
     """Texts as `data.read` cleans them."""
     return column.where(column.notna(), "").astype(str).str.strip()
+
+
+def _keys(column: pd.Series) -> list[Any]:
+    """What an example is known by: a text, or words."""
+    texts = _texts(column)
+    return [
+        tuple(map(str, cell)) if np.iterable(cell) and not isinstance(cell, str) else text
+        for cell, text in zip(column, texts, strict=True)
+    ]
 
 
 def _clean(column: pd.Series) -> pd.Series:

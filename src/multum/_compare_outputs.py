@@ -1,13 +1,13 @@
 """Two models of a task that is no classification into one class: `comparison.json` and a page, as `_compare` has them.
 
 The metric is the task's own (`_compare_tasks`), its difference tested by exchange and put between bounds by the paired bootstrap;
-beside it the outputs that are the same, how far the others are apart, and for which lengths of input it is worse.
+beside it the outputs that are the same, how far the others are apart, and for which lengths of input and groups it is worse.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,16 @@ def compare_outputs(
     asked_for: Mapping[str, Any],
     progress: Progress,
     canaries: Sequence[str] = (),
+    grouped: Callable[[Sequence[Any]], Mapping[str, np.ndarray]] = lambda _: {},
 ) -> dict[str, Any]:
     """All figures, as a result without circumstances; of causal language models also token by token, and exposures of canaries.
 
     Raises:
         InputError: models of another task or with other labels, or too few examples.
     """
-    problems, executed = [], {}
+    problems: list[str] = []
+    executed: dict[str, Executed] = {}
+    members: Mapping[str, np.ndarray] = {}
     for role, folder in folders.items():
         try:
             executed[role] = Executed(folder, threads, task)
@@ -99,17 +102,22 @@ def compare_outputs(
     count, most = len(task.inputs(split)), LEVELS[level].texts
     if count < ENOUGH:
         problems.append(f"the {split} split has {count} examples; nothing is claimed of fewer than {ENOUGH}")
+    rows = list(range(count)) if most is None or count <= most else sorted(random.Random(seed).sample(range(count), most))
+    seen = Seen(task, split, rows)
+    try:
+        members = grouped(seen.inputs)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(*dict.fromkeys(problems))
-    rows = list(range(count)) if most is None or count <= most else sorted(random.Random(seed).sample(range(count), most))
-    seen, work = Seen(task, split, rows), Work(output, {**asked_for, "models": {role: one.facts for role, one in executed.items()}})
+    work = Work(output, {**asked_for, "models": {role: one.facts for role, one in executed.items()}})
     predictions: dict[str, np.ndarray] = {}
     for role, one in executed.items():
         with progress.stage(role):
             predictions[role] = work.array(f"{role}-outputs", lambda one=one: one.predict(seen.inputs))  # type: ignore[misc]
     with progress.stage("figures"):
         drawing = {"draws": LEVELS[level].draws, "seed": seed}
-        comparisons = compared(seen, view, predictions, margin=margin, **drawing)
+        comparisons = compared(seen, view, predictions, members, margin=margin, **drawing)
     result = {
         "metric": metric_of(view),
         "n": len(rows),
@@ -131,7 +139,14 @@ def metric_of(view: View) -> dict[str, Any]:
 
 
 def compared(
-    seen: Seen, view: View, predictions: Mapping[str, np.ndarray], *, margin: float | None, draws: int, seed: int
+    seen: Seen,
+    view: View,
+    predictions: Mapping[str, np.ndarray],
+    groups: Mapping[str, np.ndarray] | None = None,
+    *,
+    margin: float | None,
+    draws: int,
+    seed: int,
 ) -> dict[str, dict[str, Any]]:
     """Every section, for each other model against `before`.
 
@@ -139,6 +154,7 @@ def compared(
         seen: the examples.
         view: how their task is looked at.
         predictions: of every role, (examples, ...), as a runtime returns them.
+        groups: name of a grouping -> the group of every example, beside the quarters of lengths.
         margin: the largest difference that does not matter; not asked where the metric is no share.
         draws: of the bootstrap, and exchanges.
         seed: of both.
@@ -147,7 +163,7 @@ def compared(
     adds = {role: view.adds(seen, found, outputs[role]) for role, found in predictions.items()}
     drawing = {"draws": draws, "seed": seed}
     how: dict[str, Any] = {"margin": margin if view.share else None, "lower_is_better": view.lower_is_better, **drawing}
-    members = {"length": length_groups(np.array([_size(text) for text in seen.inputs]))}
+    members = {"length": length_groups(np.array([_size(text) for text in seen.inputs])), **(groups or {})}
     return {
         role: {
             "difference": ev.difference(adds["before"], adds[role], view.figure, **how),

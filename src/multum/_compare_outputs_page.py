@@ -62,7 +62,7 @@ def said(result: Mapping[str, Any]) -> dict[str, str]:
         status = {
             "met": f"✓ Equal within the margin of {margin}, or better.",
             "missed": f"✕ Not shown to be within the margin of {margin}.",
-        }.get(state, f"○ Too few examples to say that the two are equal within {margin}.")
+        }.get(state, _open(found, margin))
     low, high = found["ci95"]
     shown = _shown(metric)
     evidence = (
@@ -73,13 +73,23 @@ def said(result: Mapping[str, Any]) -> dict[str, str]:
     return {"state": state, "status": status, "headline": headline, "evidence": evidence, "whom": _whom(result)}
 
 
+def _open(found: Mapping[str, Any], margin: str) -> str:
+    """What would tell whether the two are equal."""
+    if not found.get(
+        "needed"
+    ):  # a difference as large as the margin may be there, and more of the same examples may not rule it out
+        return f"○ Neither a difference nor that the two are equal within {margin} is shown."
+    needed = f"{float(format(found['needed'], '.2g')):,.0f}"
+    return f"○ Too few examples to say that the two are equal within {margin}: if they are, about {needed} would show it."
+
+
 def _whom(result: Mapping[str, Any]) -> str:
     groups, metric = result["comparisons"]["after"]["groups"], result["metric"]
     damaged = [row for row in groups if row["damaged"]]
     if not groups:
         return "No group has enough examples to say for whom it is worse."
     if not damaged:
-        return f"No quarter of lengths is shown to be damaged, corrected for {len(groups)}."
+        return f"No group is shown to be damaged, corrected for {len(groups)}."
     listed = ", ".join(f"{named(row)} {_moved(metric, row['value'])}" for row in damaged)
     return f"Damaged by more than chance: {listed} (corrected for {len(groups)} groups)."
 
