@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -17,11 +18,12 @@ import tiny
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import multum
 from multum.catalogue import describe
 from multum.catalogue import names as step_names
 from multum.cli import app
 from multum.core.step import find, names
-from multum.errors import BudgetNotMet, MultumError, of_the_system
+from multum.errors import BudgetNotMet, InputError, MultumError, of_the_system
 from multum.steps.drop_layers import DropLayers
 
 TASK = ("--task", "text-classification")
@@ -312,6 +314,17 @@ def predicting_a_whole_run(places):
     return ["predict", "runs/one", "a text"], ["what it ships is runs/one/chosen"]
 
 
+def comparing_a_whole_run_and_advising_on_it(places):
+    Path("runs/one").mkdir(parents=True)
+    Path("runs/one/run.json").write_text("{}")
+    shutil.copytree(places[0], "runs/one/chosen")
+    with pytest.raises(InputError, match=r"model: runs/one is no model folder.* which ships runs/one/chosen"):
+        multum.advise("runs/one", task="text-classification")
+    return ["compare", "runs/one", "runs/one/chosen", "--data", places[1], "-o", "out"], [
+        "it is a run, which ships runs/one/chosen"
+    ]
+
+
 def applying_to_what_says_no_task(places):
     return ["apply", "prune_weights", places[0], "--data", places[1], "-o", "out"], ["--task is missing", "text-classification"]
 
@@ -334,7 +347,8 @@ CASES = (
     unlabelled_file_and_data_missing, unlabelled_file_of_a_recipe_missing, unlabelled_texts_that_are_known,
     neither_teacher_nor_student, student_that_makes_no_sense, student_that_does_not_fit, student_that_is_no_yaml, unknown_step,
     measuring_nothing, measuring_without_data, unknown_split, no_such_export, unknown_runtime, unknown_precision,
-    predicting_nothing, predicting_both, predicting_an_empty_text, predicting_a_whole_run, applying_to_what_says_no_task,
+    predicting_nothing, predicting_both, predicting_an_empty_text, predicting_a_whole_run, comparing_a_whole_run_and_advising_on_it,
+    applying_to_what_says_no_task,
     report_of_nothing, unknown_name_of_a_step, unknown_example,
 )  # fmt: skip
 

@@ -293,7 +293,9 @@ def _check_model(source: str) -> None:
         return
     path = Path(locate(source))
     if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"model: {source} is no model folder: it has no config.json")
+        from .targets import shipped_by
+
+        raise InputError(f"model: {source} is no model folder: it has no config.json{shipped_by(path)}")
     if path.is_file():
         raise InputError(f"model: {source} is a file; a model is a folder with config.json and model.safetensors, or a Hub id")
     if not path.exists() and (source.count("/") > 1 or source.startswith((".", "/", "~"))):

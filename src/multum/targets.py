@@ -102,6 +102,12 @@ def _run_of(folder: Path) -> Mapping[str, Any]:
     return {}
 
 
+def shipped_by(folder: Path) -> str:
+    """How an error goes on that was met by the folder of a whole run: with what it ships. Empty for other folders."""
+    inside = [folder / name for name in ("chosen", "model") if (folder / name / "config.json").is_file()]
+    return f"; it is a run, which ships {inside[0]}" if inside and (folder / RUN).is_file() else ""
+
+
 def task_of(folder: Path) -> str:
     """The task that a model folder or an export was made for; empty where it does not say."""
     for name in ("runtime.json", "recipe.json"):
@@ -135,7 +141,7 @@ def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
     for folder in folders:
         if not (folder / "runtime.json").is_file() and not (folder / "config.json").is_file():
             reason = "holds neither a model nor an export" if folder.is_dir() else "is not there"
-            problems.append(f"{folder} {reason}; a model folder has config.json, an export runtime.json")
+            problems.append(f"{folder} {reason}; a model folder has config.json, an export runtime.json{shipped_by(folder)}")
             continue
         targets = _targets_in(folder, wanted, precision)
         if not targets:
