@@ -260,7 +260,13 @@ def test_all_that_is_wrong_is_said_at_once(places, tmp_path):
 
 def test_columns_that_tell_no_groups_apart(places, tmp_path):
     refused(places, tmp_path, "--group-by", "'id' is another one for every example", group_by=["id"])
-    refused(places, tmp_path, "no column 'place'", "text, label, source, id", group_by=["place"])
+    refused(
+        places, tmp_path, "no column 'place'", "text, label, source, id", "'id' is another", group_by=["place", "id"], after="copy"
+    )
+    text = refused(
+        places, tmp_path, "no column 'place'", "nothing.csv", "nowhere", after="nowhere", group_by=["place"], shift="nothing.csv"
+    )
+    assert text.startswith("3 problems")
     texts = [str(at) for at in range(60)]
     rows = [{"text": text, "label": "a", "same": "x", "many": str(at // 4)} for at, text in enumerate(texts)]
     source = str(on_disk.write_csv(tmp_path / "data.csv", rows))
@@ -350,10 +356,12 @@ def test_models_that_cannot_be_compared(places, tmp_path):
 
 
 def test_the_command(places, tmp_path):
-    done = call(
-        "compare", places / "model", places / "other", "--data", places / "data", "-o", tmp_path / "out", "--group-by", "source"
-    )
+    bare = tmp_path / "bare.txt"
+    bare.write_text("\n".join(tiny.splits(seed=6).train["text"]))
+    models = (places / "model", places / "other")
+    done = call("compare", *models, "--data", places / "data", "-o", tmp_path / "out", "--group-by", "source", "--shift", bare)
     assert done.exit_code == 0, done.output
+    assert "Note: bare.txt has no labels: agreement of the two models only" in done.stdout
     assert "less accurate, more than chance explains" in done.stdout
     assert re.search(r"Accuracy .*−\d", done.stdout)
     assert str(tmp_path / "out" / "report.html") in done.stdout

@@ -109,7 +109,8 @@ def compare(
     started, progress = time.monotonic(), progress or Progress.silent()
     sources = {"before": before, "after": after} | ({"floor": floor} if floor else {})
     task = task or task_of(Path(before)) or TASK
-    problems = _Problems(_wrong_options(Path(output), margin, level, split, shadows))
+    wrong = _wrong_options(Path(output), margin, level, split, shadows)
+    problems = _Problems(wrong)
     folders: dict[str, Path] = {}
     for role, source in sources.items():
         with problems.gather():
@@ -126,7 +127,8 @@ def compare(
     with problems.gather():
         secrets = read_canaries(Path(canaries)) if canaries else []
     problems += canary_problems(secrets, task)
-    problems.refuse()
+    if wrong or on is None:  # else there is more to look at before all is said
+        problems.refuse()
     assert on is not None  # noqa: S101 - or there was a problem
     asked_for: dict[str, Any] = {"level": level, "split": split, "seed": seed, "runtime": runtime}
     where = locate(known.source)

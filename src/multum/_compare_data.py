@@ -76,20 +76,20 @@ def group_columns(
     tables = from_hub(source[3:]) if source.startswith("hf:") else from_disk(Path(source))
     table = tables.get(split, tables.get("train", tables.get("all")))
     assert table is not None  # noqa: S101 - both readers make sure of one or the other
-    if missing := [name for name in names if name not in table]:
-        there = ", ".join(map(str, table.columns))
-        raise InputError(*(f"--group-by: {source} has no column {name!r}; it has: {there}" for name in missing))
+    there = ", ".join(map(str, table.columns))
+    problems = [f"--group-by: {source} has no column {name!r}; it has: {there}" for name in names if name not in table]
     ours = [(columns.get(name, name), *(aliases or {}).get(name, ())) for name in keys]
-    there = [_keys(table[own]) for names_of in ours if (own := next((name for name in names_of if name in table), None))]
+    held = [_keys(table[own]) for names_of in ours if (own := next((name for name in names_of if name in table), None))]
     row_of: dict[Any, int] = {}
-    for at, key in enumerate(zip(*there, strict=True)):
+    for at, key in enumerate(zip(*held, strict=True)):
         row_of.setdefault(key[0] if len(key) == 1 else key, at)
     wanted = [text if isinstance(text, str) else tuple(text) for text in texts]
     if not set(wanted) <= row_of.keys():
         raise InputError(f"--group-by: {source} has examples that are not its rows as they are, so that no column belongs to them")
     rows = [row_of[text] for text in wanted]
-    found = {name: _clean(table[name]).replace("", NONE).to_numpy(dtype=str)[rows] for name in names}
-    if problems := [problem for name, members in found.items() if (problem := _no_groups(name, members))]:
+    present = [name for name in names if name in table]
+    found = {name: _clean(table[name]).replace("", NONE).to_numpy(dtype=str)[rows] for name in present}
+    if problems := [*problems, *(problem for name, members in found.items() if (problem := _no_groups(name, members)))]:
         raise InputError(*problems)
     return found
 

@@ -129,7 +129,8 @@ def compare(
     summary = (_compare_outputs_page if by_outputs else _compare_page).summary
     terminal.print_lines(words["headline"], words["evidence"], words["whom"], "")
     terminal.print_rows(summary(result), f"On the {split} split, n = {result['n']:,}")
-    terminal.print_lines("", f"Report: {(output / 'report.html').resolve()}")
+    notes = [f"Note: {note}" for note in result["data"]["notes"]]
+    terminal.print_lines("", *notes, f"Report: {(output / 'report.html').resolve()}")
     if pictures:
         terminal.print_lines(f"Pictures: {', '.join(map(str, drawn)) or 'none, this comparison is in tables'}")
 

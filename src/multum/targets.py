@@ -77,11 +77,12 @@ def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | No
     if not folder.exists():
         raise InputError(f"there is no folder {folder}")
     name = task or task_of(folder) or _run_of(folder).get("task", "")
-    problems, mapping = [], {}
+    problems: list[str] = []
+    mapping: dict[str, str] = {}
     try:
         mapping = units.pairs(columns, "--columns")
     except InputError as error:
-        problems = error.problems
+        problems += error.problems
     found = data_of(folder, data=data, columns=mapping, seed=seed)
     problems = [*check_sources("", name, found.source), *problems]
     if not name:
