@@ -26,6 +26,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from .errors import InputError
+from .targets import shipped_by
 
 STAGE = "stage:"
 EXAMPLE = "example:"
@@ -150,8 +151,7 @@ def check_sources(model: str, task: str, data: str, unlabelled: str = "") -> lis
     """What is wrong with where a model, data and texts are said to be and with a task's name. An empty one is not looked at."""
     from . import tasks
 
-    known = tasks.names()
-    problems = [] if not task or task in known else [f"no task named {task!r}; there are: {', '.join(known)}"]
+    problems = [] if not task or task in (known := tasks.names()) else [f"no task named {task!r}; there are: {', '.join(known)}"]
     return _problems(_check_model, model) + problems + _problems(_check_data, data) + _problems(_check_unlabelled, unlabelled)
 
 
@@ -293,8 +293,6 @@ def _check_model(source: str) -> None:
         return
     path = Path(locate(source))
     if path.is_dir() and not (path / "config.json").is_file():
-        from .targets import shipped_by
-
         raise InputError(f"model: {source} is no model folder: it has no config.json{shipped_by(path)}")
     if path.is_file():
         raise InputError(f"model: {source} is a file; a model is a folder with config.json and model.safetensors, or a Hub id")
