@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from multum import cli, runtimes
 from multum._measure import measure
 from multum.core.reading import together
-from multum.core.teacher import cached_token_outputs
+from multum.core.teacher_tokens import cached_token_outputs
 from multum.core.words import Words, best_tags, entities, first_tokens, words_of
 from multum.data import open_task
 from multum.errors import InputError

@@ -71,8 +71,10 @@ def loaded(source: str, other: nn.Module, *, trained: bool) -> Any:
     return model
 
 
-def both_loaded(teacher: Any, student: Any) -> tuple[Any, Any]:
-    """Student and teacher, a string loaded to go with the other one."""
+def both_loaded(teacher: Any, student: Any, maker: Any) -> tuple[Any, Any]:
+    """Student and teacher, a string loaded to go with the other one. Without a student there must be a maker of one."""
+    if student is None and maker is None:
+        raise InputError("student_model is missing; pass a model, or model_init to make one")
     for name, given in (("teacher_model", teacher), ("student_model", student)):
         if not isinstance(given, (str, nn.Module)) and (given is not None or name == "teacher_model"):
             raise InputError(f"{name} must be a model, or the name of a folder or on the Hub (got {given!r})")

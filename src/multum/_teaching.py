@@ -100,8 +100,7 @@ class Teacher:
         with answering(self.module), capturing(self.module, self.matcher) as captured:
             outputs = self.module(**inputs)
         if not self.heard:  # once is enough, and no wait for an accelerator in every step
-            refuse_nan(next(value for name, value in outputs.items() if name != "loss"))
-            self.heard = True
+            self.heard = refuse_nan(next(value for name, value in outputs.items() if name != "loss"))
         if theirs is not None and isinstance(self.reader, LanguageReader):
             outputs = SimpleNamespace(logits=outputs.logits, counts=items(kind_of(inner(self.module)), theirs))
         return outputs, captured

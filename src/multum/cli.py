@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -27,12 +26,10 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def root(
-    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False
-) -> None:
+def root(context: typer.Context, version: opt.Version = False) -> None:
     """Shrink a pretrained Transformer to a budget, with evidence of what the shrinking cost."""
-    if ctx.invoked_subcommand not in (None, "apply"):
-        alone(f"multum {ctx.invoked_subcommand}")
+    if context.invoked_subcommand not in (None, "apply"):
+        alone(f"multum {context.invoked_subcommand}")
     if version:
         print(f"multum {__version__}")
         raise typer.Exit

@@ -104,9 +104,7 @@ class DistillationTrainer(Trainer):
         )
         self.temperature, self.alpha, self.cache = temperature, alpha, self.settings.cache
         self.layer_losses = self.settings.layer_losses
-        if student_model is None and trainer.get("model_init") is None:
-            raise InputError("student_model is missing; pass a model, or model_init to make one")
-        student, self.teacher_model = both_loaded(teacher_model, student_model)
+        student, self.teacher_model = both_loaded(teacher_model, student_model, trainer.get("model_init"))
         self._tokenizers, self._text_columns = (trainer.get("processing_class"), teacher_processing_class), text_columns
         self._data = data_sets(trainer)
         self._reader: AnyReader | None = None

@@ -43,6 +43,7 @@ MaxDrop = Annotated[
 ]
 MaxLatency = Annotated[str | None, typer.Option(metavar="5ms", help="Median time of one text, on this machine.")]
 MaxSize = Annotated[str | None, typer.Option(metavar="20MB", help="All files needed to run it.")]
+Version = Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")]
 MinSpeedup = Annotated[str | None, typer.Option(metavar="4", help="Times faster than the original in torch.")]
 TimeLimit = Annotated[str | None, typer.Option(metavar="30m", help="No rung after the first is begun that would end later.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Train and measure less.")]

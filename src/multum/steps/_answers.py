@@ -20,7 +20,8 @@ from torch import nn
 from ..core.model import Model
 from ..core.sparse_logits import Thinning, cached_sparse_logits
 from ..core.task import Task
-from ..core.teacher import cached_logits, cached_token_outputs
+from ..core.teacher import cached_logits
+from ..core.teacher_tokens import cached_token_outputs
 from ..core.training import Precision
 from ..errors import InputError
 from ._divergences import Divergence, forward_kl
