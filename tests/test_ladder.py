@@ -234,7 +234,7 @@ def test_an_original_that_learned_nothing_is_said(low: float, warned: bool) -> N
 def landing_of(folder: Path, candidates: list[dict[str, Any]], values: dict[str, Any], max_drop: float = 1.0) -> Any:
     """What comes behind a walk, on made-up candidates, the first of which is the original; a measurement is counted in `timed`."""
     found: Any = Landing()
-    found.folder, found.descent = folder, SimpleNamespace(exports=True)
+    found.folder, found.descent = folder, SimpleNamespace(exports=True, offers=list)
     found.progress = SimpleNamespace(stage=lambda _: nullcontext(), plan=lambda _: None)
     found.run = SimpleNamespace(
         candidates=candidates,
@@ -281,7 +281,7 @@ def test_what_ships_is_what_was_chosen_whenever_a_call_was_killed(tmp_path: Path
         found.run.best, found.run.find = lambda: best, lambda _: best
         found.run.write = lambda: disk.update(found.run.values)
         found.task, found.bench.export = SimpleNamespace(load=lambda _: None), lambda *_: []
-        found.time_together, found._last, found._offers, found._worth_trying = lambda: None, list, list, list
+        found.time_together, found._last, found._worth_trying = lambda: None, list, list
         found.ship()
 
     def shipped() -> str:
