@@ -178,6 +178,13 @@ def test_a_damaged_cache_is_rebuilt(damage: str, teacher: Any, rows: list[Any], 
     assert np.array_equal(cached_logits(teacher, rows, tmp_path), before)
 
 
+def test_a_folder_in_the_place_of_the_file_is_an_error(teacher: Any, rows: list[Any], tmp_path: Path) -> None:
+    place = tmp_path / f"{key_of(teacher, rows, 'fp32')}.f32"
+    place.mkdir()
+    with pytest.raises(InputError, match=rf"{place.name} is a folder where a file"):
+        cached_logits(teacher, rows, tmp_path, precision="fp32")
+
+
 def test_no_rows_is_an_error(teacher: Any) -> None:
     with pytest.raises(ValueError, match="no rows"):
         logits(teacher.module, [], 0)

@@ -230,6 +230,8 @@ def _starts(counts: Sequence[int], entry: int) -> list[int]:
 
 def _make_room(path: Path, size: int) -> None:
     """Make the folder, if the file fits there."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder where a file of the teacher's outputs belongs; remove it, or choose another cache")
     there = next(parent for parent in path.absolute().parents if parent.is_dir())
     taken = getattr(path.stat(), "st_blocks", 0) * 512 if path.is_file() else 0  # less than its size until it is filled
     free = shutil.disk_usage(there).free + taken
