@@ -43,7 +43,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "+ relations": ("distill_layers", {"relations": 1.0}),
     "+ pkd": ("distill_layers", {"pkd": 10.0, "relations": 0.0}),
 }
-RATES = {LABELS: (1e-4, 3e-4)}
+RATES = {LABELS: (1e-4, 3e-4, 1e-3)}
 """Learning rates to choose from on validation, with the first seed; the steps' own default for the others."""
 
 
