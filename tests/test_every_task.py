@@ -86,9 +86,10 @@ def test_texts_without_reference_leave_the_loss_alone(name: str) -> None:
     batch = next(task.batches(model, "train", 4))
     with torch.no_grad():
         outputs = model.module(**{key: value for key, value in batch.items() if key != "labels"})
-    known = task.loss(SimpleNamespace(**{key: value[:2] for key, value in outputs.items()}), {"labels": batch["labels"][:2]})
+    first = {key: value[:2] for key, value in batch.items()}
+    known = task.loss(SimpleNamespace(**{key: value[:2] for key, value in outputs.items()}), first)
     unknown = torch.full_like(batch["labels"][:2], -100)
-    assert torch.allclose(known, task.loss(outputs, {"labels": torch.cat([batch["labels"][:2], unknown])}))
+    assert torch.allclose(known, task.loss(outputs, {**batch, "labels": torch.cat([batch["labels"][:2], unknown])}))
     blank = task.encode_texts(model, task.inputs("train")[:3])["labels"]
     assert {int(label) for row in blank for label in np.ravel(row)} <= {IGNORED, UNKNOWN}
 
