@@ -174,47 +174,31 @@ def kept(
     Raises:
         InputError: they would not fit the disk.
     """
-    ends = np.concatenate([[0], np.cumsum(counts)])
+    index, ends = path.with_suffix(".json"), np.concatenate([[0], np.cumsum(counts)])
+    entry, shape = width * np.dtype(dtype).itemsize, (int(ends[-1]), width)
+    starts, size = _starts(counts, entry), int(ends[-1]) * entry
     with main_first():
-        _fill(path, teacher, rows, counts, width, dtype, compute)
-    return np.memmap(path, dtype=dtype, mode="r", shape=(int(ends[-1]), width))
-
-
-def _fill(
-    path: Path,
-    teacher: Model,
-    rows: Rows,
-    counts: Sequence[int],
-    width: int,
-    dtype: DTypeLike,
-    compute: Callable[[Rows], np.ndarray],
-) -> None:
-    """Compute what the file lacks. Arguments as `kept`."""
-    index = path.with_suffix(".json")
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    entry = width * np.dtype(dtype).itemsize
-    size = int(ends[-1]) * entry
-    done: dict[str, str] = _read_index(index) if path.is_file() and path.stat().st_size == size else {}
-    starts = _starts(counts, entry)
-    if len(done) < len(starts):
-        _make_room(path, size)
-    if not done:
-        with path.open("ab") as file:  # what another process may have put there since stays; a digest tells what is whole
-            file.truncate(size)
-    values = np.memmap(path, dtype=dtype, mode="r+", shape=(int(ends[-1]), width))
-    for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
-        part = values[ends[start] : ends[end]]
-        if done.get(str(start)) == digest(part.tobytes()):
-            continue
-        if str(start) in done:
-            logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
-        with on_accelerator(teacher.module), answering(teacher.module):
-            fresh = compute(rows[start:end]).astype(dtype, copy=False)
-        part[:] = fresh
-        values.flush()
-        done[str(start)] = digest(fresh.tobytes())  # not of the file, which another process may be writing too
-        write_json(index, done)
-        report(end / len(rows))
+        done: dict[str, str] = _read_index(index) if path.is_file() and path.stat().st_size == size else {}
+        if len(done) < len(starts):
+            _make_room(path, size)
+        if not done:
+            with path.open("ab") as file:  # what another process may have put there since stays; a digest tells what is whole
+                file.truncate(size)
+        values = np.memmap(path, dtype=dtype, mode="r+", shape=shape)
+        for start, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+            part = values[ends[start] : ends[end]]
+            if done.get(str(start)) == digest(part.tobytes()):
+                continue
+            if str(start) in done:
+                logger.warning("teacher cache %s: rows from %d were damaged and are computed again", path.name, start)
+            with on_accelerator(teacher.module), answering(teacher.module):
+                fresh = compute(rows[start:end]).astype(dtype, copy=False)
+            part[:] = fresh
+            values.flush()
+            done[str(start)] = digest(fresh.tobytes())  # not of the file, which another process may be writing too
+            write_json(index, done)
+            report(end / len(rows))
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
 
 
 def _starts(counts: Sequence[int], entry: int) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import nn
 from ..errors import MultumError
 from .capture import Attention, Captured, Wanted, capture
 from .model import Model
-from .teacher import batches_by_length, kept, key_of, model_inputs
+from .teacher import kept, key_of, model_inputs
+from .teacher_tokens import by_token
 from .training import Precision, Rows, autocast, pad
 
 
@@ -37,19 +39,13 @@ def states(
     Raises:
         MultumError: a value is beyond the range of float16.
     """
-    ends = np.cumsum([len(row["input_ids"]) for row in rows])
-    result: np.ndarray | None = None
-    for chosen, batch in batches_by_length(module, rows, pad_token_id, batch_size):
+
+    def joined(batch: dict[str, Any]) -> torch.Tensor:
         with autocast(precision), capture(module, attention=bool(wanted.attention)) as captured:
             module(**batch)
-        values = Layout.of(captured, wanted).join(captured).half().cpu().numpy()
-        if result is None:
-            result = np.empty((ends[-1], values.shape[-1]), dtype=np.float16)
-        for row, value in zip(chosen, values, strict=True):
-            length = len(rows[row]["input_ids"])
-            result[ends[row] - length : ends[row]] = value[:length]
-    if result is None:
-        raise ValueError("no rows to compute states for")
+        return Layout.of(captured, wanted).join(captured).half()
+
+    result = by_token(module, rows, pad_token_id, joined, batch_size)
     if not np.isfinite(result).all():
         raise MultumError("the teacher's states exceed the range of float16 and cannot be kept; run the teacher beside the student")
     return result

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,21 +31,33 @@ def token_outputs(
     Returns:
         float32, (tokens of all rows, width).
     """
-    ends = np.cumsum([len(row["input_ids"]) for row in rows])
-    result: np.ndarray | None = None
-    for chosen, batch in batches_by_length(module, rows, pad_token_id, batch_size):
+
+    def side_by_side(batch: dict[str, Any]) -> torch.Tensor:
         with autocast(precision):
             outputs = module(**batch)
         parts = [getattr(outputs, name).float().reshape(*batch["input_ids"].shape, -1) for name in names]
-        values = torch.cat(parts, dim=-1).cpu().numpy()
+        return torch.cat(parts, dim=-1)
+
+    result = by_token(module, rows, pad_token_id, side_by_side, batch_size)
+    refuse_nan(result)
+    return result
+
+
+def by_token(
+    module: nn.Module, rows: Rows, pad_token_id: int, numbers: Callable[[dict[str, Any]], torch.Tensor], batch_size: int
+) -> np.ndarray:
+    """What `numbers` has for every token of a padded batch, (batch, tokens, width), of all rows, (tokens of all rows, width)."""
+    ends = np.cumsum([len(row["input_ids"]) for row in rows])
+    result: np.ndarray | None = None
+    for chosen, batch in batches_by_length(module, rows, pad_token_id, batch_size):
+        values = numbers(batch).cpu().numpy()
         if result is None:
-            result = np.empty((ends[-1], values.shape[-1]), dtype=np.float32)
+            result = np.empty((ends[-1], values.shape[-1]), dtype=values.dtype)
         for row, value in zip(chosen, values, strict=True):
             length = len(rows[row]["input_ids"])
             result[ends[row] - length : ends[row]] = value[:length]
     if result is None:
         raise ValueError("no rows to compute outputs for")
-    refuse_nan(result)
     return result
 
 
