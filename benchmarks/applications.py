@@ -12,13 +12,11 @@ together in turns. A run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import publish
+from common import fewer, publish
 
 import multum
 from multum.core.folders import read_json
@@ -90,34 +88,6 @@ def main() -> None:
     values = {"run": {key: run[key] for key in ("chosen", "met", "why", "candidates", "elapsed_s", "data", "budget")}}
     rows = table(run, open_task(one.task, str(data), seed=options.seed))
     publish(f"application_{options.name.replace('-', '_')}", rows, values, summary=words(one, run), command=command)
-
-
-def fewer(source: Path, texts: int, target: Path) -> Path:
-    """A folder of splits with the first so many training texts; of SQuAD's format the first so many questions."""
-    target.mkdir(parents=True, exist_ok=True)
-    for path in (path for name in ("train", "validation", "test") for path in source.glob(f"{name}.*")):
-        most = texts if path.stem == "train" else None
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content["data"] = content["data"] if most is None else _questions(content["data"], most)
-            (target / path.name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-            continue
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
-        with (target / path.name).open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(rows if most is None else rows[: most + 1])
-    return target
-
-
-def _questions(articles: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """The first articles, until they have so many questions."""
-    found, count = [], 0
-    for article in articles:
-        if count >= most:
-            break
-        found.append(article)
-        count += sum(len(paragraph["qas"]) for paragraph in article["paragraphs"])
-    return found
 
 
 def trained(one: Application, data: Path, folder: Path, seed: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -20,14 +21,35 @@ RESULTS = Path(__file__).parent / "results"
 
 def reviews(folder: Path, training_texts: int, example: str = "reviews-en") -> Path:
     """An example's reviews with fewer training texts, as a folder of splits; made if it is not there."""
-    source, target = fetch(example), folder / "reviews"
-    target.mkdir(exist_ok=True, parents=True)
-    for name in ("train", "validation", "test"):
-        with (source / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+    return fewer(fetch(example), training_texts, folder / "reviews")
+
+
+def fewer(source: Path, texts: int, target: Path) -> Path:
+    """A folder of splits with the first so many training texts; of SQuAD's format the first so many questions."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in (path for name in ("train", "validation", "test") for path in source.glob(f"{name}.*")):
+        most = texts if path.stem == "train" else None
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["data"] = content["data"] if most is None else _questions(content["data"], most)
+            (target / path.name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            continue
+        with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
-        with (target / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(rows[: training_texts + 1] if name == "train" else rows)
+        with (target / path.name).open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(rows if most is None else rows[: most + 1])
     return target
+
+
+def _questions(articles: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """The first articles, until they have so many questions."""
+    found, count = [], 0
+    for article in articles:
+        if count >= most:
+            break
+        found.append(article)
+        count += sum(len(paragraph["qas"]) for paragraph in article["paragraphs"])
+    return found
 
 
 def median_with_range(values: Sequence[float]) -> dict[str, float]:
