@@ -6,9 +6,9 @@
 `--texts` trains on the first so many texts alone; by default on all.
 The teacher is fine-tuned anew for every seed; students are its own blocks, evenly spaced. `distill` gets `EPOCHS` passes over the
 training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds. What
-the teacher's outputs take, computed once before, stands apart. Labels alone may choose their learning rate on validation. The
-test split is read at the end; a difference is taken text by text against labels alone with the same seed, its interval is a
-bootstrap over texts. A run that was stopped goes on where it was.
+the teacher's outputs take, computed once before, stands apart. Every way chooses its learning rate on validation, with the first
+seed: from the first of `RATES` up, for as long as a higher one is better. A difference is taken text by text on the test split
+against labels alone with the same seed, its interval is a bootstrap over texts. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "+ relations": ("distill_layers", {"relations": 1.0}),
     "+ pkd": ("distill_layers", {"pkd": 10.0, "relations": 0.0}),
 }
-RATES = {LABELS: (1e-4, 3e-4, 1e-3)}
-"""Learning rates to choose from on validation, with the first seed; the steps' own default for the others."""
+RATES = (3e-4, 1e-3, 3e-3)
+"""Learning rates to choose from; the first is the distilling steps' own."""
 
 
 def main() -> None:
@@ -62,7 +62,9 @@ def main() -> None:
         for layers in options.layers:
             for way in WAYS:
                 bench.run(way, layers, seed, first=options.seeds[0])
-            report(bench, [seed for seed in options.seeds if bench.complete(seed, options.layers)], options.layers)
+            report(
+                bench, [seed for seed in options.seeds if bench.complete(seed, options.layers, options.seeds[0])], options.layers
+            )
 
 
 class Bench:
@@ -95,29 +97,23 @@ class Bench:
         return make("drop_layers", {"keep": layers, "which": "alternate"})(teacher, self.task)
 
     def run(self, way: str, layers: int, seed: int, *, first: int) -> dict[str, Any]:
-        path = self._path(way, layers, seed)
-        if not path.exists():
-            fields = {"epochs": self.epochs(way, layers, first)}
-            if way in RATES:
-                fields["learning_rate"] = self.rate(way, layers, first, fields)
-            write_json(path, self._taught(way, layers, seed, fields, "test"))
-            print(path.stem, read_json(path)["accuracy"], flush=True)
-        return read_json(path)
+        return self._run(way, layers, seed, first, self.rate(way, layers, first))
 
     def epochs(self, way: str, layers: int, seed: int) -> float:
         """As many as take the seconds that `distill` takes for its own."""
         return EPOCHS * self.pace("distill", layers, seed) / self.pace(way, layers, seed)
 
-    def rate(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> float:
-        path = self.folder / f"rate-{layers}-{_short(way)}.json"
-        if not path.exists():
-            made = [self._taught(way, layers, seed, {**fields, "learning_rate": rate}, "validation") for rate in RATES[way]]
-            tried = {run["learning_rate"]: run["accuracy"] for run in made}
-            write_json(path, {"best": max(tried, key=lambda rate: tried[rate]), "validation": list(tried.items())})
-        return float(read_json(path)["best"])
+    def rate(self, way: str, layers: int, seed: int) -> float:
+        """The learning rate that reaches most on validation."""
+        tried: dict[float, float] = {}
+        for rate in RATES:
+            tried[rate] = self._run(way, layers, seed, seed, rate)["validation"]
+            if tried[rate] < max(tried.values()):
+                break
+        return max(tried, key=lambda rate: tried[rate])
 
-    def complete(self, seed: int, layers: list[int]) -> bool:
-        return all(self._path(way, number, seed).exists() for way in WAYS for number in layers)
+    def complete(self, seed: int, layers: list[int], first: int) -> bool:
+        return all(self._path(way, number, seed, self.rate(way, number, first)).exists() for way in WAYS for number in layers)
 
     def pace(self, way: str, layers: int, seed: int) -> float:
         """Of training for one epoch."""
@@ -134,29 +130,39 @@ class Bench:
         """Seconds before the first training of a kind: mostly the teacher's outputs, which the others then find on disk."""
         return float(read_json(self.folder / f"pace-{layers}-{_short(way)}.json")["once_s"])
 
+    def _run(self, way: str, layers: int, seed: int, first: int, rate: float) -> dict[str, Any]:
+        path = self._path(way, layers, seed, rate)
+        if not path.exists():
+            write_json(path, self._taught(way, layers, seed, {"epochs": self.epochs(way, layers, first), "learning_rate": rate}))
+            print(path.stem, read_json(path)["validation"], flush=True)
+        return read_json(path)
+
     def _train(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> Model:
         step, own = WAYS[way]
         if step != "finetune":
             own = {**own, "teacher": str(self.teacher(seed)), "cache": str(self.folder / "outputs")}
         return make(step, {**own, **fields, "seed": seed})(self.student(seed, layers), self.task)
 
-    def _taught(self, way: str, layers: int, seed: int, fields: dict[str, Any], split: Any) -> dict[str, Any]:
+    def _taught(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
         made, teacher = self._train(way, layers, seed, fields), self.task.load(str(self.teacher(seed)))
-        ours = logits(made.module, list(self.task.encode(made, split)), made.tokenizer.pad_token_id, precision="fp32")
-        theirs = cached_logits(teacher, list(self.task.encode(teacher, split)), self.folder / "outputs", precision="fp32")
-        log_q, log_p = log_softmax(ours, axis=1), log_softmax(theirs, axis=1)
-        entry, truth = made.history[-1], self.task.targets[split]
+        ours = {split: self._answers(made, split) for split in ("validation", "test")}
+        theirs = cached_logits(teacher, list(self.task.encode(teacher, "test")), self.folder / "outputs", precision="fp32")
+        log_q, log_p = log_softmax(ours["test"], axis=1), log_softmax(theirs, axis=1)
         return {
             **fields,
-            "accuracy": self.task.score(ours, split).value,
-            "teacher": self.task.score(theirs, split).value,
+            "validation": self.task.score(ours["validation"], "validation").value,
+            "accuracy": self.task.score(ours["test"], "test").value,
+            "teacher": self.task.score(theirs, "test").value,
             "kl": float((np.exp(log_p) * (log_p - log_q)).sum(1).mean()),
-            "training_s": entry["training"]["seconds"],
-            "correct": [int(x) for x in ours.argmax(1) == truth],
+            "training_s": made.history[-1]["training"]["seconds"],
+            "correct": [int(x) for x in ours["test"].argmax(1) == self.task.targets["test"]],
         }
 
-    def _path(self, way: str, layers: int, seed: int) -> Path:
-        return self.folder / f"{layers}-{_short(way)}-{seed}.json"
+    def _answers(self, model: Model, split: Any) -> np.ndarray:
+        return logits(model.module, list(self.task.encode(model, split)), model.tokenizer.pad_token_id, precision="fp32")
+
+    def _path(self, way: str, layers: int, seed: int, rate: float) -> Path:
+        return self.folder / f"{layers}-{_short(way)}-{rate:g}-{seed}.json"
 
 
 def _short(way: str) -> str:
@@ -173,6 +179,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
         "accuracy",
         "against labels alone (95 %)",
         "KL to the teacher",
+        "rate",
         "epochs",
         "an epoch, s",
         "once before, s",
@@ -185,7 +192,13 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
             apart = difference([r["correct"] for r in runs], [r["correct"] for r in plain])
             accuracy = median_with_range([100 * r["accuracy"] for r in runs])
             kl, pace = float(np.mean([r["kl"] for r in runs])), bench.pace(way, number, seeds[0])
-            values[f"{number} layers, {way}"] = {"accuracy": accuracy, "difference": apart, "kl": kl, "epoch_s": pace}
+            values[f"{number} layers, {way}"] = {
+                "accuracy": accuracy,
+                "difference": apart,
+                "kl": kl,
+                "rate": runs[0]["learning_rate"],
+                "epoch_s": pace,
+            }
             teachers = [100 * r["teacher"] for r in runs]
             rows.append(
                 [
@@ -194,6 +207,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
                     f"{accuracy['median']:.1f} ({accuracy['low']:.1f} to {accuracy['high']:.1f})",
                     "" if way == LABELS else f"{apart['value']:+.2f} ({apart['ci95'][0]:+.2f} to {apart['ci95'][1]:+.2f})",
                     f"{kl:.3f}",
+                    f"{runs[0]['learning_rate']:g}",
                     f"{runs[0]['epochs']:.1f}",
                     f"{pace:.0f}",
                     f"{bench.once(way, number):.0f}",
