@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,16 +17,17 @@ import torch
 import translators
 from typer.testing import CliRunner
 
-from multum import _compare_outputs, _compare_outputs_page
+from multum import _compare_outputs, _compare_outputs_page, runtimes
 from multum._compare import compare
 from multum._compare_look import LEVELS
 from multum._compare_outputs import compare_outputs
 from multum._compare_tasks import view_of
-from multum._compare_tokens import exposures, log_probabilities, next_tokens
+from multum._compare_tokens import exposures, log_probabilities, next_tokens, written
 from multum._verify import verify
 from multum.cli import app
 from multum.core.model import Model
 from multum.core.training import fit
+from multum.core.writing import TorchWriter, behind, prompt_of
 from multum.errors import InputError
 from multum.evidence.privacy import exposure
 from multum.progress import Progress
@@ -231,6 +233,37 @@ def test_language_models_are_compared_token_by_token(language: Path) -> None:
             apart.append(float((p * (p / q).log()).sum()))
         assert share == pytest.approx(np.mean(alike))
         assert kl == pytest.approx(np.mean(apart), rel=1e-3)
+
+
+def test_what_language_models_write_behind_the_openings_of_texts_is_compared(language: Path) -> None:
+    """Against a loop that takes the most probable token; a model against itself writes the same."""
+    predictors = {name: runtimes.find("pytorch").open(language / name, threads=1) for name in ("model", "other")}
+    texts = ["the film", *tiny.passages(3), "word", ({"role": "user", "content": "the plot"},)]
+    places, openings, found = written({"before": predictors["model"], "after": predictors["other"]}, texts[:-1])
+    assert [texts[place].startswith(opening) for place, opening in zip(places, openings, strict=True)] == [True] * 4
+    assert openings[0] == "the"
+    assert all(1 <= len(opening) <= len(texts[place]) // 2 for place, opening in zip(places, openings, strict=True))
+    for role, name in (("before", "model"), ("after", "other")):
+        model = Model.load(language / name, auto_class="AutoModelForCausalLM")
+        for opening, text in zip(openings, found[role], strict=True):
+            ids = prompt_of(model.tokenizer, opening)
+            new: list[int] = []
+            ends = TorchWriter(model.module, model.tokenizer).ends()
+            while len(new) < 32 and not (new and new[-1] in ends):
+                with torch.no_grad():
+                    new.append(int(model.module(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+            assert text == behind(model.tokenizer, ids, new)
+    how: dict[str, Any] = {"data": str(language / "data"), "threads": 1}
+    same = compare(language / "model", language / "model", output=language / "same", **how)["comparisons"]["after"]
+    assert same["same"]["value"] == 1
+    assert same["examples"] == []
+    apart = compare(language / "model", language / "other", output=language / "apart", **how)["comparisons"]["after"]
+    assert apart["same"]["value"] == 1 - len(apart["examples"]) / apart["same"]["n"]
+    assert apart["same"]["value"] < 1
+    assert {one["name"]: one["value"] for one in apart["closeness"]}["Words kept"] < 1
+    page = (language / "apart" / "report.html").read_text()
+    assert "Same output" in page
+    assert apart["examples"][0]["after"] in html.unescape(page)
 
 
 def test_probabilities_of_canaries_are_those_of_the_model_and_exposure_ranks_them(language: Path) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from . import runtimes
 from ._compare_attribution import torch_form
 from ._compare_look import LEVELS
-from ._compare_tasks import Outputs, Seen, View
-from ._compare_tokens import TEXTS, exposures, loaded, next_tokens
+from ._compare_tasks import Outputs, Seen, View, texts_apart
+from ._compare_tokens import TEXTS, exposures, loaded, next_tokens, written
 from ._compare_work import Work
 from .core.folders import digest
 from .core.reading import together
@@ -45,27 +45,27 @@ class Executed:
 
     def __init__(self, folder: Path, threads: int | None, task: Any) -> None:
         exported = (folder / "runtime.json").is_file()
-        self._inner = runtimes.open(folder, threads) if exported else runtimes.find("pytorch").open(folder, threads=threads)
-        theirs = self._inner.reader.task
+        self.predictor = runtimes.open(folder, threads) if exported else runtimes.find("pytorch").open(folder, threads=threads)
+        theirs = self.predictor.reader.task
         if theirs != task.name:
             raise InputError(f"it is a model for {theirs}, and the comparison is of {task.name}; name its task with --task")
-        columns = task.columns_for(list(self._inner.labels))
+        columns = task.columns_for(list(self.predictor.labels))
         self._columns = slice(None) if columns is None else columns
-        self.folder, files = folder, list(self._inner.files)
+        self.folder, files = folder, list(self.predictor.files)
         self.facts = {
             "target": str(folder),
-            "runtime": self._inner.runtime,
-            "precision": self._inner.precision,
+            "runtime": self.predictor.runtime,
+            "precision": self.predictor.precision,
             "bytes": sum(path.stat().st_size for path in files),
             "fingerprint": digest(*files),
         }
 
     def predict(self, inputs: list[Any]) -> np.ndarray:
         """As the runtime has it, (inputs, ...), padded with nan; an 8-bit export is asked one by one, as `measure` does."""
-        if self._inner.precision == "int8":
-            found = together([row for one in inputs for row in self._inner.predict([one])])
+        if self.predictor.precision == "int8":
+            found = together([row for one in inputs for row in self.predictor.predict([one])])
         else:
-            found = self._inner.predict(inputs)
+            found = self.predictor.predict(inputs)
         return np.asarray(found[..., self._columns])
 
 
@@ -86,7 +86,7 @@ def compare_outputs(
     canaries: Sequence[str] = (),
     grouped: Callable[[Sequence[Any]], Mapping[str, np.ndarray]] = lambda _: {},
 ) -> dict[str, Any]:
-    """All figures, as a result without circumstances; of causal language models also token by token, and exposures of canaries.
+    """All figures, as a result without circumstances; of causal language models also `_compare_tokens`.
 
     Raises:
         InputError: models of another task or with other labels, or too few examples.
@@ -130,6 +130,8 @@ def compare_outputs(
     if task.name == "text-generation":
         with progress.stage("tokens"):
             _token_by_token(result, folders, seen, level, canaries, drawing)
+        with progress.stage("writing"):
+            _writing(result, executed, seen, level, drawing)
     return result
 
 
@@ -173,7 +175,7 @@ def compared(
                 for name, share, values in view.apart(predictions["before"], predictions[role], outputs["before"], outputs[role])
             ],
             "groups": ev.by_group(adds["before"], adds[role], view.figure, members, **how),
-            "examples": _examples(seen, outputs["before"], outputs[role]) if view.discrete else [],
+            "examples": _examples(seen.rows, seen.inputs, outputs["before"], outputs[role]) if view.discrete else [],
         }
         for role in predictions
         if role != "before"
@@ -201,16 +203,35 @@ def _token_by_token(
         result["models"][role]["canaries"] = exposures(model, canaries, draws["seed"])
 
 
-def _examples(seen: Seen, before: Outputs, after: Outputs) -> list[dict[str, Any]]:
+def _writing(result: dict[str, Any], executed: Mapping[str, Executed], seen: Seen, level: str, draws: Mapping[str, int]) -> None:
+    """Add how often the models write the same behind the openings of texts, and where they part."""
+    places, openings, texts = written({role: one.predictor for role, one in executed.items()}, seen.inputs[: TEXTS[level]])
+    if not places:
+        note = "no text has an opening that leaves the models room to write, so that what they write was not compared"
+        result.setdefault("notes", []).append(note)
+        return
+    rows = [seen.rows[place] for place in places]
+    for role, found in result["comparisons"].items():
+        found["same"] = ev.same(texts["before"], texts[role])
+        found["closeness"] += [
+            {"name": name, "share": share, **ev.mean(values, **draws)}
+            for name, share, values in texts_apart(None, None, texts["before"], texts[role])
+        ]
+        found["examples"] = _examples(rows, openings, texts["before"], texts[role])
+
+
+def _examples(rows: Sequence[int], inputs: Sequence[Any], before: Outputs, after: Outputs) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for row, text, one, other in zip(seen.rows, seen.inputs, before, after, strict=True):
+    for row, text, one, other in zip(rows, inputs, before, after, strict=True):
         if one != other and len(found) < SHOWN:
             found.append({"index": row, "text": _said(text), "before": _said(one), "after": _said(other)})
     return found
 
 
 def _said(value: Any) -> str:
-    return value if isinstance(value, str) else " ".join(map(str, value)) or "–"
+    if isinstance(value, dict):  # a message of a chat
+        return f"{value['role']}: {value['content']}"
+    return value if isinstance(value, str) else " ".join(map(_said, value)) or "–"
 
 
 def _size(value: Any) -> int:

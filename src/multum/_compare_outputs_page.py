@@ -52,7 +52,7 @@ def said(result: Mapping[str, Any]) -> dict[str, str]:
         state = "missed" if found["verdict"] == "worse" and not found["within_margin"] else "met"
     else:
         same = after["same"] and after["same"]["value"] == 1
-        headline = f"No difference shown (±{reach})" + (f": all {found['n']:,} outputs are the same" if same else "")
+        headline = f"No difference shown (±{reach})" + (f": all {after['same']['n']:,} outputs are the same" if same else "")
     if found["margin"] is None:
         status = {"met": "✓ Not worse.", "missed": "✕ Worse."}.get(
             state, "○ No difference shown; whether the two are equal is open."

@@ -183,7 +183,7 @@ def _chrf(seen: Seen, _: Any, outputs: Outputs) -> np.ndarray:
     return np.array([(metric.sentence_score(text, [one]).score / 100, 1.0) for text, one in zip(outputs, right, strict=True)])
 
 
-def _texts_apart(_: Any, __: Any, first: Outputs, second: Outputs) -> Closeness:
+def texts_apart(_: Any, __: Any, first: Outputs, second: Outputs) -> Closeness:
     pairs = [(str(one).split(), str(other).split()) for one, other in zip(first, second, strict=True)]
     return [
         ("Words before the two part, share", True, np.array([ev.until_they_part(*pair) for pair in pairs])),
@@ -191,7 +191,7 @@ def _texts_apart(_: Any, __: Any, first: Outputs, second: Outputs) -> Closeness:
     ]
 
 
-WRITTEN = View(metric="chrF, mean over texts", figure=ev.ratio, adds=_chrf, puts_out=_texts, apart=_texts_apart)
+WRITTEN = View(metric="chrF, mean over texts", figure=ev.ratio, adds=_chrf, puts_out=_texts, apart=texts_apart)
 
 
 # -- language models ---------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def _surprise_apart(_: Any, __: Any, first: Outputs, second: Outputs) -> Closene
 
 
 VIEWS = {
-    "question-answering": View(metric="F1 of answers", figure=ev.ratio, adds=_answer_f1, puts_out=_answers, apart=_texts_apart),
+    "question-answering": View(metric="F1 of answers", figure=ev.ratio, adds=_answer_f1, puts_out=_answers, apart=texts_apart),
     "translation": WRITTEN,
     "summarization": WRITTEN,
     "text-generation": View(

@@ -1,7 +1,10 @@
-r"""Two causal language models token by token, and whether one has learnt a secret by heart.
+r"""Two causal language models token by token, what both write, and whether one has learnt a secret by heart.
 
     same next token   the share of places of a text where both find the same token most probable
     KL                mean over places of KL(p_before ‖ p_after) over the vocabulary, nats
+    same output       the share of openings behind which both write the same tokens, greedily
+
+An opening is the first half of a text; of a chat, all before its last answer.
 
 A canary is a text with digits that was put into the training texts on purpose. Its exposure (Carlini et al. 2019, arXiv:1802.08232,
 section 4) is log2 |R| − log2 rank, where R is every filling of the digits and the rank is that of the true one by probability. R
@@ -25,6 +28,8 @@ TEXTS, TOKENS = {"quick": 50, "full": 200}, 256
 """Texts that are gone through token by token; of each so many tokens at most."""
 DRAWN, AT_ONCE = 999, 64
 """Other fillings of a canary; texts in a batch."""
+OPENING, WRITTEN = 400, 32
+"""Characters of an opening and tokens behind it at most."""
 
 
 def canary_problems(canaries: Sequence[str], task: str) -> list[str]:
@@ -58,6 +63,26 @@ def next_tokens(before: Any, after: Any, texts: Sequence[Any]) -> tuple[np.ndarr
         same.append(float((first.argmax(-1) == second.argmax(-1)).mean()))
         kl.append(float(kl_of(first, second).mean()))
     return np.array(same), np.array(kl)
+
+
+def written(predictors: Mapping[str, Any], texts: Sequence[Any]) -> tuple[list[int], list[Any], dict[str, list[str]]]:
+    """Which texts have an opening that every model can read, the openings, and what each model writes behind them.
+
+    Args:
+        predictors: of every role, in the runtime that is compared.
+        texts: of the split.
+    """
+    from ._continue import writer_of
+    from .core.writing import Decoding, prompt_of, write
+
+    writers = {role: writer_of(predictor) for role, predictor in predictors.items()}
+    openings = {at: opening for at, text in enumerate(texts) if (opening := _opening(text))}
+    for writer in writers.values():
+        room = writer.context - WRITTEN
+        openings = {at: one for at, one in openings.items() if 0 < len(prompt_of(writer.tokenizer, one)) <= room}
+    asked = list(openings.values())
+    decoding = Decoding(max_new_tokens=WRITTEN)
+    return list(openings), asked, {role: [one.text for one in write(writer, asked, decoding)] for role, writer in writers.items()}
 
 
 def exposures(model: Any, canaries: Sequence[str], seed: int) -> list[dict[str, Any]]:
@@ -120,6 +145,14 @@ def _ids(model: Any, text: Any) -> list[int]:
         found: list[int] = model.tokenizer(text, truncation=True, max_length=TOKENS, verbose=False)["input_ids"]
         return found
     return list(model.tokenizer.apply_chat_template(list(text), tokenize=True, return_dict=True)["input_ids"])[:TOKENS]
+
+
+def _opening(text: Any) -> Any:
+    if isinstance(text, str):
+        start = text[: min(len(text) // 2, OPENING)]
+        return start.rsplit(" ", 1)[0].rstrip()
+    last = max((at for at, message in enumerate(text) if message["role"] == "assistant"), default=len(text))
+    return list(text[:last])
 
 
 def _fillings(text: str, seed: int) -> list[str]:
