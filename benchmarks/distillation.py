@@ -3,7 +3,8 @@
     python benchmarks/distillation.py [--data reviews-en] [--model minilm] [--texts 2000] [--seeds 0 1 2] [--layers 3 1]
         [-o runs/distillation]
 
-`--texts` trains on the first so many texts alone; by default on all.
+`--texts` trains on the first so many texts alone; by default on all. Of the others some may be read without their labels, which
+costs nothing where texts are at hand and labels are not.
 The teacher is fine-tuned anew for every seed; students are its own blocks, evenly spaced. `distill` gets `EPOCHS` passes over the
 training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds. What
 the teacher's outputs take, computed once before, stands apart. Every way chooses its learning rate on validation, with the first
@@ -14,6 +15,7 @@ against labels alone with the same seed, its interval is a bootstrap over texts.
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 from pathlib import Path
 from typing import Any
@@ -33,16 +35,19 @@ EPOCHS = 6
 PROBE = 2
 """Megabatches, within which the Trainer sorts texts by length, after which the cost of an epoch is known."""
 BATCH = 64
-LABELS = "labels alone"
+LABELS, SPARE = "labels alone", "distill, unlabelled texts"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     LABELS: ("finetune", {"batch_size": BATCH}),
     "distill": ("distill", {}),
     "distill, 4 variants": ("distill", {"augment": 4}),
+    SPARE: ("distill", {}),
     "+ hidden states": ("distill_layers", {"hidden": 1.0, "relations": 0.0}),
     "+ attention scores": ("distill_layers", {"attention": 0.1, "relations": 0.0}),
     "+ relations": ("distill_layers", {"relations": 1.0}),
     "+ pkd": ("distill_layers", {"pkd": 10.0, "relations": 0.0}),
 }
+MORE = 4
+"""Unlabelled texts for each one with a label: those behind the ones that `--texts` takes."""
 RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates to choose from; the first is the distilling steps' own."""
 
@@ -60,7 +65,7 @@ def main() -> None:
     bench = Bench(options.data, options.model, options.output / name, options.texts)
     for seed in options.seeds:
         for layers in options.layers:
-            for way in WAYS:
+            for way in bench.ways:
                 bench.run(way, layers, seed, first=options.seeds[0])
             report(
                 bench, [seed for seed in options.seeds if bench.complete(seed, options.layers, options.seeds[0])], options.layers
@@ -82,6 +87,8 @@ class Bench:
         self.source = str(fetch(data) if texts is None else reviews(folder, texts, data))
         self.task = open_task("text-classification", self.source)
         folder.mkdir(parents=True, exist_ok=True)
+        self.more = open_task("text-classification", self.source, unlabelled=str(self._spare())) if texts else self.task
+        self.ways = [way for way in WAYS if way != SPARE or texts]
 
     def teacher(self, seed: int) -> Path:
         """The whole model, fine-tuned with this seed. A vocabulary that the texts do not need would only cost time."""
@@ -113,13 +120,14 @@ class Bench:
         return max(tried, key=lambda rate: tried[rate])
 
     def complete(self, seed: int, layers: list[int], first: int) -> bool:
-        return all(self._path(way, number, seed, self.rate(way, number, first)).exists() for way in WAYS for number in layers)
+        return all(self._path(way, number, seed, self.rate(way, number, first)).exists() for way in self.ways for number in layers)
 
     def pace(self, way: str, layers: int, seed: int) -> float:
         """Of training for one epoch."""
         path = self.folder / f"pace-{layers}-{_short(way)}.json"
         if not path.exists():
-            rows = len(self.task.inputs("train")) * (1 + WAYS[way][1].get("augment", 0))
+            task = self._task(way)
+            rows = (len(task.inputs("train")) + len(task.unlabelled)) * (1 + WAYS[way][1].get("augment", 0))
             share = min(1.0, PROBE * max(1, min(rows // (4 * BATCH), 50)) / math.ceil(rows / BATCH))
             entry = self._train(way, layers, seed, {"epochs": share}).history[-1]
             seconds = entry["training"]["seconds"]
@@ -141,7 +149,19 @@ class Bench:
         step, own = WAYS[way]
         if step != "finetune":
             own = {**own, "teacher": str(self.teacher(seed)), "cache": str(self.folder / "outputs")}
-        return make(step, {**own, **fields, "seed": seed})(self.student(seed, layers), self.task)
+        return make(step, {**own, **fields, "seed": seed})(self.student(seed, layers), self._task(way))
+
+    def _task(self, way: str) -> Any:
+        return self.more if way == SPARE else self.task
+
+    def _spare(self) -> Path:
+        """Texts behind those that are trained on, without their labels."""
+        path = self.folder / "spare.csv"
+        with (fetch(self.data) / "train.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))[self.texts : (1 + MORE) * (self.texts or 0)]
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["text"], *([row["text"]] for row in rows)])
+        return path
 
     def _taught(self, way: str, layers: int, seed: int, fields: dict[str, Any]) -> dict[str, Any]:
         made, teacher = self._train(way, layers, seed, fields), self.task.load(str(self.teacher(seed)))
@@ -186,7 +206,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
     ]
     rows, values, teachers = [], {}, []
     for number in layers:
-        for way in WAYS:
+        for way in bench.ways:
             runs = [bench.run(way, number, seed, first=seeds[0]) for seed in seeds]
             plain = [bench.run(LABELS, number, seed, first=seeds[0]) for seed in seeds]
             apart = difference([r["correct"] for r in runs], [r["correct"] for r in plain])
