@@ -19,7 +19,8 @@ from multum.core.families import blocks_of, family_of
 from multum.core.surgery import head_size, keep_heads, keep_neurons
 from multum.errors import InputError
 
-every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
+FAMILIES = (*tiny.FAMILIES, "gpt2")
+"""Of those that transformers 4 could prune heads of: a matrix for each of query, key and value, or one for all (GPT-2)."""
 PRUNED = {0: [1, 3], 1: [0]}
 
 
@@ -42,6 +43,9 @@ def version_4(folder, model, heads=PRUNED, *, pickled=False):
     if "bert" in model.source:  # buffers that transformers 4 kept
         prefix = model.module.base_model_prefix
         weights[f"{prefix}.embeddings.position_ids"] = torch.arange(tiny.POSITIONS)[None]
+    if "gpt2" in model.source:
+        weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, tiny.POSITIONS, tiny.POSITIONS, dtype=torch.uint8)
+        weights["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
     if pickled:
         torch.save(weights, folder / "pytorch_model.bin")
     else:
@@ -55,7 +59,7 @@ def logits(module, model):
     return module(**batch).logits
 
 
-@every_family
+@pytest.mark.parametrize("family", [*FAMILIES, "mpnet"])  # MPNet's heads have a bias each
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_folder_with_pruned_heads_loads_and_answers_the_same(family, pickled, tmp_path):
     old = pruned(family)
@@ -63,7 +67,7 @@ def test_a_folder_with_pruned_heads_loads_and_answers_the_same(family, pickled, 
     with pytest.raises((RuntimeError, OSError, ValueError)):
         AutoModelForSequenceClassification.from_pretrained(source)
     model, found = load_legacy(source, allow_pickle=pickled)
-    assert len(found["cut"]) == 8  # query, key, value and output of two blocks
+    assert len(found["cut"]) == (4 if family == "gpt2" else 8)  # query, key, value and output of two blocks
     model.save(tmp_path / "new")
     module = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new")
     assert torch.equal(logits(module, old), logits(old.module, old))
@@ -72,14 +76,14 @@ def test_a_folder_with_pruned_heads_loads_and_answers_the_same(family, pickled, 
     assert all(torch.equal(written[name], tensor) for name, tensor in old.module.state_dict().items())
 
 
-@every_family
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_whole_module_comes_back_from_its_pickle(family, tmp_path):
     old = pruned(family)
     keep_neurons(blocks_of(old.module)[1], family_of(old.module), list(range(20)))
     torch.save(old.module, tmp_path / "pruned.pt")
     old.tokenizer.save_pretrained(tmp_path / "tokenizer")
     model, found = load_legacy(tmp_path / "pruned.pt", tokenizer=str(tmp_path / "tokenizer"), allow_pickle=True)
-    assert len(found["cut"]) == 10
+    assert len(found["cut"]) == (6 if family == "gpt2" else 10)
     model.save(tmp_path / "new")
     module = AutoModelForSequenceClassification.from_pretrained(tmp_path / "new")
     assert torch.equal(logits(module, old), logits(old.module, old))
@@ -170,6 +174,20 @@ def test_weights_that_do_not_fit_their_config_are_all_named(tmp_path):
     assert len(caught.value.problems) == 2
     assert "lack classifier.bias" in str(caught.value)
     assert "have further.weight" in str(caught.value)
+
+
+def test_heads_with_a_bias_each_must_be_named(tmp_path):
+    source = version_4(tmp_path / "old", pruned("mpnet"), {0: PRUNED[0]})
+    with pytest.raises(InputError) as caught:
+        load_legacy(source)
+    assert list(caught.value.problems) == [
+        "the model, block 1: heads were cut, and config.json does not say which in 'pruned_heads'; in this architecture each has a "
+        "bias of its own"
+    ]
+    config = json.loads((source / "config.json").read_text()) | {"pruned_heads": [1, 3]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"must be heads by block, \{block: \[heads\]\}"):
+        load_legacy(source)
 
 
 def test_a_missing_tokenizer_is_asked_for(tmp_path):

@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .core.families import family_of
+from .core.families import family_of, stacks_of
 from .core.folders import read_json
 from .core.linears import is_linear, shape_of
 from .core.model import Model
 from .core.shapes import METHOD, without_shapes
-from .core.surgery import head_size
+from .core.surgery import head_size, head_width, queries_per_head, rows_of_one, width
 from .errors import InputError
 
 KNOWN = re.compile(
@@ -41,6 +41,8 @@ KNOWN = re.compile(
     r"|torch\.nn\.modules\.\w+\.\w+|torch\.nn\.functional\.\w+|torch\._C\._nn\.\w+"
 )
 """What a saved module is made of. None of it is ever run."""
+OLD_BUFFERS = ("position_ids", "attn.bias", "attn.masked_bias")
+"""How the names of buffers end that transformers 4 saved and transformers 5 computes."""
 DEEPEST = 40
 """Modules inside modules. No model has more; a damaged file might go round in circles."""
 BROKEN = (RuntimeError, UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
@@ -207,11 +209,12 @@ def assemble(found: Checkpoint) -> tuple[Any, dict[str, list[int]]]:
         raise InputError(f"its config does not make a {found.architecture}: {error}") from error
     family_of(stock)
     cut = _cut(stock, found.weights)
-    if problems := _heads_that_differ(stock, cut, found):
+    heads, unknown = _heads_of_biases(stock, cut, found)
+    if problems := [*_heads_that_differ(stock, cut, found), *unknown]:
         raise InputError(*problems)
     config.architectures = [found.architecture]
     if cut:
-        config.quantization_config = {"quant_method": METHOD, "shapes": cut}
+        config.quantization_config = {"quant_method": METHOD, "shapes": cut, "heads": heads}
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         save_file({name: tensor.clone().contiguous() for name, tensor in found.weights.items()}, Path(folder) / "model.safetensors")
@@ -220,7 +223,7 @@ def assemble(found: Checkpoint) -> tuple[Any, dict[str, list[int]]]:
         except (RuntimeError, ValueError) as error:
             raise InputError(f"its weights do not fit its config: {str(error).strip().splitlines()[-1]}") from error
     module, info = loaded
-    strange = [name for name in info["unexpected_keys"] if not name.endswith(("position_ids", *_removed(cut)))]
+    strange = [name for name in info["unexpected_keys"] if not name.endswith((*OLD_BUFFERS, *_removed(cut)))]
     problems = [f"its weights lack {name}" for name in sorted(info["missing_keys"])]
     problems += [f"its weights have {name}, which a {found.architecture} has no place for" for name in sorted(strange)]
     if problems:
@@ -246,19 +249,46 @@ def _cut(stock: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, list[int]
 
 def _heads_that_differ(stock: Any, cut: Mapping[str, list[int]], found: Checkpoint) -> list[str]:
     """Whether what the config says was pruned is what the weights lack."""
-    family, size, base = family_of(stock), head_size(stock), getattr(stock, "base_model_prefix", "")
+    family, base = family_of(stock), getattr(stock, "base_model_prefix", "")
+    rows = sum(rows_of_one(family, queries_per_head(stock), head_size(stock))[family.query])  # GPT-2 keeps all three in one matrix
     prefix = f"{base}.{family.blocks}" if hasattr(stock, base) else family.blocks
     problems = []
-    for number, heads in dict(found.config.get("pruned_heads") or {}).items():
+    for number, heads in _pruned(found).items():
         name = f"{prefix}.{number}.{family.query}"
         whole = dict(stock.named_modules()).get(name)
         if whole is None:
             problems.append(f"config.json names pruned heads of block {number}, which the model does not have")
             continue
         has = cut.get(name, list(shape_of(whole)))[0]
-        wanted = shape_of(whole)[0] - size * len(set(heads))
+        wanted = shape_of(whole)[0] - rows * len(heads)
         if has != wanted:
-            problems.append(
-                f"block {number}: config.json names {len(set(heads))} pruned heads, so {wanted} rows; its query has {has}"
-            )
+            problems.append(f"block {number}: config.json names {len(heads)} pruned heads, so {wanted} rows; its query has {has}")
     return problems
+
+
+def _heads_of_biases(stock: Any, cut: Mapping[str, list[int]], found: Checkpoint) -> tuple[dict[str, list[int]], list[str]]:
+    """Where every head has a bias of its own (MPNet, T5), the heads that each cut attention still has; those that nobody tells."""
+    names, heads, problems = {part: name for name, part in stock.named_modules()}, {}, []
+    for stack in stacks_of(stock):
+        for row in (stack.family, stack.family.cross):
+            for number, block in enumerate(stack.blocks):
+                if row is None or row.head_bias is None or names[block.get_submodule(row.query)] not in cut:
+                    continue
+                gone = None if stack.name else _pruned(found).get(number)
+                if gone is None:
+                    problems.append(
+                        f"{stack.name or 'the model'}, block {number}: heads were cut, and config.json does not say which in "
+                        "'pruned_heads'; in this architecture each has a bias of its own"
+                    )
+                    continue
+                count = width(block, row.attention_output) // head_width(stock, row)
+                heads[names[block.get_submodule(row.head_bias)]] = [head for head in range(count) if head not in gone]
+    return heads, problems
+
+
+def _pruned(found: Checkpoint) -> dict[int, set[int]]:
+    """Block -> heads that were pruned, as the config says."""
+    try:
+        return {int(number): {int(head) for head in heads} for number, heads in (found.config.get("pruned_heads") or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"'pruned_heads' of its config must be heads by block, {{block: [heads]}} ({error})") from error
