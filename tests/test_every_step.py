@@ -65,6 +65,8 @@ WRITING = ("distill_generation",)
 CAUSAL = ("causal-llama", "causal-gpt2")
 ONLY = {"slice_hidden": tiny_families.GROUPED}
 """Steps that refuse all other architectures."""
+NEED_NONE = ("pretrain", "prune_weights", "quantize", "quantize_embeddings")
+"""Steps that read no example of the task, with the fields below."""
 TEACHER, FOLDER, TEXT = "<teacher>", "<folder>", "<text>"
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -310,6 +312,40 @@ def test_bad_fields_fail_at_construction_and_name_the_step(name, tmp_path):
         assert next(iter(bad)) in str(caught.value)
         with pytest.raises(InputError):
             make(name, {**values, **bad})
+
+
+class NoExamples:
+    """A task whose training split is empty."""
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.sources = {**getattr(task, "sources", {}), "train": []}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.task, name)
+
+    def calibration(self, *_: Any, **__: Any) -> list[Any]:
+        return []
+
+    def encode(self, model: Model, split: Any) -> Any:
+        return self.task.encode(model, split).select([])
+
+    def inputs(self, _: Any) -> list[Any]:
+        return []
+
+
+@every_step
+def test_without_examples_there_is_one_clear_error(name, task, tmp_path):
+    family = families_for(name)[0]
+    model, step = model_for(name, family), find(name)(**quick(name, tmp_path))
+    before, empty = model.fingerprint(), NoExamples(data_for(name, task, family))
+    if name in NEED_NONE:
+        step(model, empty)
+        return
+    with pytest.raises(InputError, match=r"(there are no .*|the) training split is empty") as caught:
+        step(model, empty)
+    assert len(caught.value.problems) == 1
+    assert model.fingerprint() == before
 
 
 @every_step

@@ -117,6 +117,12 @@ def test_no_budget_for_a_single_head_is_said():
         search([(np.ones(2), np.ones(3))], table.total, 1.0)
 
 
+def test_a_budget_below_one_head_is_refused_before_any_gradient(monkeypatch):
+    monkeypatch.setattr(fm, "place_gradients", None)
+    with pytest.raises(InputError, match=r"^fisher_masks: no cut of this model is 1000 times cheaper.*ask for at most \d"):
+        FisherMasks(speedup=1000, samples=8)(tiny.model(), tiny.task())
+
+
 # -- rearrangement ---------------------------------------------------------------------------------------------------------
 
 

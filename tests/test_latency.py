@@ -109,6 +109,17 @@ def test_without_heads_anywhere_every_block_works_on_one_token() -> None:
     assert made().total([(0, 96), (0, 192)]) == pytest.approx(BASE + feed_forward_last(96) + feed_forward_last(192))
 
 
+def test_the_largest_speedup_that_is_named_is_one_that_can_be_had() -> None:
+    table = LatencyTable.by_macs(hidden=32, head_size=8, heads=4, neurons=32, tokens=10, base=1000)
+    blocks = [(4, 32), (3, 20)]
+    with pytest.raises(InputError, match="step: no cut of this model is 99 times cheaper") as caught:
+        table.room(blocks, 99, "step")
+    most = float(str(caught.value).rpartition("ask for at most ")[2])
+    assert table.total([(0, 0), (1, 0)]) <= table.room(blocks, most, "step") == table.total(blocks) / most
+    with pytest.raises(InputError):
+        table.room(blocks, most + 0.1, "step")
+
+
 def test_an_empty_block_is_free() -> None:
     table = made()
     assert table.block(0, 0) == table.block(0, 0, last=True) == table.block(0, 0, after_last=True) == 0

@@ -198,3 +198,8 @@ def test_an_export_answers_like_the_factors(tmp_path):
     with torch.no_grad():
         wanted = torch.cat([result.module(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])
     assert torch.allclose(found.float(), wanted, atol=1e-3)
+
+
+def test_fewer_tokens_than_inputs_are_refused():
+    with pytest.raises(InputError, match=r"^low_rank: the calibration texts have \d+ tokens, and 32 inputs .* \(now 1\)"):
+        LowRank(samples=1)(tiny.model(), tiny.task())

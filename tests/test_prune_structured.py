@@ -517,9 +517,16 @@ def test_a_model_already_cut_is_cut_further() -> None:
     assert torch.isfinite(logits(result.module, tiny.task().calibration(model, 8))).all()
 
 
-def test_what_is_impossible_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no cut of this model"):
-        PruneStructured(speedup=1e9, samples=8)(tiny.model(), tiny.task())
+def test_what_is_impossible_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prune_structured, "price_sublayers", None)
+    for family in ("bert", "llama"):
+        model = tiny.model(family)
+        with pytest.raises(InputError, match=r"^prune_structured: no cut of this model is 1e\+09 times cheaper"):
+            PruneStructured(speedup=1e9, samples=8)(model, tiny.task())
+    table = tmp_path / "table.json"
+    LatencyTable.by_macs(hidden=32, head_size=8, heads=4, neurons=32, tokens=10, base=10**9).save(table)
+    with pytest.raises(InputError, match=r"prune_structured: no cut of this model is 1\.5 times cheaper.*ask for at most 1$"):
+        PruneStructured(latency_table=str(table), samples=8)(tiny.model(), tiny.task())
     with pytest.raises(InputError):
         PruneStructured(latency_table=str(tmp_path / "none.json"), samples=8)(tiny.model(), tiny.task())
 

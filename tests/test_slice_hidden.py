@@ -190,3 +190,8 @@ def test_a_width_below_one_unit_and_no_texts_are_refused(task):
 
     with pytest.raises(InputError, match="no calibration texts"):
         SliceHidden()(tiny.model("llama"), Empty())
+
+
+def test_fewer_tokens_than_directions_are_refused(task):
+    with pytest.raises(InputError, match=r"^slice_hidden: the calibration texts have \d+ tokens, and 24 inputs .* \(now 1\)"):
+        SliceHidden(samples=1)(tiny.model("llama"), task)

@@ -191,3 +191,8 @@ def test_damping_must_be_above_zero() -> None:
     for damping in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(InputError, match="sparsegpt: damping must be above 0"):
             Sparsegpt(damping=damping)
+
+
+def test_fewer_tokens_than_inputs_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^sparsegpt: the calibration texts have \d+ tokens, and 32 inputs .* \(now 1\)"):
+        Sparsegpt(samples=1)(tiny.model(), tiny.task())

@@ -69,6 +69,25 @@ class LatencyTable:
             self.block(heads, neurons, last=i == last, after_last=i > last) for i, (heads, neurons) in enumerate(blocks)
         )
 
+    def room(self, blocks: Blocks, speedup: float, step: str) -> float:
+        """What a model with these blocks may cost to be so many times cheaper than it is.
+
+        Args:
+            blocks: as they are.
+            speedup: at least 1.
+            step: its name, for the error.
+
+        Raises:
+            InputError: a single head in a single block costs more.
+        """
+        total, least = self.total(blocks), self.base + self.block(1, 0, last=True)
+        if speedup > 1 and total / speedup < least:
+            raise InputError(
+                f"{step}: no cut of this model is {speedup:g} times cheaper: with a single head left it takes {least:.3g} of "
+                f"{total:.3g} {self.unit}; ask for at most {int(10 * total / least) / 10:g}"
+            )
+        return total / speedup
+
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
 

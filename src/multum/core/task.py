@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+from ..errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 SplitName = Literal["train", "validation", "test"]
 Batch = Mapping[str, "torch.Tensor"]
+Row = TypeVar("Row")
 IGNORED = -100
 """The label where none is asked for; losses leave it out."""
 UNKNOWN = -101
@@ -111,6 +114,43 @@ class Task(Protocol):
     def batches(self, model: Model, split: SplitName, batch_size: int) -> Iterator[Batch]:
         """Padded batches of a split in its own order, labels included."""
         ...
+
+
+def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str, inputs: int = 0) -> list[Batch]:
+    """`Task.calibration`, of which there is enough.
+
+    Args:
+        task: whose texts.
+        model: that reads them.
+        samples: how many at most.
+        seed: of their choice.
+        step: its name, for the errors.
+        inputs: width of what is solved for from all tokens together: with fewer tokens than that it is not determined by them.
+
+    Raises:
+        InputError: no texts, or too few and too short ones.
+    """
+    batches = task.calibration(model, samples, seed=seed)
+    if not batches:
+        raise InputError(f"{step}: there are no calibration texts; the training split is empty")
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    if tokens < inputs:
+        raise InputError(
+            f"{step}: the calibration texts have {tokens} tokens, and {inputs} inputs of a matrix are not told apart by so few; "
+            f"give more or longer texts, or raise samples (now {samples})"
+        )
+    return batches
+
+
+def examples(rows: Iterable[Row], step: str) -> list[Row]:
+    """Training examples as a list, of which there is at least one.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not (found := list(rows)):
+        raise InputError(f"{step}: there are no examples to train on; the training split is empty")
+    return found
 
 
 def of_split(split: str) -> str:

@@ -25,7 +25,7 @@ from ..core.model import Model
 from ..core.packed import Packed, packed_parts
 from ..core.reporting import report
 from ..core.second_order import double
-from ..core.task import Batch, Task
+from ..core.task import Batch
 from ..core.training import on_accelerator
 from ..errors import InputError
 
@@ -125,18 +125,6 @@ def float_matrices(model: Model, step: str, keep: Sequence[str]) -> tuple[dict[s
     kept = {name for name in linears if any(fnmatchcase(name, pattern) for pattern in keep)}
     skipped = dict.fromkeys(every.keys() - linears.keys(), "only the blocks are quantized") | dict.fromkeys(kept, "kept in float")
     return {name: linear for name, linear in linears.items() if name not in kept}, skipped
-
-
-def calibration(model: Model, task: Task, step: str, samples: int, seed: int) -> list[Batch]:
-    """The texts that the inputs of the layers are taken from.
-
-    Raises:
-        InputError: there are none.
-    """
-    batches = task.calibration(model, samples, seed=seed)
-    if not batches:
-        raise InputError(f"{step}: there are no calibration texts; the training split is empty")
-    return batches
 
 
 def walk(

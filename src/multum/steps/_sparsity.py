@@ -21,7 +21,7 @@ from ..core.families import every_block
 from ..core.linears import Linear, matrix, shape_of
 from ..core.model import Model
 from ..core.reporting import report
-from ..core.task import Task
+from ..core.task import Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 
@@ -173,6 +173,7 @@ def prune_blocks(
     measure: Callable[[torch.Tensor], torch.Tensor],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     prune: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    solved: bool = False,
 ) -> dict[str, Any]:
     """Prune every linear layer inside the blocks by what flows into it, block by block, each fed by those already pruned.
 
@@ -186,19 +187,19 @@ def prune_blocks(
         measure: inputs (tokens, features) of one batch -> what is summed over all batches.
         prepare: that sum -> what `prune` takes; called once for layers that read the same.
         prune: weight (out, in) and that -> the new weight.
+        solved: whether `prepare` inverts the sum, which takes as many tokens as a matrix has inputs.
 
     Returns:
         Notes for the history.
 
     Raises:
-        InputError: nothing to prune, no calibration texts, or activations that are no finite numbers.
+        InputError: nothing to prune, too little calibration text, or activations that are no finite numbers.
     """
     linears, skipped = block_linears(model, step)
     account = Account(model.module, linears, SAMPLE)
     chosen = {id(linear): name for name, linear in fitting(linears, pattern, skipped).items()}
-    batches = task.calibration(model, samples, seed=seed)
-    if not batches:
-        raise InputError(f"{step}: there are no calibration texts; the training split is empty")
+    inputs = max((shape_of(linear)[1] for linear in linears.values()), default=0) if solved else 0
+    batches = calibration(task, model, samples, seed=seed, step=step, inputs=inputs)
     skipped |= dict.fromkeys(chosen.values(), "no text reaches it")
     with on_accelerator(model.module.eval()):
         for block in walk_blocks(model.module, batches):

@@ -25,7 +25,7 @@ from ..core.model import Model
 from ..core.sparse_logits import thinning_of, thinning_problems
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
-from ..core.task import Task
+from ..core.task import Task, examples
 from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
@@ -130,7 +130,9 @@ class Distill(Step):
                 "(augment) do not have; leave them out, or take distill_generation, for which the teacher writes them"
             )
         variants = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
-        ours, theirs = ([*task.encode(each, "train"), *task.encode_texts(each, variants)] for each in (model, teacher))
+        ours, theirs = (
+            [*examples(task.encode(each, "train"), self.name), *task.encode_texts(each, variants)] for each in (model, teacher)
+        )
         private = budget_of(self)
         earlier = check_accounting(self.name, model, task, len(ours) - len(variants), {"the teacher": teacher}) if private else []
         how = replace(thinning_of(self.sparse_logits), seed=self.seed)

@@ -35,7 +35,7 @@ from ..core.continuations import Continuation
 from ..core.model import Model
 from ..core.sparse_logits import thinning_of, thinning_problems
 from ..core.step import Step
-from ..core.task import UNKNOWN, Task
+from ..core.task import UNKNOWN, Task, examples
 from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, on_accelerator, training_problems
 from ..errors import InputError
@@ -150,6 +150,7 @@ class DistillGeneration(Step):
             lessons = Prompts(task, teacher, how, tokens=self.prompt_tokens, most=self.prompts, seed=self.seed)
         else:
             lessons = Pairs(task, teacher, how)
+        examples(lessons.sources, self.name)
         numbers, texts, references = mixed(lessons, self.mix, self.seed)
         if not numbers:
             raise InputError(f"distill_generation: the teacher {self.teacher} writes nothing for any source; it cannot teach")

@@ -26,7 +26,7 @@ from ..core.model import Model
 from ..core.sparse_logits import Thinning
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
-from ..core.task import Task
+from ..core.task import Task, examples
 from ..core.teacher import answering, cache_folder, model_inputs
 from ..core.teacher_states import cached_states
 from ..core.training import FEW_SHAPES, Precision, autocast, fit, on_accelerator, pad, training_problems
@@ -196,7 +196,7 @@ class DistillLayers(Step):
         """The training texts and all others as student and teacher read them, and how many of the others were left out because
         the two read other tokens in them: a vocabulary trimmed to the training texts splits what they do not have."""
         more = transfer_texts(task, self.augment, self.seed, model=self.augment_model, cache=folder, precision=self.precision)
-        given = [list(task.encode(each, "train")) for each in (model, teacher)]
+        given = [examples(task.encode(each, "train"), self.name) for each in (model, teacher)]
         ours, theirs = ([*own, *task.encode_texts(each, more)] for own, each in zip(given, (model, teacher), strict=True))
         if len(ours) != len(theirs):  # texts in several windows
             raise InputError(

@@ -26,7 +26,7 @@ from ..core.second_order import double
 from ..core.step import Step
 from ..core.students import alternate
 from ..core.surgery import keep_blocks
-from ..core.task import Batch, Task
+from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 
@@ -100,7 +100,7 @@ class DropLayers(Step):
             raise InputError(f"drop_layers: keep is {self.keep}, but the model has only {blocks} blocks")
         elif self.which == "importance":
             with on_accelerator(model.module.eval()):
-                every = block_influence(model.module, task.calibration(model, self.samples, seed=self.seed))
+                every = block_influence(model.module, calibration(task, model, self.samples, seed=self.seed, step=self.name))
             notes["influence"] = every[begin : begin + blocks]
             kept = most_influential(notes["influence"], self.keep)
         else:

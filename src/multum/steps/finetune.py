@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.model import Model
 from ..core.step import Step
-from ..core.task import Task
+from ..core.task import Task, examples
 from ..core.training import Precision, fit, memory_problems, training_problems
 from ._private import budget_of, check_accounting, private_problems, with_earlier
 
@@ -64,7 +64,7 @@ class Finetune(Step):
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             return task.loss(module(**inputs), batch)
 
-        rows, private = list(task.encode(model, "train")), budget_of(self)
+        rows, private = examples(task.encode(model, "train"), self.name), budget_of(self)
         earlier = check_accounting(self.name, model, task, len(rows), {}) if private else []
         result = fit(
             model,

@@ -47,7 +47,7 @@ from ..core.second_order import double
 from ..core.step import Step
 from ..core.sublayers import HEADS, NEURONS, places_of, units_of
 from ..core.surgery import head_size, keep_blocks
-from ..core.task import Batch, Task
+from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 from ._masks import Pair, importance, rearrange, search_under
@@ -169,8 +169,8 @@ class _ForOne:
     def total(self, counts: Any) -> float:
         return self.table.total(counts)
 
-    def room(self, counts: Any, speedup: float, _: str) -> float:
-        return self.table.total(counts) / speedup
+    def room(self, counts: Any, speedup: float, step: str) -> float:
+        return self.table.room(counts, speedup, step)
 
     def search(self, gradients: Sequence[Any], room: float) -> list[tuple[list[int], ...]]:
         return list(search_under(self.table, importance(gradients), room))
@@ -231,7 +231,7 @@ class FisherMasks(Step):
             one_stack(module, self.name)
         if two and self.latency_table is not None:
             raise InputError(f"{self.name}: a latency table holds for models of one stack; leave latency_table out")
-        before, batches = units_of(module), task.calibration(model, self.samples, seed=self.seed)
+        before, batches = units_of(module), calibration(task, model, self.samples, seed=self.seed, step=self.name)
         choice = _ForTwo(costs_of(module, batches)) if two else _ForOne(self._table(module, batches))
         room, device = choice.room(before, self.speedup, self.name), next(module.parameters()).device
         with on_accelerator(module):

@@ -40,7 +40,7 @@ from ..core.surgery import (
     queries_per_head,
     rows_of_one,
 )
-from ..core.task import Task
+from ..core.task import Task, examples
 from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, training_problems
 from ..errors import InputError
@@ -186,7 +186,7 @@ class L0(Step):
                 f"{self.name}: sparsity is {self.sparsity}, but a single head has {least:.1%} of the weights; ask for at most "
                 f"{math.floor(1000 * (1 - least)) / 1000}"
             )
-        rows = [{**row, "index": index} for index, row in enumerate(task.encode(model, "train"))]
+        rows = [{**row, "index": index} for index, row in enumerate(examples(task.encode(model, "train"), self.name))]
         teaching, notes = self._teaching(model, task, rows)
         steps = math.ceil(self.epochs * math.ceil(len(rows) / self.batch_size))
         trained = Trained(masks, self.mask_learning_rate, self.sparsity, self.rise * steps)

@@ -30,7 +30,7 @@ from ..core.reporting import report
 from ..core.second_order import damped, double, gram
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import Task
+from ..core.task import Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 from ._sparsity import block_linears
@@ -98,9 +98,8 @@ class LowRank(Step):
         refuse_factored(model.module, self.name)
         linears, skipped = block_linears(model, self.name)
         chosen = {id(linear): name for name, linear in linears.items()}
-        batches = task.calibration(model, self.samples, seed=self.seed)
-        if not batches:
-            raise InputError(f"{self.name}: there are no calibration texts; the training split is empty")
+        widest = max(shape_of(linear)[1] for linear in linears.values())
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, inputs=widest)
         skipped = {**skipped, **dict.fromkeys(chosen.values(), "no text reaches it")}
         errors: dict[str, float] = {}
         with on_accelerator(model.module.eval()):

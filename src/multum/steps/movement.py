@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from ..core.model import Model
 from ..core.step import Step
-from ..core.task import Task
+from ..core.task import Task, examples
 from ..core.training import Precision, fit, training_problems
 from ._sparsity import SAMPLE, Account, block_linears, lowest, sparsity_problems
 
@@ -124,7 +124,7 @@ class MovementPruning(Step):
         unfit = {name for name, linear in linears.items() if any(n % self.block for n in linear.weight.shape)}
         skipped |= dict.fromkeys(unfit, f"its sides are no multiples of {self.block}")
         chosen = [linear for name, linear in linears.items() if name not in unfit]
-        rows = list(task.encode(model, "train"))
+        rows = examples(task.encode(model, "train"), self.name)
         steps, done = math.ceil(self.epochs * math.ceil(len(rows) / self.batch_size)), 0
         parts = [Movement(linear.weight, self.block) for linear in chosen]
         for linear, part in zip(chosen, parts, strict=True):

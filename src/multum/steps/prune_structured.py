@@ -44,7 +44,7 @@ from ..core.second_order import Order, adapted, gram, removal_order
 from ..core.step import Step
 from ..core.sublayers import NEURONS, places_of, units_of
 from ..core.surgery import head_size, keep_blocks
-from ..core.task import Batch, Task
+from ..core.task import Batch, Task, calibration
 from ..core.training import autocast, on_accelerator
 from ..errors import InputError
 from ._price import Price
@@ -159,17 +159,17 @@ class PruneStructured(Step):
             one_stack(module, self.name)
         if two and self.latency_table is not None:
             raise InputError(f"{self.name}: a latency table holds for models of one stack; leave latency_table out")
-        batches = task.calibration(model, self.samples, seed=self.seed)
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name)
         before, costs = units_of(module), costs_of(module, batches) if two else None
         table = None if two else LatencyTable.load(Path(self.latency_table)) if self.latency_table else mac_table(module, batches)
         total = cast(Callable[[Any], float], (costs.of if costs else table.total))  # type: ignore[union-attr]
-        room = costs.room(self.speedup, self.name) if costs else 0.0
+        room = costs.room(self.speedup, self.name) if costs else cast(Any, table).room(before, self.speedup, self.name)
         with on_accelerator(module):
             whole = model.copy().module
             after: Sequence[tuple[int, ...]] = before
             sublayers = price_sublayers(module, batches, self.neuron_group)
             if self.speedup > 1 and table is not None:
-                after = choose([(a.prices, f.prices) for a, f in sublayers], table, total(before) / self.speedup)
+                after = choose([(a.prices, f.prices) for a, f in sublayers], table, room)
             elif self.speedup > 1 and costs is not None:
                 chosen = iter(cheapest([each.prices for block in sublayers for each in block], costs.units, room))
                 after = [tuple(next(chosen) for _ in block) for block in sublayers]

@@ -31,7 +31,7 @@ from ..core.packed import PackedLinear
 from ..core.sparse_logits import Thinning
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import Task
+from ..core.task import Task, examples
 from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, memory_problems, training_problems
 from ..errors import InputError
@@ -133,9 +133,7 @@ class Qat(Step):
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         linears, skipped = float_matrices(model, self.name, self.keep)
-        rows, notes = list(task.encode(model, "train")), {}
-        if not rows:
-            raise InputError(f"{self.name}: there are no training texts")
+        rows, notes = examples(task.encode(model, "train"), self.name), {}
         said: Any = None
         if self.alpha > 0:
             folder = cache_folder(self.cache)

@@ -25,7 +25,7 @@ from ..core.families import one_stack, stacks_of
 from ..core.model import Model
 from ..core.step import Step
 from ..core.sublayers import places_of
-from ..core.task import Batch, Task
+from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 from ._layer_maps import descent
@@ -114,7 +114,7 @@ class Reconstruct(Step):
         linears, skipped = block_linears(model, self.name)
         teacher = task.load(self.teacher)
         blocks = teacher_blocks(model, teacher)
-        ours, theirs = (task.calibration(each, self.samples, seed=self.seed) for each in (model, teacher))
+        ours, theirs = (calibration(task, each, self.samples, seed=self.seed, step=self.name) for each in (model, teacher))
         _check_texts(ours, theirs)
         solved = [place.block.get_submodule(place.sublayer.path) for place in places_of(model.module)]
         outputs = {name: linear for name, linear in linears.items() if linear in solved}
@@ -135,8 +135,6 @@ class Reconstruct(Step):
 
 
 def _check_texts(ours: list[Batch], theirs: list[Batch]) -> None:
-    if not ours:
-        raise InputError("reconstruct: there are no calibration texts; the training split is empty")
     names = ("attention_mask", *(["decoder_input_ids"] if "decoder_input_ids" in ours[0] else []))
     masks = [[batch[name] for batch in batches for name in names] for batches in (ours, theirs)]
     if not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(*masks, strict=True)):

@@ -36,7 +36,7 @@ from ..core.model import Model
 from ..core.second_order import double
 from ..core.step import Step
 from ..core.surgery import BiasOnly, has, head_size, swap, with_shape
-from ..core.task import Batch, Task
+from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 
@@ -213,9 +213,7 @@ class SliceHidden(Step):
         new = old if self.keep == 1 else max(round(self.keep * old / unit), 1) * unit
         if new > old:
             raise InputError(f"{self.name}: the width must be a multiple of {unit}, and that of this model is only {old}")
-        batches = task.calibration(model, self.samples, seed=self.seed)
-        if not batches:
-            raise InputError(f"{self.name}: there are no calibration texts; the training split is empty")
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, inputs=new)
         where = places(module)
         with on_accelerator(module):
             q, share = directions(module, list(where.readers), batches)

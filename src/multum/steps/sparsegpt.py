@@ -97,4 +97,5 @@ class Sparsegpt(Step):
             measure=gram,
             prepare=lambda total: inverse_factor(total, self.damping),
             prune=lambda weight, u: sparsegpt(weight, u, self.sparsity, self.pattern),
+            solved=True,
         )

@@ -252,7 +252,10 @@ class TrimVocabulary(Step):
         writes = bool(getattr(module.config, "is_encoder_decoder", False))
         if writes:
             inputs = [prefix_of(module.config) + str(each) for each in inputs]
-        counts = count_tokens(spec, [*inputs, *_lines(self.extra_texts), "", ("", "")])
+        more = _lines(self.extra_texts)
+        if not inputs and not more:
+            raise InputError(f"{self.name}: there are no texts whose tokens could stay; the training split is empty")
+        counts = count_tokens(spec, [*inputs, *more, "", ("", "")])
         for row in task.encode(model, "train") if writes else ():  # what it is to write, and what the tokenizer puts around it
             counts.update(index for index in row["labels"] if index >= 0)
         kept = needed(spec, counts, self.min_count)
