@@ -586,12 +586,17 @@ def test_apply_takes_the_fields_of_a_step_as_options(places, work):
     assert result.exit_code == 0, result.output
     (entry,) = json.loads((work / "out" / "recipe.json").read_text())["steps"]
     assert entry["fields"] == {"keep": None, "which": [0, 2], "stack": None, "samples": 8, "seed": 3}
-    assert "million parameters" in result.stdout
+    assert "million after; loads in plain transformers" in result.stdout
     # Its recipe names the task.
     again = call("apply", "prune_weights", work / "out", "--data", places[1], "-o", "out2", "--pattern", "2:4")
     assert again.exit_code == 0, again.output
     steps = json.loads((work / "out2" / "recipe.json").read_text())["steps"]
     assert [entry["step"] for entry in steps] == ["drop_layers", "prune_weights"]
+    assert "size on disk and speed: unchanged, because dense kernels multiply by zeros" in " ".join(again.stdout.split())
+    cut = call("apply", "prune_structured", work / "out", *data, "-o", "out3", "--speedup", "1.5", "--samples", "8")
+    assert cut.exit_code == 0, cut.output
+    assert "loads in transformers after 'import multum'" in " ".join(cut.stdout.split())
+    assert "removed whole" in cut.stdout
 
 
 def test_predict_from_the_command_line_and_from_files(places, work):

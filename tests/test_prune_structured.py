@@ -28,6 +28,7 @@ from multum.errors import InputError
 from multum.steps import prune_structured
 from multum.steps._price import kl
 from multum.steps._repair import _repair_sublayer
+from multum.steps._units import gone_whole
 from multum.steps.prune_structured import PruneStructured, Sublayer, choose, cut, price_sublayers, repair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -515,6 +516,13 @@ def test_a_model_already_cut_is_cut_further() -> None:
     assert entry["predicted"][1] <= entry["predicted"][0] / 1.5
     assert result.parameters() < model.parameters()
     assert torch.isfinite(logits(result.module, tiny.task().calibration(model, 8))).all()
+
+
+def test_what_is_removed_whole_is_named() -> None:
+    assert gone_whole([(4, 8), (0, 8), (4, 8)], [(3, 8), (0, 1), (1, 1)], [0, 1, 2]) == "no sublayer is removed whole"
+    said = gone_whole([(4, 8), (4, 8), (4, 8), (4, 8)], [(0, 8), (2, 2), (1, 0)], [0, 2, 3])
+    assert said == "removed whole: block 1, attention of block 0, feed-forward of block 3"
+    assert gone_whole([(4, 8), (4, 4, 8)], [(4, 8), (4, 0, 8)], [0, 1]) == "removed whole: cross-attention of block 1"
 
 
 def test_what_is_impossible_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

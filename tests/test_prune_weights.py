@@ -107,6 +107,19 @@ def test_no_sparsity_changes_nothing_and_full_sparsity_leaves_nothing():
     assert same.history[-1]["changed"] == {}
     empty = PruneWeights(sparsity=1.0)(model, task)
     assert all((weight == 0).all() for weight in block_weights(empty).values())
+    entry = empty.history[-1]
+    assert entry["emptied"] == sorted(block_weights(empty))
+    assert "; 12 of 12 matrices have no weight left" in entry["summary"]
+
+
+def test_a_layer_of_small_weights_that_a_global_share_empties_is_named():
+    model = tiny.model()
+    name = next(iter(block_weights(model)))
+    with torch.no_grad():
+        model.linears()[name].weight.mul_(1e-6)
+    entry = PruneWeights(sparsity=0.2, scope="global")(model, tiny.task()).history[-1]
+    assert entry["emptied"] == [name]
+    assert f"1 of 12 matrices have no weight left and give nothing but their biases: {name}" in entry["summary"]
 
 
 def test_a_pattern_holds_in_the_model_and_skips_what_it_does_not_fit():

@@ -83,3 +83,8 @@ def threads(metrics: Metrics) -> str:
 def runtime(candidate: Candidate) -> str:
     """The runtime and precision of a candidate, as people write them."""
     return f"{RUNTIMES.get(candidate.runtime, candidate.runtime)} {candidate.precision}"
+
+
+def loads_in(stock: bool) -> str:
+    """What it takes to load a model that stock transformers can build or not."""
+    return "loads in plain transformers" if stock else "loads in transformers after 'import multum'"

@@ -198,6 +198,7 @@ class _Chain:
             "drop": round(self.task.drop_of(first, metrics), 4),
             "speedup": round(metrics["speed"]["ratio_to_first"]["value"], 3),
             "steps": [entry["step"] for entry in model.history],
+            "summary": model.history[-1].get("summary", "") if model.history else "",
             "holds": True,
             "broken": [],
             "reason": "",

@@ -73,6 +73,7 @@ def apply_and_show(
 
     Of several processes the main one saves and speaks.
     """
+    from ._report_words import loads_in
     from .core import processes
     from .data import cut, open_task, open_without_data
 
@@ -90,13 +91,14 @@ def apply_and_show(
         terminal.say(note)
     with (progress() if speaks else Progress.silent()).stage(step.name):
         after = step.take(before, opened)
-    after.save(output, {"task": task, "seed": seed})
+    stock = after.save(output, {"task": task, "seed": seed})
     if not speaks:
         return
     entry = after.history[-1]
     terminal.say(f"{len(entry['changed'])} linear layers changed, {len(entry['skipped'])} left alone")
     was, now = entry["parameters"]
-    terminal.print_lines(f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after")
+    line = f"{output}: {was / 1e6:.2f} million parameters before, {now / 1e6:.2f} million after; {loads_in(stock)}"
+    terminal.print_lines(line, *filter(None, [entry.get("summary")]))
 
 
 def without_data(step: str, data: str) -> list[str]:
@@ -141,6 +143,7 @@ def show_run(folder: Path) -> None:
 def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
     """What the stages of a chain gave, and what to do with the last one."""
     from ._measure import DISTURBED, unsteady
+    from ._report_words import loads_in
 
     for split in ("validation", "test"):
         measured = [candidate for candidate in result["candidates"] if candidate[split]]
@@ -149,7 +152,10 @@ def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
         terminal.print_lines("")
     if any(unsteady(one[split]["speed"]) for one in result["candidates"] for split in ("validation", "test") if one[split]):
         terminal.print_lines(f"Note:   {DISTURBED}")
-    terminal.print_lines(f"Model:  {folder / 'model'}", f'Try it: {terminal.own_name()} predict {folder / "model"} "some text"')
+    said = (f"{one['name']}: {one['summary']}" for one in result["candidates"] if one.get("summary"))
+    loads = loads_in(read_json(folder / "model" / "recipe.json")["loads_without_multum"])
+    terminal.print_lines(*said, f"Model:  {folder / 'model'} ({loads})")
+    terminal.print_lines(f'Try it: {terminal.own_name()} predict {folder / "model"} "some text"')
 
 
 def fields_of(arguments: Sequence[str], step: str, seed: int | None) -> dict[str, Any]:

@@ -105,17 +105,20 @@ class Model:
             new_weights=tuple(sorted({*info["missing_keys"], *past.get("new_weights", ())})),
         )
 
-    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> None:
+    def save(self, folder: str | Path, extra: Mapping[str, Any] | None = None) -> bool:
         """Write the model folder: weights, config, tokenizer and `recipe.json`. Whole or not at all. Of several processes the main
         one writes.
 
         Args:
             folder: replaced if it exists.
             extra: more entries for `recipe.json` (task, data fingerprints, seed).
+
+        Returns:
+            True when stock transformers can load it, False when that takes `import multum`.
         """
         stock = shapes.record(self.module)
         if processes.number() > 0:
-            return
+            return stock
         with whole_folder(Path(folder)) as work:
             self.module.save_pretrained(work)
             self.tokenizer.save_pretrained(work)
@@ -132,6 +135,7 @@ class Model:
                 "when": datetime.now(UTC).isoformat(timespec="seconds"),
             }
             (work / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        return stock
 
     def copy(self) -> Model:
         """A deep copy: changing it leaves this one as it is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -148,16 +148,19 @@ class Account:
         return self.rest + compressed_bytes((linear.weight for linear in self.linears.values()), self.share)
 
     def notes(self, skipped: Mapping[str, str]) -> dict[str, Any]:
-        """For the history: zeros there are now, their share, bytes when compressed, and what that means."""
+        """For the history: zeros there are now, their share, bytes when compressed, layers with nothing left, what that means."""
         after, about = self._bytes(), "about " if self.share < 1 else ""
         weights = [linear.weight for linear in self.linears.values()]
         entries, zeros = sum(weight.numel() for weight in weights), sum(int((weight == 0).sum()) for weight in weights)
         sizes = f"{about}{_megabytes(self.before)} -> {_megabytes(after)}"
+        emptied = sorted(name for name, linear in self.linears.items() if not bool(linear.weight.any()))
         return {
             "zeros": zeros,
             "sparsity": zeros / entries if entries else 0.0,
             "compressed_bytes": [self.before, after],
-            "summary": f"size when compressed: {sizes}, size on disk and speed: unchanged",
+            **({"emptied": emptied} if emptied else {}),
+            "summary": f"size when compressed: {sizes}, size on disk and speed: unchanged, because dense kernels multiply by zeros "
+            f"as by any number{_of_emptied(emptied, len(weights))}",
             "skipped": skipped,
         }
 
@@ -216,6 +219,10 @@ def prune_blocks(
                 skipped[chosen[id(parts[path])]] = "nothing in it was to be pruned"
             report((block.index + 1) / len(every_block(model.module)))
     return {**account.notes(skipped), "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in batches)}
+
+
+def _of_emptied(names: Sequence[str], of: int) -> str:
+    return f"; {len(names)} of {of} matrices have no weight left and give nothing but their biases: {names[0]}..." if names else ""
 
 
 def _megabytes(count: int) -> str:

@@ -26,6 +26,8 @@ from ..core.surgery import head_size, heads_and_neurons, queries_per_head
 from ..core.task import Batch
 from ..errors import InputError
 
+KINDS = {2: ("attention", "feed-forward"), 3: ("attention", "cross-attention", "feed-forward")}
+"""What the sublayers of a block are called, by how many it has."""
 BINS = 4000
 """Steps of the cost axis in `cheapest`."""
 
@@ -86,6 +88,25 @@ def mac_table(module: Any, batches: Sequence[Batch]) -> LatencyTable:
         gated=family_of(module).gate is not None,
         base=tokens * math.prod(shape_of(vocabulary)) if vocabulary is not None else 0,
     )
+
+
+def gone_whole(before: Sequence[Sequence[int]], after: Sequence[Sequence[int]], kept: Sequence[int]) -> str:
+    """In words, which blocks and sublayers a cut has left nothing of.
+
+    Args:
+        before: units of every sublayer of every block.
+        after: the same of the blocks that are left.
+        kept: their numbers.
+    """
+    left = dict(zip(kept, after, strict=True))
+    gone = [f"block {number}" for number in range(len(before)) if number not in left]
+    gone += [
+        f"{kind} of block {number}"
+        for number, now in left.items()
+        for kind, old, new in zip(KINDS[len(now)], before[number], now, strict=True)
+        if old and not new
+    ]
+    return f"removed whole: {', '.join(gone)}" if gone else "no sublayer is removed whole"
 
 
 def cheapest(prices: Sequence[Mapping[int, float]], costs: Sequence[float], room: float) -> list[int]:

@@ -51,7 +51,7 @@ from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
 from ._masks import Pair, importance, rearrange, search_under
-from ._units import Costs, costs_of, mac_table, most_important
+from ._units import Costs, costs_of, gone_whole, mac_table, most_important
 
 Place = tuple[str, str]
 """A part of a block, and its `input` or `output`."""
@@ -259,6 +259,7 @@ class FisherMasks(Step):
             "predicted": [choice.total(before), choice.total(after)],
             "unit": choice.unit,
             "sublayers_tuned": tuned,
+            "summary": gone_whole(before, after, left),
             "skipped": {name: "only blocks are cut by this step" for name, linear in linears.items() if linear not in inside},
         }
 

@@ -48,6 +48,7 @@ from ._answers import answer_loss, kept_answers
 from ._hard_concrete import Masks
 from ._numbers import mixing_problems
 from ._outputs import kind_of, untrained
+from ._units import gone_whole
 
 
 def unit_weights(module: Any) -> list[tuple[int, int]]:
@@ -218,9 +219,11 @@ class L0(Step):
         inside = set(blocks_of(module).modules())
         skipped = {name: "only blocks are cut by this step" for name, part in model.linears().items() if part not in inside}
         left = cut(module, kept, means)
+        after = heads_and_neurons(module)
         return {
-            "blocks": [before, heads_and_neurons(module)],
+            "blocks": [before, after],
             "kept_blocks": left,
+            "summary": gone_whole(before, after, left),
             "sparsity": 1 - masks.size(kept) / masks.full,
             "expected_sparsity": expected,
             "training": result,

@@ -49,7 +49,7 @@ from ..core.training import autocast, on_accelerator
 from ..errors import InputError
 from ._price import Price
 from ._repair import repair
-from ._units import cheapest, costs_of, mac_table
+from ._units import cheapest, costs_of, gone_whole, mac_table
 
 LEVELS = (0.0, 0.04, 0.125, 0.25, 0.5, 0.75)
 """Shares of a sublayer's units at which the price is measured; counts between are interpolated."""
@@ -182,6 +182,7 @@ class PruneStructured(Step):
             "kept_blocks": kept,
             "predicted": [total(before), total([after[i] for i in kept])],
             "unit": table.unit if table else "MACs",
+            "summary": gone_whole(before, [after[i] for i in kept], kept),
             "skipped": {
                 name: "embeddings and head are not cut by this step"
                 for name, linear in model.linears().items()

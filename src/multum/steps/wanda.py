@@ -87,4 +87,7 @@ class Wanda(Step):
             prepare=torch.sqrt,
             prune=prune,
         )
-        return notes | ({"rows_that_keep_their_best_weight": spared} if spared else {})
+        if not spared:
+            return notes
+        more = {"rows_that_keep_their_best_weight": spared, "summary": f"{notes['summary']}; {spared} rows keep their best weight"}
+        return notes | more
