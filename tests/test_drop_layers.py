@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import tiny
 import torch
+import translators
 
+from multum.core.block import state_of
+from multum.core.blocks import walk_blocks
 from multum.core.families import blocks_of, family_of
 from multum.core.step import make
 from multum.errors import InputError
@@ -69,6 +73,82 @@ def test_a_block_that_changes_nothing_has_no_influence_and_goes_first():
     assert kept(model, keep=3, which="importance") == [0, 1, 3]
 
 
+def _keep_input(seen, _, inputs) -> None:
+    seen.append(inputs[0])
+
+
+def slow_states(module, batches, *, last: bool) -> list[list[list[float]]]:
+    """Per depth and text the hidden state of its last or first token: one text at a time, without padding."""
+    found: list[list[list[float]]] = [[] for _ in range(len(blocks_of(module)) + 1)]
+    for batch in batches:
+        for row in range(len(batch["input_ids"])):
+            length = int(batch["attention_mask"][row].sum())
+            seen: list[torch.Tensor] = []
+            blocks, keep = blocks_of(module), partial(_keep_input, seen)
+            hooks = [block.register_forward_pre_hook(keep) for block in blocks]
+            hooks.append(blocks[-1].register_forward_hook(lambda _, __, output, seen=seen: seen.append(state_of(output))))
+            with torch.no_grad():
+                module(**{key: value[row : row + 1, :length] for key, value in batch.items()})
+            for hook in hooks:
+                hook.remove()
+            for depth, state in enumerate(seen):
+                found[depth].append(state.reshape(length, -1)[-1 if last else 0].tolist())
+    return found
+
+
+def slow_distance(a: list[list[float]], b: list[list[float]]) -> float:
+    angles = []
+    for x, y in zip(a, b, strict=True):
+        dot = sum(i * j for i, j in zip(x, y, strict=True))
+        angles.append(math.acos(max(-1.0, min(1.0, dot / math.sqrt(sum(i * i for i in x) * sum(i * i for i in y))))))
+    return sum(angles) / len(angles) / math.pi
+
+
+@pytest.mark.parametrize(("name", "last"), [("bert", False), ("llama", True), ("gpt2", True), ("opt", True)])
+def test_angular_distances_equal_slow_loops_at_one_token_of_every_text(name, last):
+    model, task = tiny.model(name, layers=4), tiny.task()
+    batches = task.calibration(model, 12)
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    entry = DropLayers(keep=2, which="angular", samples=12)(model, task).history[-1]
+    states = slow_states(model.module, batches, last=last)
+    expected = [slow_distance(states[at], states[at + 2]) for at in range(3)]
+    assert entry["angular_distances"] == pytest.approx(expected, abs=1e-4)
+    first = expected.index(min(expected))
+    assert entry["dropped_blocks"] == [first, first + 1]
+
+
+def test_blocks_in_a_row_that_change_nothing_go_together():
+    model = tiny.model("llama", layers=5)
+    family = family_of(model.module)
+    with torch.no_grad():
+        for block in blocks_of(model.module)[2:4]:
+            for path in (family.attention_output, family.down):
+                block.get_submodule(path).weight.zero_()
+    made = DropLayers(keep=3, which="angular")(model, tiny.task())
+    assert made.history[-1]["dropped_blocks"] == [2, 3]
+    batch = tiny.task().calibration(model, 8)[0]
+    with torch.no_grad():
+        assert torch.equal(made.module(**batch).logits, model.module(**batch).logits)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_angular_distances_of_a_stack_are_measured_inside_it(stack):
+    model, task = translators.translator("marian", layers=3), translators.translating()
+    entry = DropLayers(keep=2, which="angular", stack=stack)(model, task).history[-1]
+    every = walk_blocks(model.module, task.calibration(model, 64))
+    with torch.no_grad():
+        number = {"encoder": 0, "decoder": 3}[stack]
+        turned = []
+        for block in every:
+            if number <= block.index < number + 3:
+                pairs = [(block.calls[i][0][0], block.run(i), block.masks[i]) for i in range(len(block.calls))]
+                at = [(mask.sum(1) - 1 if stack == "decoder" else 0 * mask.sum(1)) for *_, mask in pairs]
+                rows = [(a[range(len(t)), t], b[range(len(t)), t]) for (a, b, _), t in zip(pairs, at, strict=True)]
+                turned.append(slow_distance(*(torch.cat(side).tolist() for side in zip(*rows, strict=True))))
+    assert entry["angular_distances"] == pytest.approx(turned, abs=1e-4)
+    assert entry["dropped_blocks"] == [turned.index(min(turned))]
+
+
 def test_most_influential():
     assert most_influential([0.5, 0.1, 0.3, 0.3], 2) == [0, 2]
     assert most_influential([0.1, 0.2, 0.3], 3) == [0, 1, 2]
@@ -108,7 +188,7 @@ def test_what_stays_is_what_was_there():
 
 def test_all_kept_changes_nothing():
     model = tiny.model(layers=3)
-    for which in ("top", "alternate", "importance"):
+    for which in ("top", "alternate", "importance", "angular"):
         same = DropLayers(keep=3, which=which)(model, tiny.task())
         assert same.fingerprint() == model.fingerprint()
         assert same.history[-1]["changed"] == {}
