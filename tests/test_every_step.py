@@ -20,7 +20,7 @@ from multum.core.step import Step, find, from_history, make, names
 from multum.errors import InputError
 from multum.tasks.text_generation import TextGeneration
 
-FAMILIES = ("bert", "distilbert", "roberta", "electra")
+FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "electra")
 FURTHER = {
     **dict.fromkeys(("distill", "distill_layers", "finetune", "qat"), ("llama", "gpt2")),
     **dict.fromkeys(
@@ -39,14 +39,14 @@ FURTHER = {
             "reconstruct",
             "smoothquant",
             "sparsegpt",
+            "trim_vocabulary",
             "wanda",
         ),
         tiny_families.FAMILIES,
     ),
-    "trim_vocabulary": ("llama",),
 }
 """Architectures that a step is tried on beside those: whatever cuts or walks, on all."""
-TWO = tuple(f"two-{family}" for family in translators.FAMILIES)
+TWO = tuple(f"two-{family}" for family in (*translators.FAMILIES, "mbart", "mt5"))
 """Encoder-decoders, as steps see them that are not for them alone."""
 BOTH = (
     "drop_layers",

@@ -11,6 +11,8 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -23,8 +25,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 from multum.core.families import blocks_of, family_of
@@ -108,9 +108,10 @@ def model(
             dim=hidden, n_layers=layers, n_heads=heads, hidden_dim=neurons, max_position_embeddings=POSITIONS, **names
         )
         module = DistilBertForSequenceClassification(config)
-    elif family == "roberta":
+    elif family in ("roberta", "xlm-roberta"):
         stock["max_position_embeddings"] += tokenizer.pad_token_id + 1
-        module = RobertaForSequenceClassification(RobertaConfig(type_vocab_size=1, **stock, **names))
+        config = AutoConfig.for_model(family, type_vocab_size=1, **stock, **names)
+        module = AutoModelForSequenceClassification.from_config(config)
     elif family == "electra":
         module = ElectraForSequenceClassification(ElectraConfig(embedding_size=hidden // 2, **stock, **names))
     elif family == "bert":
@@ -160,11 +161,12 @@ def _corpus() -> list[str]:
 
 
 def _tokenizer(family: str) -> Tokenizer:
-    return Tokenizer.from_str(_trained("bpe" if _is_bpe(family) else "wordpiece"))
+    return Tokenizer.from_str(_trained("unigram" if family == "xlm-roberta" else "bpe" if _is_bpe(family) else "wordpiece"))
 
 
 def _is_bpe(family: str) -> bool:
-    return family == "roberta" or (family in tiny_families.FAMILIES and family not in tiny_families.WORDPIECE)
+    """XLM-R's vocabulary is none, but its special tokens are called the same."""
+    return family in ("roberta", "xlm-roberta") or (family in tiny_families.FAMILIES and family not in tiny_families.WORDPIECE)
 
 
 @cache
@@ -181,6 +183,13 @@ def _trained(kind: str) -> str:
         )
         made.train_from_iterator(_corpus(), trainer)
         made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    elif kind == "unigram":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        special = ["<s>", "<pad>", "</s>", "<unk>"]
+        made.train_from_iterator(
+            _corpus(), trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token=special[-1], show_progress=False)
+        )
     else:
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
         made.normalizer = normalizers.BertNormalizer(lowercase=True)

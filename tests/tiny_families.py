@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen2Tokenizer,
+    XLMRobertaTokenizer,
 )
 
 ENCODERS = ("mpnet", "deberta-v2", "modernbert")
@@ -52,7 +53,10 @@ def config(family: str, *, layers: int, heads: int, neurons: int, hidden: int, p
 
 
 def tokenizer(family: str, made: Tokenizer, **special: Any) -> PreTrainedTokenizerFast:
-    """The tokenizer that a saved folder of this family gives back: transformers has a class of its own for Qwen2."""
+    """The tokenizer that a saved folder of this family gives back: transformers has classes of their own for Qwen2 and XLM-R."""
+    if family == "xlm-roberta":
+        vocab = json.loads(made.to_str())["model"]["vocab"]
+        return XLMRobertaTokenizer(vocab=[(token, score) for token, score in vocab], **special)
     if family == "qwen2":
         spec = json.loads(made.to_str())["model"]
         return Qwen2Tokenizer(vocab=spec["vocab"], merges=[tuple(pair) for pair in spec["merges"]], **special)

@@ -10,15 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    MarianConfig,
-    MarianMTModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
 from multum.core.generation import Written, as_numbers
 from multum.core.model import Model
@@ -67,7 +59,7 @@ def predictions(texts: list[str]) -> np.ndarray:
 
 
 def translator(family: str = "marian", *, hidden: int = 32, layers: int = 2, seed: int = 0, spread: float = 1.0) -> Model:
-    """An encoder-decoder with random weights that knows all words of both languages."""
+    """An encoder-decoder with random weights that knows all words of both languages: one of `FAMILIES`, mbart or mt5."""
     words = ["<pad>", "</s>", "<unk>", *dict.fromkeys([*WORDS, *WORDS.values()]), "translate:"]
     made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))  # noqa: S106
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -83,15 +75,14 @@ def translator(family: str = "marian", *, hidden: int = 32, layers: int = 2, see
     ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "vocab_size": len(words)}
     torch.manual_seed(seed)
     module: torch.nn.Module
-    if family == "t5":
-        module = T5ForConditionalGeneration(
-            T5Config(d_model=hidden, d_kv=hidden // 4, d_ff=2 * hidden, num_layers=layers, num_heads=4, **ids)
-        )
-    elif family in ("marian", "bart"):
+    if family in ("t5", "mt5"):
+        sizes = {"d_model": hidden, "d_kv": hidden // 4, "d_ff": 2 * hidden, "num_layers": layers, "num_heads": 4}
+        module = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **sizes, **ids))
+    elif family in ("marian", "bart", "mbart"):
         sizes = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in _block(hidden, layers).items()}
         stock = {"d_model": hidden, "max_position_embeddings": POSITIONS, "dropout": 0.0, "init_std": 0.1, **sizes, **ids}
         none = {"bos_token_id": None, "forced_eos_token_id": None}
-        module = MarianMTModel(MarianConfig(**stock, **none)) if family == "marian" else _bart({**stock, **none})
+        module = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **stock, **none))
     else:
         raise ValueError(family)
     with torch.no_grad():
@@ -104,7 +95,3 @@ def translator(family: str = "marian", *, hidden: int = 32, layers: int = 2, see
 
 def _block(hidden: int, layers: int) -> dict[str, int]:
     return {"layers": layers, "attention_heads": 4, "ffn_dim": 2 * hidden}
-
-
-def _bart(stock: dict[str, Any]) -> torch.nn.Module:
-    return BartForConditionalGeneration(BartConfig(**stock))
