@@ -26,7 +26,6 @@ from multum.core.surgery import counts_of, cross_heads, head_size, keep_blocks, 
 from multum.errors import InputError
 from multum.steps.distill_layers import DistillLayers
 from multum.steps.drop_layers import DropLayers
-from multum.steps.l0 import L0
 from multum.steps.low_rank import LowRank
 from multum.steps.movement import MovementPruning
 from multum.steps.prune_weights import PruneWeights
@@ -315,7 +314,6 @@ class Untouched:
 
 
 REFUSED: list[Any] = [
-    L0(),
     SliceHidden(),
     DistillLayers(student={"num_hidden_layers": 1}, logits=0),
     DistillLayers(teacher="none", hidden=1.0),

@@ -51,6 +51,7 @@ TWO = tuple(f"two-{family}" for family in (*translators.FAMILIES, "mbart", "mt5"
 BOTH = (
     "drop_layers",
     "fisher_masks",
+    "l0",
     "low_rank",
     "movement",
     "prune_structured",

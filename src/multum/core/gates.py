@@ -12,7 +12,7 @@ unit (`surgery`), gate 1 changes no bit, and the gates are differentiable: |dL/d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 
 from .blocks import beside
 from .families import blocks_of, family_of
-from .sublayers import places_of
+from .sublayers import Place, places_of
 from .surgery import heads_and_neurons
 from .task import Batch
 
@@ -81,6 +81,15 @@ def input_gated(block: nn.Module, path: str, gate: torch.Tensor) -> Iterator[Non
 
 
 @contextmanager
+def places_gated(places: Sequence[Place], gates: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The same for sublayers of any stack: one gate for every unit of each."""
+    with ExitStack() as stack:
+        for place, gate in zip(places, gates, strict=True):
+            stack.enter_context(input_gated(place.block, place.sublayer.path, gate))
+        yield
+
+
+@contextmanager
 def skipped(block: nn.Module) -> Iterator[None]:
     """Have a block hand on what it is given, as if it had been dropped."""
 
@@ -122,10 +131,7 @@ def place_gradients(module: nn.Module, batches: Iterable[Batch], loss: Loss) -> 
     """The same for models of one stack or two: per batch, for every sublayer of `places_of`, (units,)."""
     places = places_of(module)
     gates = [torch.ones(place.size, requires_grad=True) for place in places]
-    with ExitStack() as stack:
-        for place, gate in zip(places, gates, strict=True):
-            stack.enter_context(input_gated(place.block, place.sublayer.path, gate))
-        return _slopes(module, gates, nullcontext(), batches, loss)
+    return _slopes(module, gates, places_gated(places, gates), batches, loss)
 
 
 def _slopes(

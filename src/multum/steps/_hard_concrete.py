@@ -4,17 +4,17 @@ r"""Masks that are exactly 0 or 1 most of the time and can be trained: hard conc
     z = min(1, max(0, s (ζ - γ) + γ))                    β = 2/3, γ = -0.1, ζ = 1.1  (eq. 10, 11)
     P(z > 0) = sigmoid(log α - β log(-γ / ζ))                                        (eq. 12)
 
-A head has the mask of its attention times its own, a neuron that of its feed-forward times its own, so that a whole sublayer can
-leave at once (CoFi: Xia et al. 2022, arXiv:2204.00408, sec. 3.1). Of the weights of all blocks there stay on average, with c the
-weights of one unit,
+A unit (head or neuron) has the mask of its sublayer times its own, so that a whole sublayer can leave at once (CoFi: Xia et al.
+2022, arXiv:2204.00408, sec. 3.1). Of the weights of all blocks there stay on average, with c_s the weights of one unit of the
+sublayer s,
 
-    size = Σ_l P(z_MHA,l > 0) Σ_h P(z_h > 0) c_head + P(z_FFN,l > 0) Σ_j P(z_j > 0) c_neuron        (eq. 4, without hidden masks)
+    size = Σ_s P(z_s > 0) Σ_i P(z_si > 0) c_s                              (eq. 4, without hidden masks)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import nn
@@ -44,73 +44,67 @@ def mean_of(log_alpha: torch.Tensor) -> torch.Tensor:
 
 
 class Masks(nn.Module):
-    """The masks of all attentions, heads, feed-forwards and neurons of a model, on the processor in single precision.
+    """The masks of all sublayers and their units, on the processor in single precision.
 
     Args:
-        counts: per block (heads, neurons).
-        costs: per block the weights of one head and of one neuron.
+        counts: of units, sublayer by sublayer.
+        costs: weights of one unit of each sublayer.
         seed: of the draws.
     """
 
-    def __init__(self, counts: Sequence[tuple[int, int]], costs: Sequence[tuple[int, int]], seed: int = 0) -> None:
+    def __init__(self, counts: Sequence[int], costs: Sequence[int], seed: int = 0) -> None:
         super().__init__()
-        self.costs = [(float(head), float(neuron)) for head, neuron in costs]
-        self.sublayers = nn.Parameter(torch.full((len(counts), 2), START))
-        self.units = nn.ParameterList(torch.full((count,), START) for pair in counts for count in pair)
+        self.costs = [float(cost) for cost in costs]
+        self.sublayers = nn.Parameter(torch.full((len(counts),), START))
+        self.units = nn.ParameterList(torch.full((count,), START) for count in counts)
         self.generator = torch.Generator().manual_seed(seed)
-        self.full = sum(n[0] * cost[0] + n[1] * cost[1] for n, cost in zip(counts, self.costs, strict=True))
+        self.full = sum(count * cost for count, cost in zip(counts, self.costs, strict=True))
 
-    def drawn(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """One draw: the gates of heads and of neurons per block, the sublayers' masks in them."""
+    def drawn(self) -> list[torch.Tensor]:
+        """One draw: the gates of every sublayer's units, (units,) each, the sublayer's mask in them."""
         whole = mask_of(self.sublayers, self._uniform(self.sublayers))
-        gates = [mask_of(unit, self._uniform(unit)) * whole[i // 2, i % 2] for i, unit in enumerate(self.units)]
-        return gates[::2], gates[1::2]
+        return [mask_of(unit, self._uniform(unit)) * mask for unit, mask in zip(self.units, whole, strict=True)]
 
     def _uniform(self, like: torch.Tensor) -> torch.Tensor:
         return torch.rand(like.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
 
-    def probabilities(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per block, P that the gate of every head and of every neuron is not zero."""
+    def probabilities(self) -> list[torch.Tensor]:
+        """Per sublayer, P that the gate of each unit is not zero."""
         return self._of_units(open_probability)
 
-    def means(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per block, the mean of the gate of every head and of every neuron."""
+    def means(self) -> list[torch.Tensor]:
+        """Per sublayer, the mean of the gate of each unit."""
         return self._of_units(mean_of)
 
-    def _of_units(self, of: Callable[[torch.Tensor], torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        whole = of(self.sublayers)
-        found = [of(unit) * whole[i // 2, i % 2] for i, unit in enumerate(self.units)]
-        return list(zip(found[::2], found[1::2], strict=True))
+    def _of_units(self, of: Callable[[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return [of(unit) * whole for unit, whole in zip(self.units, of(self.sublayers), strict=True)]
 
     def sparsity(self) -> torch.Tensor:
         """1 - size / full, on average; what the Lagrangian works on. A scalar with gradients."""
         size = torch.zeros(())
-        for pair, costs in zip(self.probabilities(), self.costs, strict=True):
-            size = size + pair[0].sum() * costs[0] + pair[1].sum() * costs[1]
+        for chances, cost in zip(self.probabilities(), self.costs, strict=True):
+            size = size + chances.sum() * cost
         return 1 - size / self.full
 
     @torch.no_grad()
-    def kept(self, sparsity: float) -> list[tuple[list[int], list[int]]]:
-        """The most probable units of all blocks that have at most 1 - sparsity of the weights, so many as fit.
+    def kept(self, sparsity: float, first: Sequence[Collection[int]]) -> list[list[int]]:
+        """The most probable units of all sublayers that have at most 1 - sparsity of the weights, so many as fit.
 
-        The most probable head of all comes first: without one nothing is read but the token itself.
+        Args:
+            sparsity: share of the weights that go.
+            first: sets of sublayers; the most probable unit of each set comes before all others.
         """
         room = (1 - sparsity) * self.full * (1 + 1e-9)
-        ranked = sorted(
-            (-float(p), block, kind, unit)
-            for block, pair in enumerate(self.probabilities())
-            for kind, part in enumerate(pair)
-            for unit, p in enumerate(part)
-        )
-        first = min((each for each in ranked if each[2] == 0), default=None)
-        kept: list[tuple[list[int], list[int]]] = [([], []) for _ in self.costs]
-        for each in [first, *(each for each in ranked if each != first)] if first else ranked:
-            _, block, kind, unit = each
-            if self.costs[block][kind] <= room:
-                room -= self.costs[block][kind]
-                kept[block][kind].append(unit)
-        return [(sorted(heads), sorted(neurons)) for heads, neurons in kept]
+        ranked = sorted((-float(p), s, unit) for s, chances in enumerate(self.probabilities()) for unit, p in enumerate(chances))
+        before = [min((each for each in ranked if each[1] in sublayers), default=None) for sublayers in first]
+        kept: list[list[int]] = [[] for _ in self.costs]
+        for each in dict.fromkeys([*filter(None, before), *ranked]):
+            _, sublayer, unit = each
+            if self.costs[sublayer] <= room:
+                room -= self.costs[sublayer]
+                kept[sublayer].append(unit)
+        return [sorted(units) for units in kept]
 
-    def size(self, kept: Sequence[tuple[Sequence[int], Sequence[int]]]) -> float:
+    def size(self, kept: Sequence[Sequence[int]]) -> float:
         """The weights that these units have."""
-        return sum(len(h) * cost[0] + len(n) * cost[1] for (h, n), cost in zip(kept, self.costs, strict=True))
+        return sum(len(units) * cost for units, cost in zip(kept, self.costs, strict=True))

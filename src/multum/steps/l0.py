@@ -10,12 +10,15 @@ At the end the most probable units stay, as many as have the weights asked for, 
 matrices that they leave by, and all others are taken out of the model. Train or distil it afterwards. Two things of the paper are
 left out: masks on the hidden width, which a residual stream normed behind every sum does not let go, and the distillation of
 layers, which `distill_layers` does afterwards. This is for long runs: with few steps the masks cannot tell units apart.
+
+Of an encoder-decoder both stacks are cut, cross-attentions as sublayers of their own, and blocks that are emptied stay as the
+biases they have.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,23 +26,14 @@ import torch
 from torch import nn
 
 from ..core.factored import refuse_factored
-from ..core.families import blocks_of, family_of, one_stack
-from ..core.gates import gated
+from ..core.families import every_block, one_stack, stacks_of
+from ..core.gates import places_gated
 from ..core.linears import is_linear, matrix, shape_of
 from ..core.model import Model
 from ..core.sparse_logits import Thinning
 from ..core.step import Step
-from ..core.surgery import (
-    has,
-    head_size,
-    head_width,
-    heads_and_neurons,
-    keep_blocks,
-    keep_heads,
-    keep_neurons,
-    queries_per_head,
-    rows_of_one,
-)
+from ..core.sublayers import CROSS, HEADS, NEURONS, Place, places_of, units_of
+from ..core.surgery import has, head_size, keep_blocks, queries_per_head, rows_of_one
 from ..core.task import Task, examples
 from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, training_problems
@@ -51,16 +45,16 @@ from ._outputs import kind_of, untrained
 from ._units import gone_whole
 
 
-def unit_weights(module: Any) -> list[tuple[int, int]]:
-    """Per block, the weights that one head and one neuron have in its matrices."""
-    family, size, queries = family_of(module), head_size(module), queries_per_head(module)
-    rows, hidden = rows_of_one(family, queries, size), int(module.config.hidden_size)
-    heads = dict.fromkeys((family.query, family.key, family.value, *family.head_matrices))
-    found = []
-    for block in blocks_of(module):
-        of = {path: sum(counts) * _inputs(block, path, hidden) for path, counts in rows.items() if has(block, path)}
-        head = sum(of.get(path, 0) for path in heads) + head_width(module) * hidden
-        found.append((head, sum(count for path, count in of.items() if path not in heads) + hidden))
+def unit_weights(module: Any) -> list[int]:
+    """The weights that one unit of every sublayer has in its block's matrices."""
+    queries, hidden, found = queries_per_head(module), int(module.config.hidden_size), []
+    for place in places_of(module):
+        row, block, heads = place.sublayer.family, place.block, place.sublayer.kind != NEURONS
+        size = head_size(module, place.stack.family)
+        paths = (row.query, row.key, row.value, *row.head_matrices) if heads else (row.gate, row.up)
+        rows = {path: sum(counts) for path, counts in rows_of_one(row, queries, size).items() if path in paths and has(block, path)}
+        inputs = sum(count * _inputs(block, path, hidden) for path, count in rows.items())
+        found.append(inputs + place.sublayer.width * hidden)
     return found
 
 
@@ -111,22 +105,30 @@ class Trained:
         self.done += 1
 
 
+def _readers(places: Sequence[Place]) -> list[set[int]]:
+    """The sublayers of which one head has to stay, for the model to read more than single tokens: those of the attentions to what
+    was read or written before, and those that read an encoder."""
+    kinds = ({i for i, place in enumerate(places) if place.sublayer.kind == kind and place.size} for kind in (HEADS, CROSS))
+    return [kind for kind in kinds if kind]
+
+
 @torch.no_grad()
-def cut(module: Any, kept: list[tuple[list[int], list[int]]], scales: list[tuple[torch.Tensor, torch.Tensor]]) -> list[int]:
-    """Fold the gates into the output matrices, take out all other units, return the numbers of the blocks that are left."""
-    family, size, width = family_of(module), head_size(module), head_width(module)
-    for block, units, scale, counts in zip(blocks_of(module), kept, scales, heads_and_neurons(module), strict=True):
-        for kind, (path, features) in enumerate(((family.attention_output, width), (family.down, 1))):
-            linear = block.get_submodule(path)
-            if is_linear(linear):
-                matrix(linear).mul_(scale[kind].repeat_interleave(features).to(linear.weight))
-        if len(units[0]) < counts[0]:
-            keep_heads(block, family, units[0], size)
-        if len(units[1]) < counts[1]:
-            keep_neurons(block, family, units[1])
-    left = [i for i, (heads, neurons) in enumerate(kept) if heads or neurons]
-    keep_blocks(module, left)
-    return left
+def cut(module: Any, kept: Sequence[Sequence[int]], scales: Sequence[torch.Tensor]) -> list[int]:
+    """Fold the gates into the output matrices, take out all other units, return the numbers of the blocks that are left (of an
+    encoder-decoder all)."""
+    places = places_of(module)
+    blocks = sorted({place.number for place in places})
+    left = {place.number for place, units in zip(places, kept, strict=True) if units}
+    for place, units, scale in zip(places, kept, scales, strict=True):
+        linear = place.block.get_submodule(place.sublayer.path)
+        if is_linear(linear):
+            matrix(linear).mul_(scale.repeat_interleave(place.sublayer.width).to(linear.weight))
+        if len(units) < place.size:
+            place.sublayer.keep(place.block, units, head_size(module, place.stack.family))
+    if len(stacks_of(module)) > 1:
+        return blocks
+    keep_blocks(module, sorted(left))
+    return sorted(left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +177,18 @@ class L0(Step):
 
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module
-        one_stack(module, self.name)
+        if len(stacks_of(module)) == 1:
+            one_stack(module, self.name)
         refuse_factored(module, self.name)
-        before = heads_and_neurons(module)
-        masks = Masks(before, unit_weights(module), self.seed)
-        if not any(heads for heads, _ in before):
+        before, places = units_of(module), places_of(module)
+        masks, first = Masks([place.size for place in places], unit_weights(module), self.seed), _readers(places)
+        if not first:
             raise InputError(f"{self.name}: the model has no heads left, so that it reads nothing but single tokens")
-        least = min(costs[0] for costs, (heads, _) in zip(masks.costs, before, strict=True) if heads) / masks.full
+        least = sum(min(masks.costs[place] for place in kind) for kind in first) / masks.full
         if least > 1 - self.sparsity:
+            what = "a single head has" if len(first) == 1 else "one head of each kind of attention together have"
             raise InputError(
-                f"{self.name}: sparsity is {self.sparsity}, but a single head has {least:.1%} of the weights; ask for at most "
+                f"{self.name}: sparsity is {self.sparsity}, but {what} {least:.1%} of the weights; ask for at most "
                 f"{math.floor(1000 * (1 - least)) / 1000}"
             )
         rows = [{**row, "index": index} for index, row in enumerate(examples(task.encode(model, "train"), self.name))]
@@ -194,8 +198,7 @@ class L0(Step):
 
         def loss(part: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
             index = batch.pop("index")
-            heads, neurons = masks.drawn()
-            with gated(module, heads, neurons):
+            with places_gated(places, masks.drawn()):
                 outputs = part(**{name: value for name, value in batch.items() if name != "labels"})
             value = teaching(outputs, batch, index)
             return value + trained.penalty().to(value.device)
@@ -215,11 +218,11 @@ class L0(Step):
         )
         model.new_weights = ()
         with torch.no_grad():
-            expected, kept, means = float(masks.sparsity()), masks.kept(self.sparsity), masks.means()
-        inside = set(blocks_of(module).modules())
+            expected, kept, means = float(masks.sparsity()), masks.kept(self.sparsity, first), masks.means()
+        inside = {part for block in every_block(module) for part in block.modules()}
         skipped = {name: "only blocks are cut by this step" for name, part in model.linears().items() if part not in inside}
         left = cut(module, kept, means)
-        after = heads_and_neurons(module)
+        after = units_of(module)
         return {
             "blocks": [before, after],
             "kept_blocks": left,
