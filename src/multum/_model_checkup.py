@@ -126,8 +126,8 @@ def _of_the_model(model: Any) -> Iterator[Limit]:
             reason,
             "trim_vocabulary, finetune and exports; or let it teach a smaller model of a known type: distill --student FOLDER",
         )
-    elif reason := _refused(lambda: one_stack(module, "l0, like distill_layers,")):
-        yield Limit("L0 masks and teaching layer by layer", reason, "prune_structured, then distill_generation")
+    elif reason := _refused(lambda: one_stack(module, "distill_layers, like slice_hidden,")):
+        yield Limit("teaching layer by layer and a smaller hidden width", reason, "prune_structured, then distill_generation")
     if model.new_weights:
         names = ", ".join(model.new_weights[:2]) + (", ..." if len(model.new_weights) > 2 else "")
         instead = "multum apply finetune, or multum shrink, which begins with it"
