@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import html.parser
 import json
+import random
 from itertools import chain
 
 import numpy as np
 import on_disk
 import pytest
+import taggers
 import tiny
 import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from multum._sensitivity import effect, sensitivity
+from multum import _sensitivity_sample
+from multum._sensitivity import sensitivity
 from multum._sensitivity_page import figure, layer_rows, least_rows, render
+from multum._sensitivity_sample import effect
 from multum.cli import app
 from multum.core.families import blocks_of, family_of
 from multum.core.latency import LatencyTable
 from multum.core.profile import profile
-from multum.core.surgery import head_size, keep_blocks, keep_heads, keep_neurons
+from multum.core.surgery import head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
 from multum.errors import InputError
+from multum.tasks.fill_mask import FillMask
+from multum.tasks.text_generation import TextGeneration
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +164,48 @@ def test_what_cannot_be_measured_is_refused(task):
     untrained.new_weights = ("classifier.weight",)
     with pytest.raises(InputError, match="fine-tune it first"):
         sensitivity(untrained, task)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_language_model_is_asked_for_the_next_token_and_a_few_have_logits_at_once(family, monkeypatch):
+    """Against one text at a time through the whole model and surgery; the last token of a text is asked for nothing."""
+    monkeypatch.setattr(_sensitivity_sample, "ROWS", 7)
+    model = tiny.language_model(family)
+    kind = FillMask if family == "bert" else TextGeneration
+    task = kind.from_splits(tiny.text_splits(4, 6, 4))
+    found = sensitivity(model, task, samples=4, groups=2, seed=1)
+    rows = task.encode(model, "validation")
+    chosen = [rows[i] for i in random.Random(1).sample(range(len(rows)), 4)]
+
+    def asked(module):
+        logs, labels = [], []
+        for row in chosen:
+            with torch.no_grad():
+                out = module(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().log_softmax(-1)
+            wanted = torch.tensor(row["labels"])
+            logs.append(out if family == "bert" else out[:-1])
+            labels.append(wanted if family == "bert" else wanted[1:])
+        logs, labels = torch.cat(logs), torch.cat(labels)
+        return logs[labels >= 0].argmax(1) == labels[labels >= 0]
+
+    assert found["accuracy"] == pytest.approx(float(asked(model.module).double().mean()))
+    assert found["n"] == len(asked(model.module))
+    for unit in (found["units"][0], found["units"][-2]):
+        cut = model.copy()
+        block, row = blocks_of(cut.module)[unit["block"]], family_of(cut.module)
+        if unit["kind"] == "head":
+            left = [h for h in range(heads_and_neurons(cut.module)[0][0]) if h != unit["index"]]
+            keep_heads(block, row, left, head_size(cut.module))
+        else:
+            keep_neurons(block, row, [n for n in range(48) if n not in unit["neurons"]])
+        lost = asked(model.module).double().mean() - asked(cut.module).double().mean()
+        assert unit["drop"] == pytest.approx(100 * float(lost))
+
+
+def test_spans_are_refused_in_one_sentence():
+    with pytest.raises(InputError, match="question-answering is none such") as caught:
+        sensitivity(taggers.answerer("bert"), taggers.answering())
+    assert len(caught.value.problems) == 1
 
 
 # -- the page --------------------------------------------------------------------------------------------------------------

@@ -9,61 +9,36 @@ whole, the residual stream going on without it. Neurons are taken in groups of e
 the first group is the one that its block would miss least. Of an encoder-decoder the heads that read the encoder are units of
 their own, and what is asked about are the tokens that it writes, each after those before it in the reference.
 
-The interval of the drop is that of Agresti & Min 2005 for matched pairs (a half added to each of the four counts), which is not
-empty where nothing flipped; that of the KL is the normal one over the sample.
+How KL and drop are measured, and their intervals: `_sensitivity_sample`.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from .core.blocks import Block, each_output, outputs_from, real_tokens_of_answers, walk_blocks
+from ._sensitivity_sample import Sample, sample_of
+from .core.blocks import Block, walk_blocks
 from .core.factored import refuse_factored
 from .core.families import one_stack, stacks_of
 from .core.gates import input_gated, place_gradients, skipped
 from .core.latency import LatencyTable
 from .core.model import Model
 from .core.packed import refuse_packed
-from .core.padding import pad
 from .core.reporting import report
-from .core.second_order import double
 from .core.sublayers import HEADS, NEURONS, Place, places_of, unit_macs, units_of
 from .core.surgery import head_size, heads_and_neurons
-from .core.task import IGNORED, Batch
+from .core.task import Batch
 from .core.training import on_accelerator
 from .errors import InputError
 
-BATCH, SLOPE_BATCH = 32, 8
-Z = 1.959964
-"""Of a 95 % interval."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Validation examples in batches, what the whole model answers, and which answers are right."""
-
-    batches: Sequence[Batch]
-    """Without labels."""
-    labels: torch.Tensor
-    """(rows,): of examples, or of real tokens; -100 where there is none."""
-    whole: torch.Tensor
-    """(rows, classes): log-probabilities, double."""
-    tokens: float
-    """Mean length of an example."""
-    written: float
-    """Mean number of tokens that are asked about, of an encoder-decoder what it writes."""
-    seconds: float
-    """One pass over the sample."""
+SLOPE_BATCH = 8
 
 
 def sensitivity(
@@ -110,56 +85,32 @@ def sensitivity(
     module, started = model.module.eval(), time.perf_counter()
     counts = units_of(module)
     with on_accelerator(module):
-        sample, labelled = _sample(model, task, samples, seed)
+        sample = sample_of(model, task, samples, seed)
         number = sum(_number(block, groups) for block in counts)
         if announce:
             announce(number, _seconds(counts, groups, sample.seconds))
-        slopes = _slopes(module, labelled, task)
+        slopes = _slopes(module, sample.labelled, task)
         units = []
         for unit in _units(module, sample, slopes, groups, table):
             units.append(unit)
             report(len(units) / number)
-    right = sample.whole.argmax(1) == sample.labels
-    there = sample.labels != IGNORED
+        accuracy = sample.accuracy()
     return {
         "schema": 1,
         "model": model.source,
         "task": task.name,
         "split": "validation",
-        "examples": len(torch.cat([batch["input_ids"][:, 0] for batch in sample.batches])),
-        "n": int(there.sum()),
+        "examples": sum(len(batch["input_ids"]) for batch in sample.batches),
+        "n": int((sample.labels >= 0).sum()),
         "tokens": round(sample.tokens, 1),
         "seed": seed,
-        "accuracy": float(right[there].double().mean()),
+        "accuracy": accuracy,
         "blocks": [list(block) for block in counts],
         **({"stacks": [len(stack.blocks) for stack in stacks_of(module)]} if len(stacks_of(module)) > 1 else {}),
         "unit": table.unit if table else None,
         "seconds": round(time.perf_counter() - started, 1),
         "units": units,
     }
-
-
-def _sample(model: Model, task: Any, samples: int, seed: int) -> tuple[Sample, Sequence[Batch]]:
-    rows = task.encode(model, "validation")
-    chosen = random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))
-    examples = sorted((rows[i] for i in chosen), key=lambda row: len(row["input_ids"]))
-    labelled = [pad(examples[i : i + BATCH], model.tokenizer.pad_token_id) for i in range(0, len(examples), BATCH)]
-    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in labelled]
-    labels = [batch["labels"] for batch in labelled]
-    if any(label.is_floating_point() for label in labels) or getattr(model.module.config, "num_labels", 2) < 2:
-        raise InputError(f"sensitivity takes models that choose one class, of a text or of each token; {task.name} is none such")
-    masks = [real_tokens_of_answers(model.module, batch) for batch in batches]
-    flat = [label[mask.to(label.device)] if label.dim() == 2 else label for label, mask in zip(labels, masks, strict=True)]
-    begun = time.perf_counter()
-    whole = outputs_from(model.module, None, batches, range(len(batches)))
-    seconds = time.perf_counter() - begun
-    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches]).double()
-    written = sum(int(mask.sum()) for mask in masks) / len(lengths)
-    return Sample(batches, torch.cat(flat), _log(whole), float(lengths.mean()), written, seconds), labelled
-
-
-def _log(logits: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(double(logits).cpu(), -1)
 
 
 def _number(block: Sequence[int], groups: int) -> int:
@@ -175,11 +126,13 @@ def _seconds(counts: Sequence[Sequence[int]], groups: int, whole: float) -> floa
 
 
 def _slopes(module: Any, labelled: Sequence[Batch], task: Any) -> list[np.ndarray]:
-    """dL/dg per sublayer: (mini-batches, units). Small mini-batches, for |dL/dg| to say something."""
+    """dL/dg per sublayer: (mini-batches, units). Small mini-batches, for |dL/dg| to say something; a language model's logits of one
+    text are many already."""
+    size = SLOPE_BATCH if module.get_output_embeddings() is None else 1
     pieces = [
-        {name: value[i : i + SLOPE_BATCH] for name, value in batch.items()}
+        {name: value[i : i + size] for name, value in batch.items()}
         for batch in labelled
-        for i in range(0, len(batch["input_ids"]), SLOPE_BATCH)
+        for i in range(0, len(batch["input_ids"]), size)
     ]
     every = zip(*place_gradients(module, pieces, task.loss), strict=True)
     return [np.stack([piece.numpy() for piece in place]) for place in every]
@@ -199,12 +152,12 @@ def _units(
                 for name, index, gone in _chosen(place, of, groups):
                     gate = torch.ones(place.size)
                     gate[torch.from_numpy(gone)] = 0.0
-                    worth = _measured(module, block, sample, input_gated(block.module, path, gate))
+                    worth = _measured(block, sample, input_gated(block.module, path, gate))
                     named: dict[str, Any] = {"kind": name, "block": block.index, "index": index}
                     if name == "neurons":
                         named["neurons"] = sorted(gone.tolist())
                     yield named | worth | {"slope": _mean(of[:, gone].sum(1))} | price({place.sublayer.kind: len(gone)})
-            worth = _measured(module, block, sample, skipped(block.module))
+            worth = _measured(block, sample, skipped(block.module))
             slope = _mean(np.sum([of.sum(1) for _, of in mine], axis=0))
             yield {"kind": "layer", "block": block.index, "index": 0, **worth, "slope": slope} | price(None)
 
@@ -223,32 +176,9 @@ def _mean(slopes: np.ndarray) -> float:
     return float(np.abs(slopes).mean())
 
 
-def _measured(module: Any, block: Block, sample: Sample, out: AbstractContextManager[None]) -> dict[str, Any]:
+def _measured(block: Block, sample: Sample, out: AbstractContextManager[None]) -> dict[str, Any]:
     with out:
-        logits = torch.cat(list(each_output(module, block, sample.batches, range(len(sample.batches)))))
-    return effect(sample.whole, _log(logits), sample.labels)
-
-
-def effect(whole: torch.Tensor, without: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """KL in nats and drop in points, each with its 95 % interval.
-
-    Args:
-        whole: log-probabilities of the whole model, (rows, classes), double.
-        without: those without the unit.
-        labels: (rows,); a negative one counts for the KL alone.
-    """
-    each = (whole.exp() * (whole - without)).sum(1).clamp_min(0.0)
-    kl, error = float(each.mean()), float(each.std(correction=0)) / len(each) ** 0.5
-    there = labels >= 0
-    before, after = ((logs.argmax(1) == labels)[there] for logs in (whole, without))
-    lost, won, n = int((before & ~after).sum()), int((~before & after).sum()), int(there.sum())
-    middle, spread = (lost - won) / (n + 2), (lost + won + 1 - (lost - won) ** 2 / (n + 2)) ** 0.5 / (n + 2)
-    return {
-        "kl": kl,
-        "kl_ci95": [max(0.0, kl - Z * error), kl + Z * error],
-        "drop": 100 * (lost - won) / n if n else 0.0,
-        "drop_ci95": [100 * max(-1.0, middle - Z * spread), 100 * min(1.0, middle + Z * spread)],
-    }
+        return sample.effect(block)
 
 
 class _Price:

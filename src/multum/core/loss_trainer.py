@@ -29,7 +29,7 @@ class LossTrainer(Trainer):
 
     def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.loss, self.causal = loss, _answers_for_the_next(kwargs["model"])
+        self.loss, self.causal = loss, answers_for_the_next(kwargs["model"])
         self.model_accepts_loss_kwargs = False  # Trainer divides by the number of parts
         self.remove_callback(PrinterCallback)
 
@@ -96,6 +96,6 @@ class AfterStep(TrainerCallback):
         report(state.global_step / state.max_steps)
 
 
-def _answers_for_the_next(module: nn.Module) -> bool:
+def answers_for_the_next(module: nn.Module) -> bool:
     """Whether what a model says at a token is about the one behind it."""
     return bool({parent.__name__ for parent in type(module).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
