@@ -224,6 +224,16 @@ def test_tuning_undoes_scales_that_were_put_in():
 # -- the step --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("pooling", "firsts"), [("cls", 1), ("mean", 0)])
+def test_the_last_feed_forward_is_tuned_for_the_tokens_that_are_read(pooling, firsts, monkeypatch):
+    model, seen, real = tiny.model("modernbert"), [], fm.normal_equations
+    model.module.config.classifier_pooling = pooling
+    monkeypatch.setattr(fm, "normal_equations", lambda *args, first: seen.append(first) or real(*args, first=first))
+    FisherMasks(speedup=1.2, samples=16, batch_size=8)(model, tiny.task())
+    assert sum(seen) == firsts
+    assert not any(seen[:-1])
+
+
 def test_what_is_left_is_what_the_search_kept_and_the_budget_holds():
     model, task = tiny.model(layers=3), tiny.task()
     step = FisherMasks(speedup=1.6, samples=48, batch_size=8, rearrange=False, tune=False)

@@ -143,6 +143,17 @@ def test_no_code_of_a_class_is_run_not_even_of_a_known_one(tmp_path, monkeypatch
     assert not isinstance(shell, torch.nn.Module)
 
 
+def test_modules_inside_modules_have_an_end(tmp_path):
+    module = tiny.model().module
+    twice = torch.nn.Linear(1, 1)
+    for _ in range(32):
+        twice = torch.nn.Sequential(twice, twice)  # 2^32 by name, and no file at all
+    module.extra = twice
+    torch.save(module, tmp_path / "model.pt")
+    with pytest.raises(InputError, match="more than 100000 modules"):
+        load_legacy(tmp_path / "model.pt", allow_pickle=True)
+
+
 def test_what_is_no_checkpoint_is_said(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(InputError, match=r"is no file that torch\.save has written"):

@@ -45,6 +45,8 @@ OLD_BUFFERS = ("position_ids", "attn.bias", "attn.masked_bias")
 """How the names of buffers end that transformers 4 saved and transformers 5 computes."""
 DEEPEST = 40
 """Modules inside modules. No model has more; a damaged file might go round in circles."""
+MOST = 100_000
+"""Modules, one that is used twice counted twice: a small file can say of each that it holds the next one two times."""
 BROKEN = (RuntimeError, UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError, AssertionError)
 """What torch raises on a file that is no checkpoint."""
 
@@ -159,14 +161,18 @@ def _of_module(root: Any, file: Path) -> Checkpoint:
     if not isinstance(model_type, str):
         raise InputError(f"{file} has a config of class {config.origin}, which this transformers does not know")
     values = {name: value for name, value in vars(config).items() if not name.startswith("_") and _is_plain(value)}
-    return Checkpoint(values | {"model_type": model_type}, type(root).__name__, _tensors(dict(_walk(root)), file))
+    return Checkpoint(
+        values | {"model_type": model_type}, type(root).__name__, _tensors(dict(_walk(root, iter(range(MOST)))), file)
+    )
 
 
-def _walk(shell: Shell, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Names and tensors of a module, as its state dict would have them."""
+def _walk(shell: Shell, left: Iterator[int], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and tensors of a module, as its state dict would have them. `left` is used up by one for every module."""
     parts = vars(shell)
     if depth > DEEPEST:
         raise InputError(f"the module {prefix!r} lies inside itself")
+    if next(left, None) is None:
+        raise InputError(f"it has more than {MOST} modules, which no model has")
     passing = parts.get("_non_persistent_buffers_set") or ()
     for kind in ("_parameters", "_buffers"):
         for name, tensor in dict(parts.get(kind) or {}).items():
@@ -174,7 +180,7 @@ def _walk(shell: Shell, prefix: str = "", depth: int = 0) -> Iterator[tuple[str,
                 yield f"{prefix}{name}", tensor
     for name, part in dict(parts.get("_modules") or {}).items():
         if isinstance(part, Shell):
-            yield from _walk(part, f"{prefix}{name}.", depth + 1)
+            yield from _walk(part, left, f"{prefix}{name}.", depth + 1)
 
 
 def _tensors(found: Any, file: Path) -> dict[str, torch.Tensor]:

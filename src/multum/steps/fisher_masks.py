@@ -102,6 +102,7 @@ def tune(
     """
     family, places, tuned = family_of(module), places_of(module), 0
     first_only = type(module).__name__.endswith("ForSequenceClassification") and family.head_dense is not None
+    first_only &= getattr(module.config, "classifier_pooling", "cls") == "cls"  # ModernBERT may take the mean of all tokens
     students = walk_blocks(module, batches)
     for theirs in walk_blocks(teacher, batches):
         number = teacher_blocks[theirs.index]
