@@ -1,4 +1,4 @@
-"""A model that was cut unevenly, saved and loaded by plain transformers is traced to ONNX as any other, and answers there as in memory.
+"""A model that was cut unevenly, saved and loaded by plain transformers is traced to ONNX and answers there as in memory.
 
 One model of each way in which attention code keeps its heads, beside those that `test_every_runtime` and `test_runtime_traced`
 export: queries that share keys, fused matrices, a head count in attributes or in the config, two stacks, relative biases.

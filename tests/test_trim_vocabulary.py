@@ -208,6 +208,7 @@ def test_a_minimal_vocabulary_is_left_alone(name, task):
     twice = TrimVocabulary()(once, task)
     assert twice.fingerprint() == once.fingerprint()
     assert twice.history[-1]["unchanged"] == "every token is needed"
+    assert twice.history[-1]["summary"] == "vocabulary unchanged: every token is needed"
     assert twice.history[-1]["bytes_saved"] == 0
 
 
@@ -289,6 +290,15 @@ def test_a_tied_language_head_keeps_the_same_rows(task):
     before, after = logits(model.module, model.tokenizer, texts), logits(trimmed.module, trimmed.tokenizer, texts)
     torch.testing.assert_close(after, before[..., kept], rtol=1e-5, atol=1e-6)
     assert trimmed.module.get_output_embeddings().weight is trimmed.module.get_input_embeddings().weight
+
+
+def test_bytes_of_a_head_of_its_own_are_counted_too(task):
+    model = tiny.language_model("llama")
+    assert model.module.get_output_embeddings().weight is not model.module.get_input_embeddings().weight
+    entry = TrimVocabulary()(model, task).history[-1]
+    before, after = entry["vocabulary"]
+    assert entry["bytes_saved"] == 2 * (before - after) * model.module.config.hidden_size * 4 > 0
+    assert entry["summary"].startswith(f"{before} -> {after} tokens, ")
 
 
 # The pure functions, on vocabularies small enough to see.
