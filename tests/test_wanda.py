@@ -203,7 +203,7 @@ def test_zeros_of_an_earlier_pruning_count_and_stay(step: Any) -> None:
 @STEPS
 def test_the_notes_count_zeros_measure_bytes_and_promise_no_speed(step: Any) -> None:
     model = tiny.model(neurons=256)
-    pruned = step(sparsity=0.75, samples=16)(model, tiny.task())
+    pruned = step(sparsity=0.75, samples=32)(model, tiny.task())
     entry, weights = pruned.history[-1], [linear.weight for linear in inside(pruned).values()]
     assert entry["zeros"] == sum(int((weight == 0).sum()) for weight in weights)
     assert entry["sparsity"] == pytest.approx(0.75)

@@ -121,7 +121,7 @@ class LowRank(Step):
                     swap(block.module, path, new)
                 report((block.index + 1) / len(every_block(model.module)))
         return {
-            "summary": f"{len(errors)} of {len(linears)} matrices as two smaller ones; exports hold their product: no smaller, no faster",
+            "summary": f"{len(errors)} of {len(linears)} matrices as two; exports hold their product: no smaller, no faster",
             "relative_errors": errors,
             "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
             "skipped": skipped,
