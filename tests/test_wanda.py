@@ -119,7 +119,7 @@ def test_dead_inputs_go_first_and_the_smallest_of_them_before_the_others() -> No
 @FAMILIES
 def test_the_step_is_wanda_of_plain_forward_passes_over_blocks_already_pruned(family: str) -> None:
     model, task = tiny.model(family, layers=3), tiny.task()
-    pruned = Wanda(sparsity=0.6, samples=40, seed=3)(model, task)
+    pruned = Wanda(sparsity=0.6, samples=40, seed=3, precision="fp32")(model, task)
     slow, texts = model.copy(), single_texts(task.calibration(model, 40, seed=3))
     for block in blocks_of(slow.module):
         parts = [part for part in block.modules() if isinstance(part, nn.Linear)]
@@ -223,6 +223,25 @@ def test_a_large_model_is_measured_by_a_sample(monkeypatch: pytest.MonkeyPatch) 
     assert compressed_bytes(tensors, 0.3) == pytest.approx(compressed_bytes(tensors), rel=0.03)
     monkeypatch.setattr(_sparsity, "SAMPLE", 10_000)
     assert "about" in Wanda(samples=16)(tiny.model(), tiny.task()).history[-1]["summary"]
+
+
+def test_of_equal_scores_the_first_go() -> None:
+    """As a stable sort has it, which finds the lowest more slowly."""
+    made = torch.Generator().manual_seed(0)
+    for scores in (torch.randn(7, 30, generator=made), torch.randint(0, 4, (7, 30), generator=made).float(), torch.zeros(3, 8)):
+        for sparsity in (0.0, 0.1, 0.5, 0.9, 1.0):
+            count = min(round(sparsity * scores.shape[1]), scores.shape[1] - 1)
+            expected = torch.zeros_like(scores, dtype=torch.bool)
+            expected.scatter_(1, torch.argsort(scores, dim=1, stable=True)[:, :count], True)
+            assert torch.equal(lowest_of_rows(scores, sparsity), expected)
+
+
+@STEPS
+def test_texts_read_in_bf16_choose_nearly_the_same_weights(step: Any) -> None:
+    """What is summed of them is summed in fp32: in bf16 a sum of squares would stop growing at 256 times what is added."""
+    fine, coarse = (step(sparsity=0.5, samples=64, precision=how)(tiny.model(), tiny.task()) for how in ("fp32", "bf16"))
+    zeros = [torch.cat([(linear.weight == 0).flatten() for linear in inside(made).values()]) for made in (fine, coarse)]
+    assert float((zeros[0] == zeros[1]).float().mean()) > 0.95
 
 
 @STEPS

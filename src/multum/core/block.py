@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .training import Precision, autocast
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -50,6 +52,7 @@ class Block:
         masks: per batch, True for real tokens, (batch, tokens).
         source_masks: the same for what the encoder read, where the block's second attention reads what it wrote.
         source_paths: the parts that do.
+        precision: that the block is run in; what is computed of what flows is not affected.
     """
 
     index: int
@@ -58,6 +61,7 @@ class Block:
     masks: list[torch.Tensor]
     source_masks: list[torch.Tensor] = field(default_factory=list)
     source_paths: tuple[str, ...] = ()
+    precision: Precision = "fp32"
 
     def mask(self, batch: int, path: str) -> torch.Tensor:
         """True for the real ones of the tokens that the part at `path` reads, (batch, tokens)."""
@@ -108,7 +112,9 @@ class Block:
             def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
                 nonlocal last
                 if inputs[0] is not last[0]:
-                    part, key = measure(of_tokens(inputs[0], self.mask(batch, path)).detach()), (path, len(reads.get(path, ())))
+                    with autocast("fp32"):
+                        part = measure(of_tokens(inputs[0], self.mask(batch, path)).detach())
+                    key = (path, len(reads.get(path, ())))
                     totals[key] = join(totals[key], part) if key in totals else part
                     last = (inputs[0], key)
                 reads.setdefault(path, []).append(last[1])
@@ -139,4 +145,5 @@ class Block:
     def outputs(self, batch: int) -> Any:
         """Everything that the block returns on one batch."""
         args, kwargs = self.calls[batch]
-        return self.module(*args, **kwargs)
+        with autocast(self.precision):
+            return self.module(*args, **kwargs)

@@ -31,6 +31,7 @@ from .families import Stack, base_of, stacks_of
 from .family import Family
 from .surgery import swap
 from .task import Batch
+from .training import Precision
 
 NOWHERE = -1e30
 """The logit of a place that is none. Not -inf: 0 · (-inf + inf) would be nan."""
@@ -107,7 +108,9 @@ def block_calls(
     return [each.calls for each in made]
 
 
-def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[Block]:
+def walk_blocks(
+    module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]], *, precision: Precision = "fp32"
+) -> Iterator[Block]:
     """Yield the blocks of a model in order, each fed by the ones before as they are when it is its turn.
 
     Put `torch.no_grad()` around the loop, not around this generator. The model should be in eval mode.
@@ -117,6 +120,7 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
         batches: padded inputs with an `attention_mask`, no labels, on any device. For an encoder-decoder also
             `decoder_input_ids`, with a `decoder_attention_mask` where some are padding, or instead of both `labels`, -100 where
             there is nothing to say.
+        precision: that the blocks are run in.
 
     Raises:
         InputError: something stands between the blocks that a walk would miss, or the decoder is given nothing to read.
@@ -128,7 +132,7 @@ def walk_blocks(module: nn.Module, batches: Sequence[Mapping[str, torch.Tensor]]
         paths = (stack.family.cross.key, stack.family.cross.value) if stack.family.cross else ()
         every = block_calls(module, batches, stack) if len(stack.blocks) else []
         for place, part in enumerate(stack.blocks):
-            block = Block(begin + place, part, every[place], masks, sources, paths)
+            block = Block(begin + place, part, every[place], masks, sources, paths, precision)
             yield block
             if place + 1 < len(every):
                 following = enumerate(every[place + 1])

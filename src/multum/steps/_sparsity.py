@@ -22,12 +22,12 @@ from ..core.linears import Linear, matrix, shape_of
 from ..core.model import Model
 from ..core.reporting import report
 from ..core.task import Task, calibration
-from ..core.training import on_accelerator
+from ..core.training import Precision, on_accelerator
 from ..errors import InputError
 
-PIECE = 1 << 18
-"""Bytes of one piece, where only a sample is compressed: several times the 32 KiB that DEFLATE looks back."""
-SAMPLE = 1 << 25
+PIECE = 1 << 16
+"""Bytes of one piece, where only a sample is compressed: twice the 32 KiB that DEFLATE looks back."""
+SAMPLE = 1 << 23
 """Bytes that are compressed of a large model. All of it would take longer than Wanda itself."""
 
 
@@ -47,8 +47,11 @@ def lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
 def lowest_of_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """`lowest` within each row; the highest of a row always stays."""
     count = min(round(sparsity * scores.shape[1]), scores.shape[1] - 1)
-    order = scores.argsort(dim=1, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    bound = scores.kthvalue(count, dim=1, keepdim=True).values  # a third of the time that sorting takes
+    below, equal = scores < bound, scores == bound
+    return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
 
 
 def lowest_of_groups(scores: torch.Tensor, keep: int, of: int) -> torch.Tensor:
@@ -173,6 +176,7 @@ def prune_blocks(
     pattern: str | None,
     samples: int,
     seed: int,
+    precision: Precision,
     measure: Callable[[torch.Tensor], torch.Tensor],
     prepare: Callable[[torch.Tensor], torch.Tensor],
     prune: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -187,6 +191,7 @@ def prune_blocks(
         pattern: N:M; layers that it does not fit are skipped.
         samples: texts.
         seed: of their choice.
+        precision: that the blocks read them in.
         measure: inputs (tokens, features) of one batch -> what is summed over all batches.
         prepare: that sum -> what `prune` takes; called once for layers that read the same.
         prune: weight (out, in) and that -> the new weight.
@@ -205,7 +210,7 @@ def prune_blocks(
     batches = calibration(task, model, samples, seed=seed, step=step, inputs=inputs)
     skipped |= dict.fromkeys(chosen.values(), "no text reaches it")
     with on_accelerator(model.module.eval()):
-        for block in walk_blocks(model.module, batches):
+        for block in walk_blocks(model.module, batches, precision=precision):
             parts = {path: part for path, part in block.module.named_modules() if id(part) in chosen}
             sums = block.sums(list(parts), measure)
             prepared: tuple[torch.Tensor | None, torch.Tensor] = (None, torch.empty(0))

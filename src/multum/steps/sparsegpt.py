@@ -25,6 +25,7 @@ from ..core.model import Model
 from ..core.second_order import double, gram, inverse_factor
 from ..core.step import Step
 from ..core.task import Task
+from ..core.training import Precision
 from ._sparsity import lowest, lowest_of_groups, parse_pattern, prune_blocks, sparsity_problems
 
 COLUMNS = 128
@@ -76,6 +77,8 @@ class Sparsegpt(Step):
     """Training texts (their labels are not used) that the activations are taken from."""
     damping: float = 0.01
     """What is added to the diagonal of H, as a share of its mean. Raised tenfold where H is too near singular for it."""
+    precision: Precision = "auto"
+    """That the texts are read in: `fp32`, `bf16`, or `auto`: bf16 where the processor has instructions for it."""
     seed: int = 0
     """Seeds the choice of the texts."""
 
@@ -94,6 +97,7 @@ class Sparsegpt(Step):
             pattern=self.pattern,
             samples=self.samples,
             seed=self.seed,
+            precision=self.precision,
             measure=gram,
             prepare=lambda total: inverse_factor(total, self.damping),
             prune=lambda weight, u: sparsegpt(weight, u, self.sparsity, self.pattern),

@@ -22,6 +22,7 @@ from ..core.model import Model
 from ..core.second_order import double
 from ..core.step import Step
 from ..core.task import Task
+from ..core.training import Precision
 from ._sparsity import lowest_of_groups, lowest_of_rows, parse_pattern, prune_blocks, sparsity_problems
 
 DEAD = 1e-30
@@ -60,6 +61,8 @@ class Wanda(Step):
     """`N:M`, for example `2:4`: N of every M consecutive weights of a row stay. Takes the place of sparsity."""
     samples: int = 128
     """Training texts (their labels are not used) that the activations are taken from."""
+    precision: Precision = "auto"
+    """That the texts are read in: `fp32`, `bf16`, or `auto`: bf16 where the processor has instructions for it."""
     seed: int = 0
     """Seeds the choice of the texts."""
 
@@ -83,6 +86,7 @@ class Wanda(Step):
             pattern=self.pattern,
             samples=self.samples,
             seed=self.seed,
+            precision=self.precision,
             measure=squares,
             prepare=torch.sqrt,
             prune=prune,
