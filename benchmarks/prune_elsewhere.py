@@ -31,7 +31,7 @@ def llmcompressor(method: str, model: Any, tokenizer: Any, blocks: list[list[int
         model=model,
         tokenizer=tokenizer,
         dataset=rows,
-        recipe=[kind(sparsity=0.5, ignore=["lm_head"])],
+        recipe=[kind(sparsity=0.5, ignore=["re:.*lm_head"])],
         num_calibration_samples=len(blocks),
         max_seq_length=len(blocks[0]),
         shuffle_calibration_samples=False,

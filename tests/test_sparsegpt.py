@@ -28,6 +28,14 @@ def problem(rows: int = 5, inputs: int = 16, tokens: int = 60, seed: int = 0) ->
     return torch.randn(rows, inputs, generator=made, dtype=torch.double), x
 
 
+@pytest.mark.parametrize("features", [1, 383, 384, 385, 900])
+def test_a_gram_matrix_in_strips_is_the_whole_product(features: int) -> None:
+    x = torch.randn(50, features, generator=torch.Generator().manual_seed(features))
+    found = gram(x)
+    torch.testing.assert_close(found, found.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, x.T.double() @ x.double(), rtol=1e-4, atol=1e-4)
+
+
 def slow(weight: torch.Tensor, h: torch.Tensor, sparsity: float, width: int, keep: int = 0, of: int = 0) -> torch.Tensor:
     """One column at a time, every update at once, with the explicit inverse of what is left of H."""
     w = weight.clone()

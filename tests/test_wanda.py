@@ -17,7 +17,7 @@ from multum.core.model import Model
 from multum.core.surgery import keep_blocks
 from multum.errors import InputError
 from multum.steps import _sparsity
-from multum.steps._sparsity import compressed_bytes, lowest_of_rows
+from multum.steps._sparsity import compressed_bytes, lowest, lowest_of_rows
 from multum.steps.sparsegpt import Sparsegpt
 from multum.steps.wanda import Wanda, squares, wanda, wanda_scores
 
@@ -234,6 +234,9 @@ def test_of_equal_scores_the_first_go() -> None:
             expected = torch.zeros_like(scores, dtype=torch.bool)
             expected.scatter_(1, torch.argsort(scores, dim=1, stable=True)[:, :count], True)
             assert torch.equal(lowest_of_rows(scores, sparsity), expected)
+            flat = torch.zeros(scores.numel(), dtype=torch.bool)
+            flat[scores.flatten().argsort(stable=True)[: round(sparsity * scores.numel())]] = True
+            assert torch.equal(lowest(scores, sparsity), flat.view_as(scores))
 
 
 @STEPS

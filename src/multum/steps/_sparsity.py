@@ -38,18 +38,19 @@ def lowest(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
         scores: any shape, n entries.
         sparsity: s, 0 to 1.
     """
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    count = round(sparsity * scores.numel())
-    mask[scores.flatten().argsort(stable=True)[:count]] = True
-    return mask.view_as(scores)
+    return _lowest(scores.reshape(1, -1), round(sparsity * scores.numel())).view_as(scores)
 
 
 def lowest_of_rows(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
     """`lowest` within each row; the highest of a row always stays."""
-    count = min(round(sparsity * scores.shape[1]), scores.shape[1] - 1)
-    if not count:
+    return _lowest(scores, min(round(sparsity * scores.shape[1]), scores.shape[1] - 1))
+
+
+def _lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """True at so many of every row. To find the highest of them takes a third of the time that sorting takes."""
+    if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    bound = scores.kthvalue(count, dim=1, keepdim=True).values  # a third of the time that sorting takes
+    bound = scores.kthvalue(count, dim=1, keepdim=True).values
     below, equal = scores < bound, scores == bound
     return below | (equal & (equal.cumsum(1) <= count - below.sum(1, keepdim=True)))
 
