@@ -17,6 +17,7 @@ from transformers import AutoModelForTokenClassification
 
 from multum.core import training
 from multum.core.model import Model
+from multum.core.padding import in_parts
 from multum.core.reporting import listening
 from multum.core.task import IGNORED
 from multum.core.training import autocast, fit, on_accelerator, pad, resolve_precision, training_problems
@@ -126,6 +127,55 @@ def test_parts_are_weighed_by_their_tokens() -> None:
     assert max(float(value.abs().max()) for value in whole.values()) > 0.01
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_rows_of_unlike_lengths_are_taken_in_parts_with_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row once, hardly any padding, and one step of plain gradient descent that equals the one of the batch as it is."""
+    start, seen = tiny.model(seed=3), []
+    head = AutoModelForTokenClassification.from_config(start.module.config)
+    lengths = [3 + (7 * i) % 12 + (20 if i % 5 == 0 else 0) for i in range(40)]
+    rows = [
+        {"input_ids": list(range(5, 5 + n)), "attention_mask": [1] * n, "labels": [i % 2] * (n - 1) + [IGNORED], "index": i}
+        for i, n in enumerate(lengths)
+    ]
+
+    def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append((batch.pop("index").tolist(), batch["input_ids"].shape[1]))
+        return module(**batch).loss
+
+    found: list[dict[str, torch.Tensor]] = []
+    for whole in (True, False):
+        if whole:
+            monkeypatch.setattr(training, "in_parts", lambda features: [features])
+        model = replace(start, module=copy.deepcopy(head))
+        sums = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
+        for name, p in model.module.named_parameters():
+
+            def add(gradient: torch.Tensor, total: torch.Tensor = sums[name]) -> None:
+                total.add_(gradient)
+
+            p.register_hook(add)
+        fit(model, rows, loss, epochs=1, batch_size=40, **QUICK)
+        found.append(sums)
+        monkeypatch.undo()
+    (everything, width), *parts = seen
+    assert sorted(everything) == sorted(row for part, _ in parts for row in part) == list(range(40))
+    assert len(parts) == 3
+    assert sum(len(part) * widest for part, widest in parts) <= 0.75 * 40 * width
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_a_batch_is_cut_only_where_that_saves_a_quarter() -> None:
+    def cut(*lengths: int) -> list[list[int]]:
+        return [[len(row["input_ids"]) for row in part] for part in in_parts([{"input_ids": [1] * n} for n in lengths])]
+
+    alike = [30, 28] * 16
+    assert cut(*alike) == [alike]
+    assert cut(*[100] * 16, *[10] * 16) == [[100] * 16, [10] * 16]
+    assert cut(10, *[100] * 9, 20) == [[10, *[100] * 9, 20]]  # too few rows for two parts
+    both = [{"input_ids": [1] * 5, "decoder_input_ids": [1] * n} for n in (95, 5) * 16]
+    assert [{len(row["decoder_input_ids"]) for row in part} for part in in_parts(both)] == [{95}, {5}]
 
 
 def test_zeros_stay_zero() -> None:

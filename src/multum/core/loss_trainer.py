@@ -25,7 +25,8 @@ TRIM_EVERY = 50
 
 class LossTrainer(Trainer):
     """A loss is a mean over the items of a part of a batch, or that and a mean over its examples. Parts, in all processes, are
-    weighed by how many items and examples they have, so that the gradient is that of the whole batch however it is cut."""
+    weighed by how many items and examples they have, so that the gradient is that of the whole batch however it is cut. What the
+    collator makes is a list of parts, of which Trainer knows nothing: to it they are one."""
 
     def __init__(self, *, loss: Loss, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -36,8 +37,18 @@ class LossTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The parts of one optimizer step, and what is in all of them, in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([self._counts(batch) for batch in batches], device=device).reshape(-1, 2).sum(0)
+        parts = [self._counts(part) for batch in batches for part in batch]
+        counts = torch.tensor(parts, device=device).reshape(-1, 2).sum(0)
         return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Gradients of every part, one after the other, and the sum of their losses."""
+        losses = [super(LossTrainer, self).training_step(model, part, num_items_in_batch) for part in inputs]
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As Trainer reckons it, of all parts."""
+        return sum(int(super(LossTrainer, self).floating_point_ops(part)) for part in inputs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

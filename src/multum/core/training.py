@@ -28,6 +28,7 @@ from .memory import give_back
 from .model import Model
 from .packed import refuse_packed
 from .padding import FEW_SHAPES as FEW_SHAPES
+from .padding import in_parts
 from .padding import pad as pad
 from .private import Budget, train_privately
 from .processes import count
@@ -145,7 +146,10 @@ def fit(
                 ddp_find_unused_parameters=False if extra is not None else None,
             ),
             train_dataset=data,
-            data_collator=lambda features: pad(features, model.tokenizer.pad_token_id, multiple=FEW_SHAPES),
+            data_collator=lambda features: [
+                pad(part, model.tokenizer.pad_token_id, multiple=FEW_SHAPES)
+                for part in (in_parts(features) if accelerator() == "cpu" and count() == 1 else [features])
+            ],
             callbacks=[AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
         result = trainer.train(
