@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import sacrebleu
+import tiny
 import torch
 import translators
 from typer.testing import CliRunner
@@ -241,12 +242,38 @@ def test_data_is_cleaned_and_nested_columns_are_found(tmp_path: Path) -> None:
         open_task("translation", str(tmp_path / "d.jsonl"))
 
 
+def test_files_side_by_side_are_read_line_by_line(tmp_path: Path) -> None:
+    pairs = translators.sentences(40)
+    for split, some in (("train", pairs[:20]), ("valid", pairs[20:30]), ("test", pairs[30:])):
+        for number, ending in enumerate(("en", "de")):
+            (tmp_path / f"{split}.{ending}").write_text("".join(pair[number] + "\n" for pair in some), encoding="utf-8")
+    task = open_task("translation", str(tmp_path), columns={"source": "de", "target": "en"})
+    assert list(zip(task.references["validation"], task.inputs("validation"), strict=True)) == pairs[20:30]
+    with pytest.raises(InputError, match="no column 'source'; it has: de, en"):
+        open_task("translation", str(tmp_path))
+    with (tmp_path / "valid.de").open("a", encoding="utf-8") as file:
+        file.write("gut\n")
+    (tmp_path / "test.en").write_text("\n".join(english for english, _ in pairs[31:]), encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        open_task("translation", str(tmp_path), columns={"source": "de", "target": "en"})
+    assert [problem.partition("; ")[2] for problem in caught.value.problems] == [
+        "valid.de has 11, valid.en has 10",
+        "test.de has 10, test.en has 9",
+    ]
+    (tmp_path / "train.en").write_bytes("müde".encode("latin-1"))
+    with pytest.raises(InputError, match=r"train.en is not UTF-8 \(byte 1\)"):
+        open_task("translation", str(tmp_path))
+
+
 def test_bad_settings_and_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         translators.translating(beams=0, max_new_tokens=0)
     assert len(caught.value.problems) == 2
     with pytest.raises(InputError, match="length_penalty"):
         translators.translating(beams=1, length_penalty=2.0)
+    tiny.language_model("llama").save(tmp_path / "llama")
+    with pytest.raises(InputError, match=r"is no encoder-decoder \(llama\), which translation takes"):
+        translators.translating().load(str(tmp_path / "llama"))
     model = translators.translator()
     model.tokenizer.eos_token = model.tokenizer.pad_token = None
     model.save(tmp_path / "m")

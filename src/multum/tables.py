@@ -49,10 +49,11 @@ def from_hub(name: str) -> dict[str, pd.DataFrame]:
 
 
 def from_disk(path: Path) -> dict[str, pd.DataFrame]:
-    """A file as `all`, or the files of a folder by their splits; of a folder that has none, all its .txt files as `all`.
+    """A file as `all`, or the files of a folder by their splits. Of a folder that has none the files side by side (`train.en`,
+    `train.it`), or else all its .txt files as `all`.
 
     Raises:
-        InputError: not there, not readable, no train file, or several files for one split.
+        InputError: not there, not readable, no train file, several files for one split, or files side by side of unlike length.
     """
     if path.is_file():
         return {"all": table_of(path)}
@@ -72,6 +73,8 @@ def from_disk(path: Path) -> dict[str, pd.DataFrame]:
                 tables[split] = table_of(found[0])
             except InputError as error:
                 problems.extend(error.problems)
+    if not tables and not problems:
+        tables = _side_by_side(path)
     if not tables and not problems and (plain := sorted(path.glob(f"*{PLAIN}"))):
         return {"all": pd.concat([table_of(file) for file in plain], ignore_index=True)}
     if "train" not in tables and not problems:
@@ -101,13 +104,36 @@ def from_texts(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         return table_of(path)
     if len(columns) != 1:
         raise InputError(f"{path} has one text a line, but the data has the columns {', '.join(columns)}; give a file with these")
+    return pd.DataFrame({columns[0]: _texts(path)})
+
+
+def _side_by_side(path: Path) -> dict[str, pd.DataFrame]:
+    """Files with one text a line whose lines belong together, as translations come: a column each, named after the ending."""
+    tables, problems = {}, []
+    for split in SPLITS:
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.stem.lower() in ALIASES[split] and file.suffix]
+        if len(files) < 2 or len({file.suffix for file in files}) < len(files):
+            continue
+        columns = {file.suffix[1:]: _texts(file) for file in files}
+        if len({len(lines) for lines in columns.values()}) > 1:
+            counts = ", ".join(f"{file.name} has {len(columns[file.suffix[1:]])}" for file in files)
+            problems.append(f"{path}: files side by side need as many lines each, the first with the first and so on; {counts}")
+        else:
+            tables[split] = pd.DataFrame(columns)
+    if problems:
+        raise InputError(*problems)
+    return tables
+
+
+def _texts(path: Path) -> list[str]:
+    """The lines of a file, empty ones too."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
     if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty")
-    return pd.DataFrame({columns[0]: lines if lines[-1] else lines[:-1]})
+    return lines if lines[-1] else lines[:-1]
 
 
 def table_of(path: Path) -> pd.DataFrame:
