@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import translators
 from datasets import Dataset
 from torch.nn import functional as F
 
@@ -219,6 +220,14 @@ def test_models_that_see_ahead_are_refused(tmp_path: Path) -> None:
         task().load(str(tmp_path / "bert"))
     with pytest.raises(InputError, match="reads 64 at most"):
         task(max_length=100).encode(tiny.language_model("gpt2"), "train")
+
+
+@pytest.mark.parametrize("family", translators.FAMILIES)
+def test_encoder_decoders_are_refused(family: str, tmp_path: Path) -> None:
+    """Of two of these transformers would load the decoder alone, whose cross-attention has nothing to read."""
+    translators.translator(family).save(tmp_path / "pair")
+    with pytest.raises(InputError, match=rf"is an encoder-decoder \({family}\); text-generation takes one stack"):
+        task().load(str(tmp_path / "pair"))
 
 
 def test_measured_as_a_folder(tmp_path: Path) -> None:

@@ -141,10 +141,7 @@ class EncoderTask(ABC):
 
     def _new_head(self, source: str) -> dict[str, Any]:
         """What to tell transformers about the head of a model that has none yet."""
-        try:
-            architectures = AutoConfig.from_pretrained(source, **loading(source)).architectures or []
-        except (OSError, ValueError, KeyError, StrictDataclassError):  # Model.load says what is wrong with it, in our words
-            architectures = []
+        architectures = getattr(config_of(source), "architectures", None) or []
         torch.manual_seed(self.seed)  # a new head is drawn while the model is loaded
         if any(name.endswith(self.head) for name in architectures):
             return {}
@@ -154,6 +151,14 @@ class EncoderTask(ABC):
         """What a config is told of a new head."""
         names = dict(enumerate(self.labels))
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+
+def config_of(source: str, *, trust_remote_code: bool = False) -> Any:
+    """The config of this folder or Hub id; None where it cannot be read: `Model.load` says why, in our words."""
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **loading(source))
+    except (OSError, ValueError, KeyError, StrictDataclassError):
+        return None
 
 
 def model_columns(encoded: Mapping[str, Any], model: Model, *, pairs: bool) -> dict[str, list[list[int]]]:

@@ -25,7 +25,7 @@ from ..core.reading import token_limit
 from ..core.task import IGNORED, Batch, SplitName
 from ..core.training import FEW_SHAPES, pad
 from ..errors import InputError
-from ._encoder import BATCH, SPLITS, EncoderTask
+from ._encoder import BATCH, SPLITS, EncoderTask, config_of
 
 ROOM = 1.5
 """How much longer than the longest reference a text may become, in tokens."""
@@ -99,6 +99,9 @@ class GenerationTask(EncoderTask):
         Raises:
             InputError: there is none, or its tokenizer lacks the tokens for an end or for padding.
         """
+        config = config_of(source, trust_remote_code=trust_remote_code)
+        if config is not None and not getattr(config, "is_encoder_decoder", False):
+            raise InputError(f"{source} is no encoder-decoder ({config.model_type}), which {self.name} takes")
         model = super().load(source, trust_remote_code=trust_remote_code)
         missing = [name for name in ("eos_token", "pad_token") if getattr(model.tokenizer, f"{name}_id") is None]
         if missing:

@@ -20,7 +20,7 @@ from ..core.sentences import Text, written
 from ..core.task import IGNORED, UNKNOWN, Batch, SplitName
 from ..core.training import pad
 from ..errors import InputError
-from ._encoder import SPLITS, EncoderTask
+from ._encoder import SPLITS, EncoderTask, config_of
 
 BLOCK = 512
 """Tokens of a block, unless the model reads fewer or `max_length` says more."""
@@ -102,12 +102,10 @@ class LanguageTask(EncoderTask):
         Raises:
             InputError: there is none, or an encoder-decoder.
         """
-        model = super().load(source, trust_remote_code=trust_remote_code)
-        if getattr(model.module.config, "is_encoder_decoder", False):
-            raise InputError(
-                f"{source} is an encoder-decoder ({model.module.config.model_type}); {self.name} takes one stack of blocks"
-            )
-        return model
+        config = config_of(source, trust_remote_code=trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):  # of some transformers would load the decoder alone
+            raise InputError(f"{source} is an encoder-decoder ({config.model_type}); {self.name} takes one stack of blocks")
+        return super().load(source, trust_remote_code=trust_remote_code)
 
     def new_head(self) -> dict[str, Any]:
         """A head over the vocabulary has no labels."""
