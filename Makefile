@@ -25,7 +25,7 @@ bench: $(READY)
 	for script in startup.py distil_cost.py one_shot.py latency_agreement.py distillation.py "reviews.py --quick" reviews.py; do $(BIN)/python benchmarks/$$script || exit 1; done
 
 bench-applications: $(READY)
-	for name in reviews-zh cloze-qa translation summarization text-generation; do $(BIN)/python benchmarks/applications.py $$name || exit 1; done
+	for name in reviews-zh cloze-qa translation black-box summarization text-generation; do $(BIN)/python benchmarks/applications.py $$name || exit 1; done
 
 clean:
 	rm -rf .venv build *.egg-info src/*.egg-info

@@ -2,7 +2,8 @@
 
     python benchmarks/applications.py NAME [--texts N] [--full] [--seed 0] [-o runs/applications]
 
-NAME is one of reviews-zh, cloze-qa, translation, summarization, text-generation; `reviews.py` is that of English reviews.
+NAME is one of reviews-zh, cloze-qa, translation, black-box, summarization, text-generation; `reviews.py` is that of English
+reviews. The original of black-box learns from what the Bergamot engine wrote, and is measured by what people wrote.
 Originals that no package carries are trained first, on the first `--texts` training texts (by default as many as two cores take
 within some hours); `shrink` then walks down from them with `--quick`, or with all its effort (`--full`), to the drop of the goal.
 Rungs are scored on validation, by which they are chosen; the original, its fastest form and what ships also on test, timed
@@ -58,6 +59,7 @@ APPLICATIONS = {
     ),
     "cloze-qa": Application("question-answering", "minilm", "cloze-en", 1.5, texts=6000),
     "translation": Application("translation", "untrained-en-it", "translations-en-it", 1.0, texts=20000, first=WRITER),
+    "black-box": Application("translation", "untrained-en-pt", "bergamot-en-pt", 1.0, first=WRITER),
     "summarization": Application("summarization", "untrained-summaries", "summaries-en", 0.7, texts=10000, first=WRITER),
     "text-generation": Application("text-generation", "smollm2", "plain-en", 10.0),
 }
