@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import translators
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import multum
@@ -305,3 +306,12 @@ def test_the_table_of_a_causal_model_is_timed_while_it_writes(family: str, monke
     assert table.total([(2, 48)] * 4) > table.total([(2, 48)] * 1) > table.base
     assert np.isfinite(list(table.attention.values())).all()
     assert model.fingerprint() == before
+
+
+def test_the_prompts_of_a_table_leave_room_for_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The texts are longer than a model of 64 tokens reads."""
+    monkeypatch.setattr("multum.core.latency.grid", lambda full: [0, 1, full])
+    splits = tiny.text_splits(4, 8, 4)
+    splits.validation = Dataset.from_list([{"text": " ".join([row["text"]] * 30)} for row in splits.validation])
+    table = measured_writing(tiny.language_model(layers=1), TextGeneration.from_splits(splits), threads=1, rounds=1)
+    assert (table.about["prompt"], table.about["new"]) == (32, 32)

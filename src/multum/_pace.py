@@ -34,12 +34,11 @@ def paces(predictor: Any, texts: Sequence[Any]) -> list[dict[str, float]]:
     from .core.writing import Decoding, prompt_of
 
     writer, found = writer_of(predictor), []
-    room = max(writer.context - NEW, writer.context // 2)
     for text in texts:
         plain = text if isinstance(text, str) else written(text, writer.tokenizer)
         times: list[float] = []
         started = time.perf_counter()
-        ids = prompt_of(writer.tokenizer, plain)[: min(PROMPT, room)]
+        ids = prompt_of(writer.tokenizer, plain)[: longest_prompt(writer.context)]
         if not ids:
             continue
         decoding = Decoding(max_new_tokens=NEW)
@@ -47,6 +46,11 @@ def paces(predictor: Any, texts: Sequence[Any]) -> list[dict[str, float]]:
         seconds = {"first_s": times[0] - started, "rest_s": times[-1] - times[0]}
         found.append({"prompt": len(ids), "new": len(times), **seconds})
     return found
+
+
+def longest_prompt(context: int) -> int:
+    """Tokens of a prompt at most, for a model that reads so many: it writes behind it."""
+    return min(PROMPT, max(context - NEW, context // 2))
 
 
 def whole_times(found: Sequence[dict[str, float]]) -> list[float]:

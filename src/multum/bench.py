@@ -10,11 +10,12 @@ from typing import Any
 
 from . import runtimes
 from ._measure import DISTURBED, measure, time_again, unsteady
-from ._pace import NEW, PROMPT
+from ._pace import NEW, longest_prompt
 from .core.depth import DepthTable
 from .core.families import stacks_of
 from .core.folders import read_json
 from .core.latency import LatencyTable
+from .core.likelihood import context_of
 from .core.model import Model
 from .core.reporting import report
 from .core.sentences import written
@@ -202,7 +203,8 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
 def measured_writing(model: Model, task: Any, *, threads: int, rounds: int) -> LatencyTable:
     """What heads, neurons and blocks of a causal model cost while it reads the beginning of a text and writes on, in torch."""
     texts = [text if isinstance(text, str) else written(text, model.tokenizer) for text in task.inputs("validation")[:200]]
-    prompt = min(PROMPT, max(1, int(statistics.median(len(prompt_of(model.tokenizer, text)) for text in texts))))
+    most = longest_prompt(context_of(model.module, model.tokenizer))
+    prompt = min(most, max(1, int(statistics.median(len(prompt_of(model.tokenizer, text)) for text in texts))))
     heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
     return LatencyTable.measure(
         runtimes.find("pytorch").stacks(model, prompt=prompt, new=NEW, threads=threads),
