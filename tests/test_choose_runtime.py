@@ -55,12 +55,21 @@ def table(times: dict[Any, list[float]], ready: dict[Form, float] | None = None,
         "threads": max(threads for _, threads, *_ in times),
         "lengths": sorted({length for *_, length, _ in times}),
         "batches": sorted({batch for *_, batch in times}),
+        "timed": ["pass"],
         "rounds": max(map(len, times.values())),
         "present": {"form": EAGER.name, "threads": max(threads for form, threads, *_ in times if form == EAGER)},
         "forms": about,
         "left_out": {},
         "times": [
-            {"form": form.name, "threads": threads, "length": length, "batch": batch, "ms": statistics.median(ms), "rounds_ms": ms}
+            {
+                "form": form.name,
+                "threads": threads,
+                "length": length,
+                "batch": batch,
+                "what": "pass",
+                "ms": statistics.median(ms),
+                "rounds_ms": ms,
+            }
             for (form, threads, length, batch), ms in times.items()
         ],
         **more,
@@ -284,7 +293,7 @@ def test_an_export_that_is_gone_is_made_again(measured: Any, tmp_path: Path) -> 
 
 def test_the_commands_take_auto(measured: Any, monkeypatch: Any, tmp_path: Path) -> None:
     folder, _, choice, _ = measured
-    monkeypatch.setattr(choose_runtime, "candidates", lambda precision="": list(FORMS))
+    monkeypatch.setattr(choose_runtime, "candidates", lambda precision="", task=None: list(FORMS))
     runner = CliRunner()
     plain = runner.invoke(app, ["predict", str(folder), "a wonderful moving film", "--json", "--threads", "1"])
     auto = runner.invoke(app, ["predict", str(folder), "a wonderful moving film", "--json", "--threads", "1", "--runtime", "auto"])
@@ -357,7 +366,7 @@ def test_few_texts_do_not_prove_8_bits(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     targets, left_out = exports(tmp_path / "model", tmp_path / "scratch", given, FORMS, 0, Progress.silent())
     assert set(targets) == {EAGER, GRAPH}
-    assert left_out == {SMALL.name: f"8 bits are calibrated and checked on {FEW} texts or more; there are {FEW - 1}"}
+    assert left_out == {SMALL.name: f"integers are calibrated and checked on {FEW} texts or more; there are {FEW - 1}"}
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------------------
@@ -380,8 +389,8 @@ def test_what_no_runtime_is_chosen_for(tmp_path: Path) -> None:
         check(tmp_path / "model", task)
 
 
-def test_language_models_are_told_what_they_can_have(tmp_path: Path) -> None:
-    tiny.language_model().save(tmp_path / "model")
+def test_masked_language_models_are_told_what_they_can_have(tmp_path: Path) -> None:
+    tiny.language_model("bert").save(tmp_path / "model")
     with pytest.raises(InputError, match="--runtime auto takes models for"):
         check(tmp_path / "model", Given(tmp_path / "model", ["a film"]))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import terminal
-from ._runtime_inputs import Given
+from ._runtime_inputs import Given, writes
 from ._runtime_table import AUTO, TABLE, Choice, rows
 from .commands import progress
 from .errors import InputError
@@ -38,10 +38,10 @@ def check(
                 f"--lengths and --batch-sizes are for the runtime auto, not for {runtime or 'the one that a folder ships'}"
             )
         return None
-    from .choose_runtime import candidates
+    from ._runtime_kinds import precisions
 
     found: dict[str, Any] = {"precision": wanted}
-    known = sorted({form.precision for form in candidates()})
+    known = precisions()
     problems = [
         f"{folder} is an export already; give the model folder" for folder in folders if (folder / "runtime.json").is_file()
     ]
@@ -81,12 +81,13 @@ def export(folder: Path, output: Path, asked: Mapping[str, Any], task: Any, thre
     return {"form": choice.form.name, "threads": choice.threads, **parity}
 
 
-def predictor(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None) -> Any:
-    """What answers these inputs soonest, getting ready included."""
+def predictor(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None, new: int | None = None) -> Any:
+    """What answers these inputs soonest, getting ready included; or writes so many tokens behind each of them."""
     from .choose_runtime import choose, open_way, ready
 
     asked, task = check([folder], runtime) or {}, Given(folder, inputs)
-    batches = [min(len(inputs), MANY)]
+    batches = [1 if writes(task) else min(len(inputs), MANY)]
+    asked |= {"new": new} if new else {}
     choice, table = choose(folder, task, threads=threads, texts=len(inputs), batches=batches, progress=progress(), **asked)
     _show(folder, choice, table, False)
     return open_way(ready(folder, choice, task))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import runtimes, terminal
+from . import terminal
+from .commands import predictor_of
 from .core.writing import Decoding, TorchWriter, Writer, write
 from .errors import InputError
 
@@ -24,6 +25,7 @@ def continued(
     decoding: Decoding,
     *,
     chat: bool = False,
+    runtime: str = "",
     threads: int | None = None,
     show: Callable[[str], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -34,6 +36,7 @@ def continued(
         prompts: texts; or, with `chat`, what a user says.
         decoding: how tokens are chosen.
         chat: put each prompt into the tokenizer's chat template.
+        runtime: as the command line has it; by default the form that the folder ships.
         threads: by default all cores, or `OMP_NUM_THREADS`.
         show: is told the text while it is written, where there is one prompt.
 
@@ -45,7 +48,7 @@ def continued(
     """
     if wrong := [number for number, prompt in enumerate(prompts, 1) if not isinstance(prompt, str)]:
         raise InputError(f"a language model continues single texts; prompts {', '.join(map(str, wrong[:3]))} are none")
-    writer = writer_of(runtimes.open(folder, threads=threads))
+    writer = writer_of(predictor_of(folder, prompts, runtime, threads, decoding.max_new_tokens))
     given = [({"role": "user", "content": prompt},) for prompt in prompts] if chat else list(prompts)
     settings = decoding.to_json() | ({"chat": True} if chat else {})
     for prompt, made in zip(prompts, write(writer, given, decoding, show), strict=True):
@@ -54,11 +57,11 @@ def continued(
 
 
 def continue_and_show(
-    folder: Path, prompts: Sequence[str], decoding: Decoding, chat: bool, threads: int | None, as_json: bool
+    folder: Path, prompts: Sequence[str], decoding: Decoding, chat: bool, runtime: str, threads: int | None, as_json: bool
 ) -> None:
     """One prompt's text as it is written; of several a line for each as soon as it is there; or all as JSON."""
     alone = len(prompts) == 1 and not as_json
-    found = continued(folder, prompts, decoding, chat=chat, threads=threads, show=_show if alone else None)
+    found = continued(folder, prompts, decoding, chat=chat, runtime=runtime, threads=threads, show=_show if alone else None)
     if as_json:
         terminal.print_json(list(found))
         return

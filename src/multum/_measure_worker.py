@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import runtimes
-from ._pace import paces
+from ._pace import pace, paces
 from .errors import MultumError
 
 
@@ -82,6 +82,8 @@ def answer(predictor: Any, order: dict[str, Any]) -> Any:
             return predictor.tokenizer(order["text"], truncation=True, max_length=order["length"])["input_ids"]
         case "pass":
             return _pass(predictor, order["ids"], order["batch"], order["threads"], order["warm_up"])
+        case "write":
+            return _write(predictor, order["ids"], order["new"], order["threads"], order["warm_up"])
         case "memory":
             return peak_memory()
     raise ValueError(order["do"])
@@ -127,6 +129,15 @@ def _pass(predictor: Any, ids: Sequence[int], batch: int, threads: int, warm_up:
     started = time.perf_counter()
     run(columns)
     return 1e3 * (time.perf_counter() - started)
+
+
+def _write(predictor: Any, ids: Sequence[int], new: int, threads: int, warm_up: int) -> tuple[float, float]:
+    """Milliseconds in which a model that writes reads a text, and for a token behind it, after some texts read untimed."""
+    predictor.use(threads)
+    for _ in range(warm_up):
+        pace(predictor, ids, 2)
+    read, token = pace(predictor, ids, new)
+    return 1e3 * read, 1e3 * token
 
 
 def _as_given(value: Any) -> Any:

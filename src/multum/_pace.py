@@ -16,10 +16,32 @@ import numpy as np
 
 PROMPT, NEW = 128, 32
 """Tokens of a prompt at most, and tokens that are written behind it."""
+SHORT = 1e-6
+"""Seconds that writing takes at least, where the clock says otherwise."""
 
 
 def _note(times: list[float], _: Any) -> None:
     times.append(time.perf_counter())
+
+
+def pace(predictor: Any, ids: Sequence[int], new: int) -> tuple[float, float]:
+    """Seconds from these tokens to the first one behind them, and for each behind that. They are an encoder-decoder's source.
+
+    Args:
+        predictor: of a model that writes.
+        ids: tokens that leave room.
+        new: tokens that are written, two or more, end or not.
+    """
+    if hasattr(predictor.reader, "scored"):  # an encoder-decoder, whose search knows no token before the last one
+        first, whole = (predictor.generated_s(ids, count) for count in (1, new))
+        return first, max(whole - first, SHORT) / (new - 1)
+    from ._continue import writer_of
+    from .core.writing import Decoding
+
+    times: list[float] = []
+    started = time.perf_counter()
+    writer_of(predictor).continued([list(ids)], Decoding(max_new_tokens=new), partial(_note, times), forced=True)
+    return times[0] - started, (times[-1] - times[0]) / (len(times) - 1)
 
 
 def paces(predictor: Any, texts: Sequence[Any]) -> list[dict[str, float]]:

@@ -18,6 +18,13 @@ SHARES = (0.1, 0.5, 0.9)
 ALIKE = 1.25
 """Times longer than the one before at least."""
 UNLIMITED = 10**6
+WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+"""What loads the models that write."""
+
+
+def writes(task: Any) -> bool:
+    """Whether the models of a task write texts: reading and writing are then timed apart."""
+    return task.auto_class in WRITERS
 
 
 class Given:
@@ -34,6 +41,7 @@ class Given:
     def __init__(self, folder: Path, inputs: Sequence[Any]) -> None:
         self.reader = reader_of(folder)
         self.name: str = self.reader.task
+        self.auto_class: str = self.reader.auto_class
         self.shrinks = self.reader.auto_class.removeprefix("AutoModel") in HEADS
         tuples = self.name == "text-classification" and any(isinstance(one, tuple) for one in inputs)
         self.has_pairs = self.name == "question-answering" or tuples
@@ -47,16 +55,18 @@ class Given:
         """The model with its own head."""
         from .core.model import Model
 
-        return Model.load(source, auto_class=self.reader.auto_class)
+        return Model.load(source, auto_class=self.auto_class)
 
     def length_limit(self, model: Any) -> int:
         """Tokens that the model reads."""
         return token_limit(model.module.config, model.tokenizer)
 
     def calibration(self, model: Any, samples: int, *, seed: int = 0) -> list[Any]:
-        """The first of them as one batch."""
+        """The first of them as one batch; none of a model that writes, whose exports take none."""
         from .runtimes._parity import COLUMNS, takes
 
+        if writes(self):
+            return []
         del seed  # none is drawn
         encoded = self.reader.encode(model.tokenizer, self._inputs[:samples], self.length_limit(model), "pt")
         found = takes(model.module, {name: encoded[name] for name in COLUMNS if name in encoded})
@@ -76,7 +86,8 @@ def check(folder: Path, task: Any) -> None:
     if not (folder / "config.json").is_file():
         reason = "holds no model" if folder.is_dir() else "is not there"
         raise InputError(f"{folder} {reason}; a model folder has config.json")
-    only_exportable(task, "--runtime auto")
+    if not writes(task):
+        only_exportable(task, "--runtime auto")
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no fast tokenizer (tokenizer.json), which exports need")
     if not task.inputs("validation"):
@@ -84,14 +95,24 @@ def check(folder: Path, task: Any) -> None:
 
 
 def lengths_of(folder: Path, inputs: Sequence[Any]) -> list[int]:
-    """The tokens of every row that inputs are read in. No torch is imported."""
+    """The tokens of every row that inputs are read in; of chats without what their template adds. No torch is imported."""
     from tokenizers import Tokenizer
 
     from .runtimes._rows import FastTokenizer
 
     read_json(folder / "tokenizer.json")  # tokenizers itself has no word for a damaged file but a bare Exception
-    tokenizer = FastTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), 0)
-    return [len(ids) for ids in reader_of(folder).encode(tokenizer, inputs, limit_of(folder), None)["input_ids"]]
+    tokenizer, reader = FastTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), 0), reader_of(folder)
+    if reader.task == "text-generation":
+        inputs = [" ".join(words(one)) for one in inputs]
+    return [len(ids) for ids in reader.encode(tokenizer, inputs, limit_of(folder), None)["input_ids"]]
+
+
+def words(value: Any) -> list[str]:
+    """The texts that inputs consist of."""
+    if isinstance(value, str):
+        return [value]
+    parts: Sequence[Any] = list(value.values()) if isinstance(value, dict) else value
+    return [text for part in parts for text in words(part)]
 
 
 def limit_of(folder: Path) -> int:

@@ -5,7 +5,8 @@ batches of b is, round by round,
 
     c_r = Σ_i ms_r(l_i, b) / b   [+ what it takes to get ready / number of texts, where that is asked for]
 
-and the way with the least median is taken if it is faster than the present one, what a plain `open` would run, by more than noise:
+where ms_r is of a whole pass; of a model that writes it is the time to read l_i tokens, and n times that for one token behind them.
+The way with the least median is taken if it is faster than the present one, what a plain `open` would run, by more than noise:
 if the interval of the ratio of the two, over the rounds that they were timed in by turns, lies above `WORTH_IT`.
 """
 
@@ -22,14 +23,21 @@ from ._measure import ratio
 from .core.folders import read_json
 from .errors import InputError
 
-TABLE = "runtimes.json"
+TABLE, SCHEMA = "runtimes.json", 2
 AUTO = "auto"
+PASS, READ, WRITE = "pass", "read", "write"
+"""What is timed: a whole pass over a batch; of a model that writes to the first token, and for each token behind it."""
 NEAR, BATCH_NEAR = 1.5, 4.0
 """A length, and a number of texts above one, stand for those up to so many times smaller or larger."""
 WORTH_IT = 1.02
 """Times faster than the present way at least; less is noise, whatever the interval says."""
 FEW = 16
-"""Texts that 8-bit forms are calibrated and checked on at least."""
+"""Texts that forms of 8 bits and less are calibrated and checked on at least."""
+FAITHFUL = 0.05
+"""Mean KL in nats up to which a form of a model that writes is chosen without being asked for: 8 bits are far below."""
+FLOATS = ("fp32", "f32", "f16", "bf16")
+KNOWN_AS = {"f32": "fp32", "q8_0": "int8", "q4_0": "int4", "q4_k": "int4"}
+"""What llama.cpp calls a precision -> what others do."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,13 @@ class Form:
         return "" if self.runtime == "pytorch" else f"{self.runtime}-{self.precision}"
 
     def has(self, precision: str) -> bool:
-        """Whether it is of this precision, any if empty; `int8-mse` is of `int8` too."""
-        return precision in ("", self.precision, self.precision.partition("-")[0])
+        """Whether it is of this precision, any if empty; `int8-mse` and `q8_0` are of `int8` too."""
+        return precision in ("", self.precision, self.precision.partition("-")[0], KNOWN_AS.get(self.precision))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether its weights are integers."""
+        return self.precision not in FLOATS
 
 
 EAGER = Form("pytorch", "fp32")
@@ -72,9 +85,15 @@ class Choice:
     present: str
     ms: float
     """Of one text, a mean over the lengths asked for."""
+    beyond: str = ""
+    """A form that is faster yet, but answers so differently that it is taken only by name."""
 
     def line(self) -> str:
         """In words."""
+        beyond = f"; {self.beyond} is faster yet, but further from the model: ask for it by name" if self.beyond else ""
+        return self._line() + beyond
+
+    def _line(self) -> str:
         low, high = self.ratio["ci95"]
         if self.gain:
             faster = f"{self.ratio['value']:.2f} ({low:.2f} to {high:.2f}) times as fast as {self.present}"
@@ -93,7 +112,7 @@ def kept(folder: Path) -> dict[str, Any] | None:
         table = read_json(folder / TABLE)
     except InputError:  # it is measured again and written anew
         return None
-    return table if isinstance(table, dict) and table.get("schema") == 1 else None
+    return table if isinstance(table, dict) and table.get("schema") == SCHEMA else None
 
 
 def fits(
@@ -142,6 +161,7 @@ def pick(
     precision: str = "",
     texts: int | None = None,
     exported: bool = False,
+    new: int = 0,
 ) -> Choice:
     """The fastest way, or the present one where none is faster by more than noise.
 
@@ -153,52 +173,62 @@ def pick(
         precision: of the form; any if empty.
         texts: after so many it is over, and getting ready counts; without it only the pace does.
         exported: whether it has to be an export, whatever torch would take.
+        new: tokens that a model which writes is to write behind each text.
 
     Raises:
         InputError: no form of this precision was measured.
     """
     cells = [
-        (_near(table["lengths"], length, math.inf), _near(table["batches"], batch, math.inf))
+        (_near(table["lengths"], length, math.inf), _near(table["batches"], batch, math.inf), what)
         for length in lengths
         for batch in batches
+        for what in table["timed"]
     ]
-    times = {(row["form"], row["threads"], row["length"], row["batch"]): row["rounds_ms"] for row in table["times"]}
+    often = {WRITE: new}
+    times = {(row["form"], row["threads"], *cell_of(row)): row["rounds_ms"] for row in table["times"]}
     ready = {one["name"]: one["ready_s"] * 1e3 / texts if texts else 0.0 for one in table["forms"]}
     forms = {one["name"]: Form(one["runtime"], one["precision"], one["compiled"]) for one in table["forms"]}
     present = (table["present"]["form"], table["present"]["threads"])
     costs: dict[tuple[str, int], list[float]] = {}
     for way in {(form, count) for form, count, *_ in times}:
-        rounds = [[ms / cell[1] for ms in times.get((*way, *cell), [])] for cell in cells]
+        rounds = [[ms * often.get(cell[2], 1) / cell[1] for ms in times.get((*way, *cell), [])] for cell in cells]
         if all(len(found) == table["rounds"] for found in rounds):
-            costs[way] = [sum(one) / len(cells) + ready[way[0]] for one in zip(*rounds, strict=True)]
+            mean = len(cells) / len(table["timed"])
+            costs[way] = [sum(one) / mean + ready[way[0]] for one in zip(*rounds, strict=True)]
     median = {way: statistics.median(found) for way, found in costs.items()}
     allowed = [way for way in costs if way[1] <= threads and forms[way[0]].has(precision)]
     if exported:
         allowed = [way for way in allowed if forms[way[0]].folder]
     if not allowed:
         raise InputError(f"no {precision or 'exported'} form of this model could be measured", *_reasons(table))
-    best = min(allowed, key=lambda way: (median[way], way))
+    near, beyond = allowed, ""
+    if WRITE in table["timed"] and not precision:
+        far = {one["name"] for one in table["forms"] if one["parity"]["kl_nats"] > FAITHFUL} - {present[0]}
+        near = [way for way in allowed if way[0] not in far] or allowed
+        first = min(allowed, key=lambda way: (median[way], way))
+        beyond = "" if first in near else _way(*first)
+    allowed, best = near, min(near, key=lambda way: (median[way], way))
     if present not in allowed and not exported:  # fewer threads, or another precision, than it has: torch is what is left
         present = min((way for way in allowed if way[0] == EAGER.name), key=lambda way: -way[1], default=best)
     compared = ratio(costs[present], costs[best])
     gain = best != present and compared["ci95"][0] > 1.0 and compared["value"] >= WORTH_IT
     form, count = best if gain or exported else present
-    return Choice(forms[form], count, gain, compared, _way(*best), _way(*present), round(median[form, count], 4))
+    return Choice(forms[form], count, gain, compared, _way(*best), _way(*present), round(median[form, count], 4), beyond)
 
 
 def rows(table: Mapping[str, Any]) -> list[list[str]]:
     """A table for the terminal: a line for every way, the fastest first; with a star behind all those that were far slower in the
     first rounds and not timed to the end.
     """
-    cells = sorted({(row["length"], row["batch"]) for row in table["times"]}, key=lambda cell: (cell[1], cell[0]))
-    times = {(row["form"], row["threads"], row["length"], row["batch"]): row["ms"] for row in table["times"]}
+    cells = sorted({cell_of(row) for row in table["times"]}, key=lambda cell: (cell[2], cell[1], cell[0]))
+    times = {(row["form"], row["threads"], *cell_of(row)): row["ms"] for row in table["times"]}
     about = {one["name"]: one for one in table["forms"]}
     early = {(row["form"], row["threads"]) for row in table["times"] if len(row["rounds_ms"]) < table["rounds"]}
     ways = sorted(
         {way[:2] for way in times},
         key=lambda way: (way in early, sum(math.log(times.get((*way, *cell), math.inf)) for cell in cells), way),
     )
-    head = ["", "MB", "agreement", "ready s", *(f"{length} tokens x {batch}, ms" for length, batch in cells)]
+    head = ["", "MB", "agreement", "ready s", *(_column(*cell) for cell in cells)]
     found = [head]
     for name, count in ways:
         one = about[name]
@@ -213,6 +243,16 @@ def rows(table: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return found
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple[int, int, str]:
+    """What a row of the table is the time of: (length, batch, what)."""
+    return row["length"], row["batch"], row["what"]
+
+
+def _column(length: int, batch: int, what: str) -> str:
+    reads = {PASS: f"{length} tokens x {batch}", READ: f"read {length} tokens", WRITE: f"a token behind {length}"}
+    return f"{reads[what]}, ms"
 
 
 def _reasons(table: Mapping[str, Any]) -> list[str]:

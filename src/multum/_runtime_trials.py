@@ -6,20 +6,19 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from . import runtimes
 from ._measure_process import Worker
+from ._runtime_inputs import words, writes
+from ._runtime_kinds import Reads
 from ._runtime_table import EAGER, FEW, Form
 from .core.folders import read_json
 from .errors import InputError, MissingExtra, MultumError, ParityError
 from .progress import Progress
-from .runtimes._parity import compare, problem
 from .runtimes._predictor import thread_counts
 from .targets import Way, export_model
 
@@ -50,18 +49,22 @@ def exports(
             left_out[form.name] = reason
         elif target.is_dir() and bool(read_json(target / "runtime.json").get("pairs")) != task.has_pairs:
             left_out[form.name] = f"{target} was exported for {'single texts' if task.has_pairs else 'pairs of texts'}"
-        elif target.is_dir():
+        elif target.is_dir() and not writes(task):
             targets[form] = target
-        elif few and form.precision.startswith("int"):
+        elif few and form.rounds and not target.is_dir():
             left_out[form.name] = (
-                f"8 bits are calibrated and checked on {FEW} texts or more; there are {len(task.inputs('validation'))}"
+                f"integers are calibrated and checked on {FEW} texts or more; there are {len(task.inputs('validation'))}"
             )
         else:
-            with progress.stage(f"export to {form.name}"):
+            with progress.stage(f"{'check' if target.is_dir() else 'export to'} {form.name}"):
                 try:
                     model = model or task.load(str(folder))
-                    export_model(module, model, scratch / form.folder, form.precision, task, seed)
-                    targets[form] = scratch / form.folder
+                    if target.is_dir():  # is it an export of this model?
+                        module.proof(model, target, task.inputs("validation")[:64])
+                    else:
+                        target = scratch / form.folder
+                        export_model(module, model, target, form.precision, task, seed)
+                    targets[form] = target
                 except FAILURES as error:
                     left_out[form.name] = (str(error).strip() or type(error).__name__).splitlines()[0]
     return targets, left_out
@@ -78,34 +81,23 @@ def present_way(folder: Path, threads: int, targets: Mapping[Form, Path]) -> tup
 
 
 def opened(
-    stack: ExitStack, targets: Mapping[Form, Path], inputs: Sequence[Any], threads: int, left_out: dict[str, str]
+    stack: ExitStack, targets: Mapping[Form, Path], kind: Reads, threads: int, left_out: dict[str, str]
 ) -> tuple[dict[Form, Worker], dict[Form, dict[str, Any]]]:
     """Every form in a process of its own, one after the other; those that do not answer as torch does are left out."""
     workers: dict[Form, Worker] = {}
     facts: dict[Form, dict[str, Any]] = {}
-    expected: list[np.ndarray] = []
-    kind = ""
     for form, target in targets.items():
         started = time.perf_counter()
         try:
             worker = stack.enter_context(Worker(Way(target, threads, form.compiled), threads))
             about = worker.receive()
-            worker.ask("items", texts=inputs[:1])
+            kind.answer(worker)
             took = time.perf_counter() - started
-            found = [np.array(rows, dtype=np.float32) for rows in worker.ask("items", texts=inputs)]
+            parity = kind.parity(form, target, worker, about["kind"])
         except MultumError as error:
             if form == EAGER:
                 raise
             left_out[form.name] = str(error).splitlines()[0]
-            continue
-        if form == EAGER:
-            expected, kind = found, about["kind"]
-        if [rows.shape for rows in expected] != [rows.shape for rows in found]:
-            left_out[form.name] = "it reads the inputs in other tokens than torch"
-            continue
-        parity = {"n": len(inputs), **compare(kind, expected, found)}
-        if reason := problem(form.precision, parity, max(float(np.abs(rows).max()) for rows in expected)):
-            left_out[form.name] = f"it answers differently: {reason}"
             continue
         workers[form] = worker
         facts[form] = {"bytes": about["bytes"], "ready_s": round(took, 2), "parity": parity}
@@ -113,33 +105,33 @@ def opened(
 
 
 def timed(
-    workers: Mapping[Form, Worker], inputs: Sequence[Any], asked: Mapping[str, Any], present: tuple[Form, int], rounds: int,
-    seconds: float,
+    workers: Mapping[Form, Worker], kind: Reads, asked: Mapping[str, Any], present: tuple[Form, int], rounds: int, seconds: float,
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
-    """Milliseconds of a pass of every way in every cell, round by round; and how many rounds there were."""
-    most = asked["threads"]
-    text = " ".join(_words(inputs * (1 + 2 * max(asked["lengths"]) // max(1, len(inputs)))))
+    """Milliseconds of every way in every cell, round by round; and how many rounds there were."""
+    most, inputs = asked["threads"], kind.inputs
+    text = " ".join(words(inputs * (1 + 2 * max(asked["lengths"]) // max(1, len(inputs)))))
     ids = {length: workers[EAGER].ask("ids", text=text, length=length) for length in asked["lengths"]}
     cells = [(length, batch) for length in asked["lengths"] for batch in asked["batches"]]
-    took: dict[tuple[Form, int], dict[tuple[int, int], list[float]]] = {}
+    took: dict[tuple[Form, int], dict[tuple[int, int, str], list[float]]] = {}
 
     def round_of(ways: Iterable[tuple[Form, int]]) -> None:
         for form, threads in ways:
             for number, (length, batch) in enumerate(cells):
                 warm_up = WARM_UP if number == 0 else 1
-                order = {"ids": ids[length], "batch": batch, "threads": threads, "warm_up": warm_up}
-                found = took.setdefault((form, threads), {}).setdefault((length, batch), [])
-                found.append(workers[form].ask("pass", **order))
+                found = kind.time(workers[form], ids[length], batch, threads, warm_up)
+                for what, ms in zip(kind.timed, found, strict=True):
+                    took.setdefault((form, threads), {}).setdefault((length, batch, what), []).append(ms)
 
     for _ in range(TRIED):
         round_of((form, most) for form in workers)
     tried = {form: {cell: statistics.median(ms) for cell, ms in took[form, most].items()} for form in workers}
-    least = {cell: min(one[cell] for one in tried.values()) for cell in cells}
-    near = [form for form in workers if any(tried[form][cell] <= FAR_SLOWER * least[cell] for cell in cells)]
+    least = {cell: min(one[cell] for one in tried.values()) for cell in tried[EAGER]}
+    near = [form for form in workers if any(tried[form][cell] <= FAR_SLOWER * least[cell] for cell in least)]
     ways = [(form, threads) for form in near for threads in thread_counts(most)]
     ways += [way for way in {(EAGER, most): 0, present: 0} if way not in ways and way[0] in workers]
     # A pass comes behind one untimed, and may take twice as long on fewer threads. Compiling, in the first round, is not counted.
-    once = sum(2e-3 * ms * (1 if threads == most else 2) for form, threads in ways for ms in tried[form].values())
+    passes = {form: sum(ms * kind.timed[what] for (_, _, what), ms in tried[form].items()) for form, _ in ways}
+    once = sum(2e-3 * passes[form] * (1 if threads == most else 2) for form, threads in ways)
     count = max(min(rounds, LEAST), min(rounds, int(seconds / once)))
     first, took = took, {}
     for _ in range(count):
@@ -150,6 +142,7 @@ def timed(
             "threads": threads,
             "length": cell[0],
             "batch": cell[1],
+            "what": cell[2],
             "ms": round(statistics.median(ms), 4),
             "rounds_ms": [round(one, 4) for one in ms],
         }
@@ -157,11 +150,3 @@ def timed(
         for cell, ms in found.items()
     ]
     return rows, count
-
-
-def _words(value: Any) -> list[str]:
-    """The texts that inputs consist of."""
-    if isinstance(value, str):
-        return [value]
-    parts: Sequence[Any] = list(value.values()) if isinstance(value, dict) else value
-    return [text for part in parts for text in _words(part)]

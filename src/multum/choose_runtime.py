@@ -1,8 +1,9 @@
 """`--runtime auto`: which runtime, precision and number of threads is fastest for this model, on this machine, at these lengths.
 
 Every form that the model can be had in is exported and checked on real inputs, then opened in a process of its own and timed in
-turns with all others: whole passes over batches of rows of the lengths asked for, so that nothing but the model counts. First all
-on all threads; those far slower than the fastest in every cell are left there. The others are timed on 1, 2, 4 ... all threads.
+turns with all others: whole passes over batches of rows of the lengths asked for, so that nothing but the model counts; of a model
+that writes reading a text and writing a token, apart. First all on all threads; those far slower than the fastest in every cell are
+left there. The others are timed on 1, 2, 4 ... all threads.
 
 The table is kept beside the model (`runtimes.json`), with the exports that won, and serves until machine, versions, model or
 lengths are others.
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from . import runtimes
-from ._runtime_inputs import check, lengths_of, limit_of, short
-from ._runtime_table import EAGER, FEW, TABLE, Choice, Form, fits, grown, kept, pick
+from ._pace import NEW, PROMPT
+from ._runtime_inputs import check, lengths_of, limit_of, short, writes
+from ._runtime_kinds import candidates, kind_of
+from ._runtime_table import EAGER, FEW, SCHEMA, TABLE, Choice, Form, fits, grown, kept, pick
 from ._runtime_trials import exports, opened, present_way, timed
 from .core.folders import check_writable, whole_folder, write_json
 from .doctor import PACKAGES, processor, version_of
@@ -32,21 +35,6 @@ from .targets import Way, export_model, fingerprint
 
 ROUNDS, SECONDS = 15, 120.0
 """Rounds of the forms that are not far slower, at most, and what they may take, unless the least that is needed takes more."""
-CHECKED = 32
-"""Inputs on which answers are compared at most."""
-
-
-def candidates(precision: str = "") -> list[Form]:
-    """Every form that there is for encoders, of one precision or of all; torch eager is always among them.
-
-    Of ways to calibrate the last one stands for all: they differ in where ranges end, and take the same time.
-    """
-    found = [EAGER, Form(EAGER.runtime, EAGER.precision, compiled=True)]
-    for name in runtimes.names():
-        module = runtimes.find(name)
-        if name != EAGER.runtime and not hasattr(module, "TASKS"):
-            found += [Form(name, each) for each in (*module.PRECISIONS, *getattr(module, "CALIBRATED", ())[-1:])]
-    return [form for form in found if form == EAGER or form.has(precision)]
 
 
 def choose(
@@ -58,6 +46,7 @@ def choose(
     threads: int | None = None,
     precision: str = "",
     texts: int | None = None,
+    new: int = NEW,
     forms: Sequence[Form] | None = None,
     exported: bool = False,
     rounds: int = ROUNDS,
@@ -71,10 +60,11 @@ def choose(
         folder: a model folder. The table is written into it.
         task: the task on its data, or `_runtime_inputs.Given`: it has the inputs that answers are compared on.
         lengths: tokens of a row; by default three of those of the inputs.
-        batches: rows of a batch.
+        batches: rows of a batch; of a model that writes 1.
         threads: that may be used; by default all cores, or `OMP_NUM_THREADS`.
         precision: of the form; any by default.
         texts: how many will be answered, if getting ready is to count.
+        new: tokens that a model which writes is to write behind each text.
         forms: to choose from; `candidates` by default.
         exported: choose among exports only.
         rounds, seconds: of the second part, at most.
@@ -89,18 +79,20 @@ def choose(
     """
     folder, progress, threads = Path(folder), progress or Progress.silent(), threads or cores()
     check(folder, task)
-    inputs = list(task.inputs("validation"))
-    wanted = sorted(set(short(lengths_of(folder, inputs[:512])) if lengths is None else lengths))
-    _possible(folder, wanted, batches, threads)
+    inputs, room = list(task.inputs("validation")), _room(folder, task)
+    if lengths is None:
+        lengths = short([min(length, PROMPT, room) if writes(task) else length for length in lengths_of(folder, inputs[:512])])
+    wanted = sorted(set(lengths))
+    _possible(task, wanted, batches, threads, room)
     asked: dict[str, Any] = {"lengths": wanted, "batches": sorted(set(batches)), "threads": threads}
-    forms = candidates(precision) if forms is None else list(forms)
+    forms = candidates(precision, task) if forms is None else list(forms)
     about = {**_machine(), "model": fingerprint(folder), "pairs": task.has_pairs}
     table = kept(folder)
     if table is None or not fits(table, about, few=len(inputs) < FEW, forms=forms, **asked):
         check_writable(folder)
         table = _measured(folder, task, forms, about, asked | grown(table, about, asked), rounds, seconds, seed, progress)
         write_json(folder / TABLE, table)
-    return pick(table, precision=precision, texts=texts, exported=exported, **asked), table
+    return pick(table, precision=precision, texts=texts, exported=exported, new=new, **asked), table
 
 
 def ready(folder: Path, choice: Choice, task: Any, *, seed: int = 0, output: Path | None = None) -> Way:
@@ -135,10 +127,18 @@ def open_way(way: Way) -> Any:
     return predictor
 
 
-def _possible(folder: Path, lengths: Sequence[int], batches: Sequence[int], threads: int) -> None:
-    limit, problems = limit_of(folder), []
+def _room(folder: Path, task: Any) -> int:
+    """Tokens that a text may have: a causal model writes into the context that it reads."""
+    limit = limit_of(folder)
+    return max(limit - NEW, limit // 2) if task.name == "text-generation" else limit
+
+
+def _possible(task: Any, lengths: Sequence[int], batches: Sequence[int], threads: int, limit: int) -> None:
+    problems = []
     if wrong := [length for length in lengths if not 2 <= length <= limit]:
         problems.append(f"lengths: {', '.join(map(str, wrong))} cannot be timed; the model reads 2 to {limit} tokens")
+    if writes(task) and set(batches) != {1}:
+        problems.append("batch sizes: a model that writes is timed on one text at a time")
     if not lengths or not batches or min(batches) < 1:
         problems.append("lengths and batch sizes are whole numbers, at least one of each")
     if threads < 1:
@@ -153,19 +153,20 @@ def _measured(
 ) -> dict[str, Any]:  # fmt: skip
     """Export, check and time all forms; keep those exports that win."""
     with tempfile.TemporaryDirectory(prefix="multum-runtimes-") as scratch, ExitStack() as stack:
+        kind = kind_of(task)
         targets, left_out = exports(folder, Path(scratch), task, forms, seed, progress)
         present = present_way(folder, asked["threads"], targets)
         with progress.stage("open and check the forms"):
-            inputs = list(task.inputs("validation")[:CHECKED])
-            workers, facts = opened(stack, targets, inputs, asked["threads"], left_out)
+            workers, facts = opened(stack, targets, kind, asked["threads"], left_out)
         present = present if present[0] in workers else (EAGER, asked["threads"])
         with progress.stage("time the forms in turns"):
-            times, count = timed(workers, inputs, asked, present, rounds, seconds)
+            times, count = timed(workers, kind, asked, present, rounds, seconds)
         table = {
-            "schema": 1,
+            "schema": SCHEMA,
             **about,
             "few": len(task.inputs("validation")) < FEW,
             **asked,
+            "timed": list(kind.timed),
             "rounds": count,
             "present": {"form": present[0].name, "threads": present[1]},
             "forms": [{**asdict(form), "name": form.name, **facts[form]} for form in workers],
@@ -186,7 +187,7 @@ def _choices(table: Mapping[str, Any], asked: Mapping[str, Any]) -> list[dict[st
     found = []
     for batch in asked["batches"]:
         for lengths in [asked["lengths"], *([length] for length in asked["lengths"] if len(asked["lengths"]) > 1)]:
-            one = pick(table, lengths=lengths, batches=[batch], threads=asked["threads"])
+            one = pick(table, lengths=lengths, batches=[batch], threads=asked["threads"], new=NEW)
             entry = {"lengths": lengths, "batch": batch, "form": one.form.name, "threads": one.threads, "ms_per_text": one.ms}
             found.append(entry | {"gain": one.gain, "ratio_to_present": dict(one.ratio), "fastest": one.fastest})
     return found

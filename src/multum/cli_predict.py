@@ -66,13 +66,9 @@ def add_to(app: typer.Typer) -> None:
                 raise InputError(f"{', '.join(wrong)}: for causal language models; {folder} is a model for {reader.task}")
             predict_and_show(place, texts or [], pair or [], source, columns, threads, as_json, runtime)
             return
-        if runtime:
-            raise InputError(
-                "--runtime: for models that read; a causal language model is exported first: multum export DIR --to llamacpp"
-            )
         from ._continue import continue_and_show
         from .core.writing import Decoding
 
         prompts = inputs_of(texts or [], pair or [], source, columns, reader.columns)
         decoding = Decoding(**asked)  # type: ignore[arg-type]
-        continue_and_show(place, prompts, decoding, chat, threads, as_json)
+        continue_and_show(place, prompts, decoding, chat, runtime, threads, as_json)

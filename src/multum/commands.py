@@ -254,7 +254,7 @@ def predict_and_show(
         raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
     reader = reader_of(folder)
     inputs = inputs_of(texts, pairs, source, columns, reader.columns)
-    predictor = _predictor(folder, inputs, runtime, threads)
+    predictor = predictor_of(folder, inputs, runtime, threads)
     if count := _cut(predictor, inputs):
         they = "inputs has" if count == 1 else "inputs have"
         terminal.say(f"{count} of {len(inputs)} {they} {predictor.max_length} tokens or more: the model reads no further")
@@ -266,12 +266,15 @@ def predict_and_show(
             terminal.print_lines(f"{reader.line(one)}\t{terminal.one_line(one['text'])}")
 
 
-def _predictor(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None) -> Any:
+def predictor_of(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None, new: int | None = None) -> Any:
+    """What runs a folder: the form that it ships, the one asked for, or with `auto` the fastest to answer these inputs, or to
+    write `new` tokens behind each.
+    """
     from . import _auto, runtimes
     from .targets import targets_of
 
     if _auto.check([folder], runtime) is not None:
-        return _auto.predictor(folder, inputs, runtime, threads)
+        return _auto.predictor(folder, inputs, runtime, threads, new)
     if runtime.partition("-")[0] == "pytorch":  # whatever the folder ships
         return runtimes.find("pytorch").open(folder, threads=threads)
     return runtimes.open(targets_of([folder], runtime)[0] if runtime else folder, threads=threads)

@@ -54,6 +54,12 @@ class Session:
         self._close: Any = None
         self._room = self._used = 0
 
+    def use(self, threads: int) -> None:
+        """Run on so many threads from now on."""
+        self.threads = threads
+        if self._context is not None:
+            self._llama.llama_set_n_threads(self._context, threads, threads)
+
     def tokens(self, text: str) -> list[int]:
         """What llama.cpp's own tokenizer makes of a text, special tokens around it included."""
         raw = text.encode()

@@ -70,17 +70,30 @@ def export(model: Model, folder: Path, *, precision: str, inputs: Sequence[Any],
         raise MissingExtra("gguf with llama-cpp-python", "llamacpp")
     if precision not in PRECISIONS:
         raise InputError(f"llamacpp has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
-    from ._gguf_proof import prove
     from ._llama import extra_kernels
 
     special = {name: text for name, text in model.tokenizer.special_tokens_map.items() if isinstance(text, str)}
     manifest = {"runtime": "llamacpp", "precision": precision, "task": task, "pairs": False, "special_tokens": special}
     with export_folder(model, folder, manifest) as work:
         facts = _write(model, work, precision)
-        extra = extra_kernels(work / FILE, precision)
-        parity = prove(model, work / FILE, precision, inputs, facts["context"], cores(), extra=extra)
-        write_json(work / MANIFEST, {**read_json(work / MANIFEST), **facts, "parity": parity})
-        return parity | ({} if extra else {"slow": WITHOUT_AMX})
+        write_json(work / MANIFEST, {**read_json(work / MANIFEST), **facts})
+        parity = proof(model, work, inputs)
+        write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
+        return parity | ({} if extra_kernels(work / FILE, precision) else {"slow": WITHOUT_AMX})
+
+
+def proof(model: Model, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
+    """How far an export folder agrees with the model (`_gguf_proof.prove`).
+
+    Raises:
+        ParityError: it answers differently, or was made from another model.
+    """
+    from ._gguf_proof import prove
+    from ._llama import extra_kernels
+
+    manifest = read_manifest(folder)
+    file, precision = folder / FILE, str(manifest["precision"])
+    return prove(model, file, precision, inputs, int(manifest["context"]), cores(), extra=extra_kernels(file, precision))
 
 
 def check(model: Model) -> None:
@@ -137,6 +150,11 @@ class LlamaPredictor:
         self.tokenizer = ChatTokenizer(tokenizer, 0 if pad is None else int(pad), template, special)
         extra = extra_kernels(folder / FILE, self.precision)
         self._session = Session(folder / FILE, threads, exact=self.precision == "f32", extra=extra)
+
+    def use(self, threads: int) -> None:
+        """Run on so many threads from now on."""
+        self.threads = threads
+        self._session.use(threads)
 
     def tokenize(self, inputs: Sequence[Text]) -> int:
         """Tokenize and count the tokens; there to be timed apart."""

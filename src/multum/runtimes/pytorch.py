@@ -97,6 +97,10 @@ class TorchPredictor:
 
         return run
 
+    def generated_s(self, ids: Sequence[int], new: int) -> float:
+        """Seconds in which an encoder-decoder writes so many tokens for a source of these, searching as its settings say."""
+        return 1e-3 * _timed(generating(self.module, self._torch.tensor([list(ids)]), new), self.threads)()
+
     def items(self, inputs: Sequence[Any]) -> list[np.ndarray]:
         """The outputs for every row that the inputs are read in, as `_parity.as_items` has them."""
         with self._torch.inference_mode():
@@ -182,10 +186,17 @@ def depths(model: Model, *, read: int, new: int, threads: int) -> Callable[[tupl
     def timer(depth: tuple[int, int]) -> Timer:
         # The decoder's first, because T5 wants no fewer blocks in its encoder.
         module = _shallow(model.module, [("decoder", list(range(depth[1]))), ("encoder", list(range(depth[0])))])
-        how = {"min_new_tokens": new, "max_new_tokens": new, "use_cache": True}
-        return _timed(lambda: module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how), threads)
+        return _timed(generating(module, ids, new), threads)
 
     return timer
+
+
+def generating(module: Any, ids: Any, new: int) -> Callable[[], Any]:
+    """An encoder-decoder that writes so many tokens for sources of these tokens, (sources, tokens), end or not."""
+    import torch
+
+    how = {"min_new_tokens": new, "max_new_tokens": new, "use_cache": True}
+    return lambda: module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
 
 
 def _shallow(module: Any, kept: Sequence[tuple[str, Sequence[int]]]) -> Any:
