@@ -21,6 +21,7 @@ from multum.core.model import Model
 from multum.core.sentences import causal_sums
 from multum.core.writing import Decoding, TorchWriter, write
 from multum.errors import InputError, MissingExtra, ParityError
+from multum.targets import exporter, named, targets_of
 from multum.runtimes import _gguf_proof, llamacpp
 from multum.tasks.text_generation import TextGeneration
 
@@ -161,7 +162,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     data = ["--data", str(tmp_path / "data"), "--task", "text-generation"]
     target = tmp_path / "m" / "llamacpp-f16"
     done = CliRunner().invoke(
-        app, ["export", str(tmp_path / "m"), "--to", "llamacpp", "--precision", "f16", "-o", str(target), *data]
+        app, ["export", str(tmp_path / "m"), "--to", "gguf", "--precision", "f16", "-o", str(target), *data]
     )
     assert done.exit_code == 0, done.output
     assert "kl_nats" in done.stdout
@@ -195,6 +196,23 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(MissingExtra, match="llamacpp"):
         llamacpp.open(tmp_path)
     assert listing(tmp_path) == []
+
+
+def test_people_s_names_for_it_and_its_precisions(tmp_path: Path) -> None:
+    assert named("gguf", "int4") == ("llamacpp", "q4_k")
+    assert named("llamacpp", "int8") == ("llamacpp", "q8_0")
+    assert named("llamacpp", "q4_0") == ("llamacpp", "q4_0")
+    assert named("onnxruntime", "int8") == ("onnxruntime", "int8")
+    assert named("abacus", "int8") == ("abacus", "int8")
+    target = tmp_path / "m" / "llamacpp-q8_0"
+    target.mkdir(parents=True)
+    (target / "runtime.json").write_text("{}")
+    (tmp_path / "m" / "config.json").write_text("{}")
+    assert targets_of([tmp_path / "m"], "gguf-int8") == targets_of([tmp_path / "m"], "gguf") == [target]
+    with pytest.raises(InputError, match=r"openvino has no 'int4'; .*\. llamacpp has it"):
+        exporter("openvino", "int4")
+    with pytest.raises(InputError, match=r"onnxruntime has no 'bf16'; .*\. openvino has it"):
+        exporter("onnxruntime", "bf16")
 
 
 def test_other_tasks_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def test_kl_is_a_mean_over_items_of_any_width() -> None:
             same.append(p.argmax() == q.argmax())
     parity = compare("single_label", expected, found)
     assert parity["kl_nats"] == pytest.approx(np.mean(values))
+    assert parity["worst_kl_nats"] == pytest.approx(max(values))
     assert parity["agreement"] == pytest.approx(np.mean(same))
     assert parity["max_difference"] == pytest.approx(max(np.abs(a - b).max() for a, b in zip(expected, found, strict=True)))
 

@@ -206,7 +206,7 @@ def export(
     """Export to a runtime and check on real inputs that it answers like the model."""
     from . import _auto, terminal
     from .commands import new_folder, progress, together
-    from .targets import export_to, exporter, open_for
+    from .targets import export_to, exporter, named, open_for
 
     calls = {"auto": lambda: _auto.check([folder], to, lengths, batch_sizes, precision), "output": lambda: new_folder(output)}
     asked = together([], **calls)
@@ -215,7 +215,7 @@ def export(
         found = _auto.export(folder, output, asked["auto"], opened, threads, seed or 0)
         terminal.print_facts(f"{output}: {found.pop('form')}", found)
         return
-    precision = precision or "int8"
+    to, precision = named(to, precision or "int8")
     parsed = together([], exporter=lambda: exporter(to, precision))
     opened = open_for(folder, data=data, task=task, columns=columns, seed=seed)
     with progress().stage(f"export to {to} {precision}"):

@@ -68,7 +68,7 @@ Runtime = Annotated[
 ]
 To = Annotated[
     str,
-    typer.Option("--to", metavar="R", help="onnxruntime, openvino or llamacpp; auto: the fastest, timed here."),
+    typer.Option("--to", metavar="R", help="onnxruntime, openvino or llamacpp (gguf); auto: the fastest, timed here."),
 ]
 Precision = Annotated[
     str,
@@ -76,7 +76,7 @@ Precision = Annotated[
         "--precision",
         metavar="P",
         help="int8 (the default; of auto any) or fp32; of openvino bf16 too; of onnxruntime also int8-minmax, int8-percentile and "
-        "int8-mse, whose ranges of activations are taken from training texts; of llamacpp f16, q8_0, q4_0, q4_k or f32.",
+        "int8-mse, whose ranges of activations are taken from training texts; of llamacpp f16, q8_0 (int8), q4_k (int4), q4_0 or f32.",
     ),
 ]
 Lengths = Annotated[

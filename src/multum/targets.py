@@ -12,6 +12,8 @@ from .core.folders import digest, read_json
 from .errors import InputError
 
 RUN = "run.json"
+ALSO_CALLED = {"gguf": "llamacpp"}
+"""What people call a runtime -> its name here."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
     Raises:
         InputError: lists folders that are none, or lack the export asked for.
     """
-    wanted, _, precision = runtime.partition("-")
+    name, _, asked = runtime.partition("-")
+    wanted, precision = named(name, asked)
     if runtime and wanted not in runtimes.names():
         raise InputError(f"--runtime: no runtime named {wanted!r}; there are: {', '.join([*runtimes.names(), 'auto'])}")
     found: list[Path] = []
@@ -196,6 +199,13 @@ def only_exportable(task: Any, what: str) -> None:
         )
 
 
+def named(runtime: str, precision: str) -> tuple[str, str]:
+    """Runtime and precision by the names that they have here: people also say gguf, and of llama.cpp's precisions int8 or int4."""
+    name = ALSO_CALLED.get(runtime, runtime)
+    also = getattr(runtimes.find(name), "ALSO_CALLED", {}) if name in runtimes.names() else {}
+    return name, also.get(precision, precision)
+
+
 def exporter(runtime: str, precision: str) -> Any:
     """The module of a runtime that can export to this precision on this machine.
 
@@ -208,9 +218,13 @@ def exporter(runtime: str, precision: str) -> Any:
         raise InputError(f"--to: cannot export to {runtime!r}; there are: {', '.join(others)}")
     module = runtimes.find(runtime)
     problems = [reason] if (reason := module.unavailable()) else []
-    taken = (*module.PRECISIONS, *getattr(module, "CALIBRATED", ()))
-    if precision not in taken:
-        problems.append(f"--precision: {runtime} has no {precision!r}; it has: {', '.join(taken)}")
+    taken = {name: (*runtimes.find(name).PRECISIONS, *getattr(runtimes.find(name), "CALIBRATED", ())) for name in others}
+    if precision not in taken[runtime]:
+        beside = [name for name in others if named(name, precision)[1] in taken[name]]
+        problems.append(
+            f"--precision: {runtime} has no {precision!r}; it has: {', '.join(taken[runtime])}"
+            + (f". {' and '.join(beside)} has it" if beside else "")
+        )
     if problems:
         raise InputError(*problems)
     return module

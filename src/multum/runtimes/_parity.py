@@ -68,7 +68,8 @@ def compare(kind: str, expected: Sequence[np.ndarray], found: Sequence[np.ndarra
         expected, found: (items, classes) of every row, of torch and of the export.
 
     Returns:
-        `max_difference`; `agreement`, the share of equal answers; `kl_nats`. Of numbers `unexplained_variance` takes their place.
+        `max_difference`; `agreement`, the share of equal answers; `kl_nats`, and `worst_kl_nats` of a single item. Of numbers
+        `unexplained_variance` takes the place of the last three.
     """
     difference = max(float(np.abs(e - f).max()) for e, f in zip(expected, found, strict=True))
     if kind == "regression":
@@ -77,7 +78,12 @@ def compare(kind: str, expected: Sequence[np.ndarray], found: Sequence[np.ndarra
     measured = _binary if kind == "multi_label" else _categorical
     pairs = [measured(e, f) for e, f in zip(expected, found, strict=True)]
     same, divergence = (np.concatenate([pair[part] for pair in pairs]) for part in (0, 1))
-    return {"max_difference": difference, "agreement": float(same.mean()), "kl_nats": float(divergence.mean())}
+    return {
+        "max_difference": difference,
+        "agreement": float(same.mean()),
+        "kl_nats": float(divergence.mean()),
+        "worst_kl_nats": float(divergence.max()),
+    }
 
 
 def problem(precision: str, parity: Mapping[str, Any], largest: float) -> str | None:

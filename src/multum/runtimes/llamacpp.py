@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..core.model import Model
 
 PRECISIONS = ("f16", "q8_0", "q4_0", "q4_k", "f32")
+ALSO_CALLED = {"fp32": "f32", "int8": "q8_0", "int4": "q4_k"}
+"""What others call a precision -> its name here."""
 EXTRA: str | None = "llamacpp"
 TASKS: tuple[str, ...] = ("text-generation",)
 """Whose models it takes; runtimes that do not say it take encoders."""
