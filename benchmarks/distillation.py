@@ -1,15 +1,15 @@
 """Small students taught by labels, by the teacher's answers, by more texts, by its layers: at equal training time, over seeds.
 
     python benchmarks/distillation.py [--data reviews-en] [--model minilm] [--texts 2000] [--seeds 0 1 2] [--layers 3 1]
-        [-o runs/distillation]
+        [--epochs 6] [-o runs/distillation]
 
 `--texts` trains on the first so many texts alone; by default on all. Of the others some may be read without their labels, which
 costs nothing where texts are at hand and labels are not.
-The teacher is fine-tuned anew for every seed; students are its own blocks, evenly spaced. `distill` gets `EPOCHS` passes over the
-training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds. What
-the teacher's outputs take, computed once before, stands apart. Every way chooses its learning rate on validation, with the first
-seed: from the first of `RATES` up, for as long as a higher one is better. A difference is taken text by text on the test split
-against labels alone with the same seed, its interval is a bootstrap over texts. A run that was stopped goes on where it was.
+The teacher is fine-tuned anew for every seed; students are its own blocks, evenly spaced. `distill` gets `--epochs` passes over
+the training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds.
+What the teacher's outputs take, computed once before, stands apart. Every way chooses its learning rate on validation, with the
+first seed: from the first of `RATES` up, for as long as a higher one is better. A difference is taken text by text on the test
+split against labels alone with the same seed, its interval is a bootstrap over texts. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from multum.core.teacher import cached_logits, logits
 from multum.data import open_task
 from multum.example import fetch
 
-EPOCHS = 6
 PROBE = 2
 """Megabatches, within which the Trainer sorts texts by length, after which the cost of an epoch is known."""
 BATCH = 64
@@ -59,10 +58,11 @@ def main() -> None:
     parser.add_argument("--texts", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 1])
+    parser.add_argument("--epochs", type=float, default=6, help="of distill; the others get as many as take as long")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/distillation"))
     options = parser.parse_args()
     name = options.data if options.texts is None else f"{options.data}-{options.texts}"
-    bench = Bench(options.data, options.model, options.output / name, options.texts)
+    bench = Bench(options.data, options.model, options.output / f"{name}-{options.epochs:g}", options.texts, options.epochs)
     for seed in options.seeds:
         for layers in options.layers:
             for way in bench.ways:
@@ -79,10 +79,11 @@ class Bench:
         data, model: names of examples.
         folder: where teachers, their outputs and finished runs are kept.
         texts: to train on; None for all.
+        passes: of `distill` over them.
     """
 
-    def __init__(self, data: str, model: str, folder: Path, texts: int | None = None) -> None:
-        self.data, self.name, self.folder, self.texts = data, model, folder, texts
+    def __init__(self, data: str, model: str, folder: Path, texts: int | None = None, passes: float = 6) -> None:
+        self.data, self.name, self.folder, self.texts, self.passes = data, model, folder, texts, passes
         self.model = fetch(model)
         self.source = str(fetch(data) if texts is None else reviews(folder, texts, data))
         self.task = open_task("text-classification", self.source)
@@ -108,7 +109,7 @@ class Bench:
 
     def epochs(self, way: str, layers: int, seed: int) -> float:
         """As many as take the seconds that `distill` takes for its own."""
-        return EPOCHS * self.pace("distill", layers, seed) / self.pace(way, layers, seed)
+        return self.passes * self.pace("distill", layers, seed) / self.pace(way, layers, seed)
 
     def rate(self, way: str, layers: int, seed: int) -> float:
         """The learning rate that reaches most on validation."""
@@ -241,7 +242,8 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
     )
     name = "distillation" if bench.data == "reviews-en" else f"distillation_{bench.data.replace('-', '_')}"
     values = {"data": bench.data, "seeds": seeds, "teacher": teacher, "ways": values}
-    command = f"distillation.py --data {bench.data} --model {bench.name}{f' --texts {bench.texts}' if bench.texts else ''}"
+    command = f"distillation.py --data {bench.data} --model {bench.name} --epochs {bench.passes:g}"
+    command += f" --texts {bench.texts}" if bench.texts else ""
     publish(name, [head, *rows], values, summary=summary, command=command)
 
 

@@ -69,9 +69,8 @@ def shrink_and_show(output: Path, as_json: bool, **arguments: Any) -> None:
 def apply_and_show(
     step: Any, model: str, task: str, output: Path, sources: Mapping[str, Any], seed: int, trust_remote_code: bool
 ) -> None:
-    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is, if it takes any.
-
-    Of several processes the main one saves and speaks.
+    """Apply one step to a model, save what it made, say what it changed. `sources` is where the task's data is, if it takes any. Of
+    several processes the main one saves and speaks.
     """
     from ._report_words import loads_in
     from .core import processes
