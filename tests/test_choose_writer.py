@@ -27,7 +27,8 @@ from multum.cli import app
 from multum.core.folders import read_json
 from multum.core.writing import TorchWriter
 from multum.errors import InputError
-from multum.runtimes import llamacpp
+from multum.runtimes import llamacpp, onnxruntime
+from multum.targets import export_to
 from multum.tasks.text_generation import TextGeneration
 
 HALF, BYTE, NIBBLE = (Form("llamacpp", precision) for precision in ("f16", "q8_0", "q4_0"))
@@ -190,6 +191,15 @@ def test_what_cannot_be_timed(tmp_path: Path) -> None:
         trial(tmp_path / "model", task(), batches=[1, 8], lengths=[8, tiny.POSITIONS])
     assert "a model that writes is timed on one text at a time" in str(refused.value)
     assert f"lengths: {tiny.POSITIONS} cannot be timed; the model reads 2 to {tiny.POSITIONS // 2} tokens" in str(refused.value)
+
+
+def test_no_export_is_looked_for_where_there_can_be_none(tmp_path: Path) -> None:
+    translators.translator().save(tmp_path / "model")
+    with pytest.raises(InputError, match="no runtime that there is an export to takes models for translation"):
+        choose(tmp_path / "model", translators.translating(), exported=True)
+    assert kept(tmp_path / "model") is None
+    with pytest.raises(InputError, match="those for text-generation are exported to llamacpp"):
+        export_to(onnxruntime, tmp_path / "model", tmp_path / "out", "int8", task(), 0)
 
 
 def test_predict_takes_auto(inside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

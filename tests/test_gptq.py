@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -173,6 +175,10 @@ def test_activations_that_are_no_numbers_and_no_texts():
 
     with pytest.raises(InputError, match="gptq: there are no calibration texts"):
         Gptq()(model, Nothing())
+    ids = torch.ones(1, 31, dtype=torch.long)
+    few = SimpleNamespace(calibration=lambda *_, **__: [{"input_ids": ids, "attention_mask": ids}])
+    with pytest.raises(InputError, match="gptq: the calibration texts are too few, 1 with 31 tokens"):
+        Gptq()(model, few)
     model.module.bert.embeddings.LayerNorm.weight.fill_(float("nan"))
     with pytest.raises(InputError, match=r"gptq: what flows into .* has numbers that are not finite"):
         Gptq(samples=8)(model, task)

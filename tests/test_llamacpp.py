@@ -161,9 +161,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         write_csv(tmp_path / "data" / f"{name}.csv", [{"text": text} for text in tiny.passages(8, seed=seed)])
     data = ["--data", str(tmp_path / "data"), "--task", "text-generation"]
     target = tmp_path / "m" / "llamacpp-f16"
-    done = CliRunner().invoke(
-        app, ["export", str(tmp_path / "m"), "--to", "gguf", "--precision", "f16", "-o", str(target), *data]
-    )
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "m"), "--to", "gguf", "--precision", "f16", "-o", str(target), *data])
     assert done.exit_code == 0, done.output
     assert "kl_nats" in done.stdout
     ours, theirs = (

@@ -10,6 +10,7 @@ import pytest
 import taggers
 import tiny
 import torch
+import translators
 from transformers import BertConfig, BertModel, ConvBertConfig, ConvBertForSequenceClassification
 from typer.testing import CliRunner
 
@@ -125,6 +126,13 @@ def test_language_models(family: str, kind: str | None, tmp_path: Path) -> None:
         assert found["works"] == []
     else:
         assert any(one.startswith("llamacpp") for one in found["works"]) or "export to llamacpp" in told(found)
+
+
+def test_an_encoder_decoder_has_no_export_and_all_else(tmp_path: Path) -> None:
+    found = look(translators.translator(), tmp_path / "model")
+    why, instead = told(found)["exports"]
+    assert "MarianMTModel" in why
+    assert "shrink" in instead
 
 
 def test_an_activation_that_llama_cpp_does_not_compute(tmp_path: Path) -> None:

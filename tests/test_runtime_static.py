@@ -118,6 +118,10 @@ def test_without_texts_or_with_nonsense_there_are_no_ranges() -> None:
     graph, *_ = product(np.random.default_rng(0))
     with pytest.raises(InputError, match="no calibration texts"):
         static(graph, [], "mse")
+    few = {"input_ids": np.ones((2, 16), int), "attention_mask": np.ones((2, 16), int)}
+    few["attention_mask"][1, 15] = 0
+    with pytest.raises(InputError, match="int8-mse: the calibration texts are too few, 2 with 31 tokens in all"):
+        static(graph, [few], "mse")
     graph.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.full((50, 8), np.nan, np.float32), "table"))
     with pytest.raises(InputError, match="flows through x has numbers that are not finite"):
         histograms(graph, ["x"], [{"input_ids": np.array([[1]])}])

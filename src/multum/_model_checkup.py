@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import runtimes
+from ._runtime_inputs import writes
 from .core.folders import read_json
 from .doctor import INT8
 from .errors import InputError, MultumError
@@ -178,9 +179,11 @@ def _exports(model: Any, reader: Any, facts: Mapping[str, Any], limits: list[Lim
     if not kind.endswith(HEADS) and task not in runtimes.find("llamacpp").TASKS:
         limits.append(
             Limit(
-                "exports, shrink and --runtime auto",
+                "exports" if writes(reader) else "exports, shrink and --runtime auto",
                 f"no runtime takes a {kind}; they take models {', '.join(HEADS)}, and llamacpp causal ones",
-                "predict and measure in torch; quantize makes its folder smaller",
+                "shrink, predict and measure in torch; --runtime auto finds on how many threads"
+                if writes(reader)
+                else "predict and measure in torch; quantize makes its folder smaller",
             )
         )
 

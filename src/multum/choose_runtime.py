@@ -86,6 +86,10 @@ def choose(
     _possible(task, wanted, batches, threads, room)
     asked: dict[str, Any] = {"lengths": wanted, "batches": sorted(set(batches)), "threads": threads}
     forms = candidates(precision, task) if forms is None else list(forms)
+    if exported and not any(form.folder for form in forms):
+        raise InputError(
+            f"no runtime that there is an export to takes models for {task.name}" + (f" in {precision}" if precision else "")
+        )
     about = {**_machine(), "model": fingerprint(folder), "pairs": task.has_pairs}
     table = kept(folder)
     if table is None or not fits(table, about, few=len(inputs) < FEW, forms=forms, **asked):

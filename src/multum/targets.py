@@ -193,6 +193,9 @@ def only_exportable(task: Any, what: str) -> None:
         from . import tasks
 
         taken = ", ".join(name for name in tasks.names() if getattr(tasks.find(name), "shrinks", False))
+        for name in runtimes.names():
+            if task.name in getattr(runtimes.find(name), "TASKS", ()):
+                raise InputError(f"{what} takes models for {taken}; those for {task.name} are exported to {name}")
         raise InputError(
             f"{what} takes models for {taken}, not for {task.name}; such models can be trained, distilled and "
             "pruned with 'multum apply' and 'multum run', and are measured and used in torch: 'multum measure', 'multum predict'"

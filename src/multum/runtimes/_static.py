@@ -44,8 +44,13 @@ def static(graph: onnx.ModelProto, calibration: Sequence[Mapping[str, Any]], met
         method: one of `METHODS`.
 
     Raises:
-        InputError: there are no texts, or numbers in the model that are not finite.
+        InputError: there are no texts, too few, or numbers in the model that are not finite.
     """
+    from ..core.padding import check_calibration
+
+    if not calibration:
+        raise InputError("ranges of activations are taken from texts, and there are no calibration texts")
+    check_calibration(calibration, f"int8-{method}")
     names = list(dict.fromkeys(node.input[0] for node in graph.graph.node if node.op_type in DYNAMIC))
     found = histograms(graph, names, list(_rows(graph, calibration)))
     return _with_ranges(graph, {name: bounds(one, method) for name, one in found.items()})
@@ -70,8 +75,6 @@ def histograms(graph: onnx.ModelProto, names: Sequence[str], rows: Sequence[Mapp
     import onnxruntime
     from onnxruntime.quantization.calibrate import HistogramCollector
 
-    if not rows:
-        raise InputError("ranges of activations are taken from texts, and there are no calibration texts")
     if not names:
         return {}
     seen = onnx.ModelProto()

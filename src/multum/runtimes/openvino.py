@@ -165,6 +165,9 @@ def _core() -> Any:
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
     import openvino.frontend
     import transformers.exporters
+
+    from ..core.padding import check_calibration
+
     from transformers.exporters import exporter_openvino
 
     library: Any = transformers.exporters
@@ -172,6 +175,7 @@ def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize
     example = two_rows(calibration)
     options: dict[str, Any] = {"dynamic_shapes": open_shapes(example, max_length)}
     if quantize:
+        check_calibration(calibration, "openvino int8")
         texts = [
             {name: value[row : row + 1] for name, value in batch.items()}
             for batch in calibration

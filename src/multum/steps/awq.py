@@ -35,8 +35,8 @@ from ..core.packed import PackedLinear
 from ..core.second_order import double, gram
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import Task, calibration
-from ._quantization import float_matrices, grid_problems, grouped, output_error, rounded, summary, walk
+from ..core.task import Task
+from ._quantization import calibration, float_matrices, grid_problems, grouped, output_error, rounded, summary, walk
 from ._scaling import every_place, fold, unfit
 
 CLIPS = tuple(1 - number / 20 for number in range(10))

@@ -36,10 +36,10 @@ from ..core.packed import PackedLinear
 from ..core.reporting import report
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import Task, calibration
+from ..core.task import Task
 from ..core.training import on_accelerator
 from ._price import Price
-from ._quantization import encode, float_matrices, grid, grid_problems, grouped, rounded, summary
+from ._quantization import calibration, encode, float_matrices, grid, grid_problems, grouped, rounded, summary
 
 P = 0.7
 BETA = 10.0

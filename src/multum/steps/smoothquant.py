@@ -22,9 +22,9 @@ from ..core.families import stacks_of
 from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.step import Step
-from ..core.task import Task, calibration
+from ..core.task import Task
 from ..errors import InputError
-from ._quantization import float_matrices, walk
+from ._quantization import calibration, float_matrices, walk
 from ._scaling import Place, every_place, fold, unfit
 
 LEAST = 1e-5
