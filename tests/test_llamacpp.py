@@ -21,8 +21,8 @@ from multum.core.model import Model
 from multum.core.sentences import causal_sums
 from multum.core.writing import Decoding, TorchWriter, write
 from multum.errors import InputError, MissingExtra, ParityError
-from multum.targets import exporter, named, targets_of
 from multum.runtimes import _gguf_proof, llamacpp
+from multum.targets import exporter, named, targets_of
 from multum.tasks.text_generation import TextGeneration
 
 needs_llama = pytest.mark.llamacpp

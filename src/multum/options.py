@@ -76,7 +76,7 @@ Precision = Annotated[
         "--precision",
         metavar="P",
         help="int8 (the default; of auto any) or fp32; of openvino bf16 too; of onnxruntime also int8-minmax, int8-percentile and "
-        "int8-mse, whose ranges of activations are taken from training texts; of llamacpp f16, q8_0 (int8), q4_k (int4), q4_0 or f32.",
+        "int8-mse, whose ranges of activations are taken from training texts; of llamacpp f16, q8_0 (int8), q4_k (int4), q4_0, f32.",
     ),
 ]
 Lengths = Annotated[

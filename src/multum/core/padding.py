@@ -31,7 +31,8 @@ def check_calibration(batches: Sequence[Mapping[str, Any]], what: str) -> None:
     Raises:
         InputError: fewer than `ENOUGH` tokens.
     """
-    texts, tokens = (sum(count(batch["attention_mask"]) for batch in batches) for count in (len, lambda mask: int(mask.sum())))
+    masks = [batch["attention_mask"] for batch in batches]
+    texts, tokens = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
     if tokens < ENOUGH:
         raise InputError(
             f"{what}: the calibration texts are too few, {texts} with {tokens} tokens in all; give {ENOUGH} tokens of training "

@@ -165,10 +165,9 @@ def _core() -> Any:
 def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
     import openvino.frontend
     import transformers.exporters
+    from transformers.exporters import exporter_openvino
 
     from ..core.padding import check_calibration
-
-    from transformers.exporters import exporter_openvino
 
     library: Any = transformers.exporters
 
