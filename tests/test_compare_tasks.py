@@ -178,6 +178,8 @@ def test_a_damaged_language_model_is_found_by_the_command_and_the_comparison_is_
     assert result["comparisons"]["after"]["difference"]["verdict"] == "worse"
     assert result["comparisons"]["after"]["difference"]["value"] > 0
     assert "Perplexity" in said.output
+    assert "About " in said.output
+    assert "Stopped, the same command goes on where it was" in said.output
     assert "higher, more than chance explains" in said.output
     assert on_disk.listing(language / "out") == ["comparison.json", "report.html"]
     assert verify(language / "out", threads=1)["agrees"]

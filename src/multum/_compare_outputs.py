@@ -7,6 +7,7 @@ beside it the outputs that are the same, how far the others are apart, and for w
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from . import runtimes
+from ._compare_answers import FIGURES, cost
 from ._compare_attribution import torch_form
 from ._compare_look import LEVELS
 from ._compare_tasks import Outputs, Seen, View, texts_apart
@@ -68,6 +70,15 @@ class Executed:
             found = self.predictor.predict(inputs)
         return np.asarray(found[..., self._columns])
 
+    def seconds(self, one: Any, *, write: bool) -> float:
+        """About how long an input takes, or writing behind it; the first call of everything takes longer."""
+        took = 0.0
+        for _ in range(2):
+            started = time.monotonic()
+            written({"it": self.predictor}, [one]) if write else self.predict([one])
+            took = time.monotonic() - started
+        return took
+
 
 def compare_outputs(
     task: Any,
@@ -111,6 +122,9 @@ def compare_outputs(
     if problems:
         raise InputError(*dict.fromkeys(problems))
     work = Work(output, {**asked_for, "models": {role: one.facts for role, one in executed.items()}})
+    plan = _plan(executed, seen, work, TEXTS[level] if task.name == "text-generation" else 0)
+    progress.plan([*plan, ("figures", FIGURES)])
+    progress.say(cost([*plan, ("figures", FIGURES)]))
     predictions: dict[str, np.ndarray] = {}
     for role, one in executed.items():
         with progress.stage(role):
@@ -133,6 +147,16 @@ def compare_outputs(
         with progress.stage("writing"):
             _writing(result, executed, seen, level, drawing)
     return result
+
+
+def _plan(executed: Mapping[str, Executed], seen: Seen, work: Work, behind: int) -> list[tuple[str, float]]:
+    """Stages and their seconds, by an input of middling length; `behind` so many texts all models write."""
+    middle, count = sorted(seen.inputs, key=_size)[len(seen.inputs) // 2], len(seen.inputs)
+    asked = [(role, one) for role, one in executed.items() if not work.has(f"{role}-outputs")]
+    plan = [(role, count * one.seconds(middle, write=False)) for role, one in asked]
+    if behind:
+        plan.append(("writing", min(behind, count) * sum(one.seconds(middle, write=True) for one in executed.values())))
+    return plan
 
 
 def metric_of(view: View) -> dict[str, Any]:
