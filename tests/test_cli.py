@@ -473,8 +473,9 @@ def test_other_libraries_keep_quiet(places, work):
     stage, changed = done.stderr.splitlines()
     assert stage.split()[0] == "prune_weights"
     assert "linear layers changed" in changed
-    (line,) = done.stdout.splitlines()
+    line, zeros = done.stdout.splitlines()
     assert line.startswith("out: ")
+    assert zeros.startswith("size when compressed: ")
 
 
 def test_what_the_user_has_set_stays(monkeypatch):

@@ -46,7 +46,7 @@ def _less(monkeypatch):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A base without a head; a model that learned its training texts by heart, a third of them with wrong labels; its student.
+    """A base without a head; a model that learned its training texts by heart, half of them with wrong labels; its student.
 
     In fp32: bf16 rounds differently from run to run on some processors, which learning by heart makes much of.
     """
@@ -60,7 +60,7 @@ def places(tmp_path_factory):
         for name in ("train", "validation", "test"):
             rows = getattr(splits, name).to_list()
             for row in rows:
-                if rng.random() < 1 / 3:
+                if rng.random() < 1 / 2:
                     row["label"] = "positive" if row["label"] == "negative" else "negative"
             on_disk.write_csv(folder / "data" / f"{name}.csv", rows)
         task = open_task("text-classification", str(folder / "data"))
@@ -98,21 +98,21 @@ def test_shadow_models_go_through_the_same_steps_with_teachers_of_their_own(plac
     made: list = []
     plain = Distill.apply
     monkeypatch.setattr(Distill, "apply", lambda self, model, task: made.append((self, task)) or plain(self, model, task))
-    result = compare(places / "model", places / "student", **options(places, tmp_path, shadows=4))
-    assert len(made) == 4
+    result = compare(places / "model", places / "student", **options(places, tmp_path, shadows=8))
+    assert len(made) == 8
     for number, (step, task) in enumerate(made):
         assert step.teacher.startswith(str(tmp_path / "out" / "work" / f"shadow-{number:03d}"))
         assert step.epochs == 2
         assert len(task.inputs("train")) == (TRAIN + OTHERS) // 2
         assert task.inputs("validation") == made[0][1].inputs("validation")
-    assert len({tuple(task.inputs("train")) for _, task in made}) == 4
+    assert len({tuple(task.inputs("train")) for _, task in made}) == 8
     for role in ("before", "after"):
         found = result["models"][role]["privacy"]["lira"]
         assert 0 <= found["auc"]["value"] <= 1
         assert found["members"] + found["others"] <= TRAIN + OTHERS
     assert result["models"]["before"]["privacy"]["lira"]["auc"]["ci95"][0] > 0.55
     assert on_disk.listing(tmp_path / "out") == ["comparison.json", "report.html"]
-    assert "LiRA, 4 shadow models" in (tmp_path / "out" / "report.html").read_text()
+    assert "LiRA, 8 shadow models" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_every_step_on_record_is_taken_again_for_every_shadow_and_an_export_is_exported(places, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from functools import cache
 from types import SimpleNamespace
@@ -195,11 +196,15 @@ def _trained(kind: str) -> str:
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
         made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=250, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-        )
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        # Letters that go on would be numbered in an order of chance, which decides between merges that are equally frequent.
+        letters = sorted({f"##{letter}" for letter in "".join(_corpus()).lower() if not letter.isspace()})
+        trainer = trainers.WordPieceTrainer(vocab_size=250, special_tokens=[*special, *letters], show_progress=False)
         made.train_from_iterator(_corpus(), trainer)
         made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+        spec = json.loads(made.to_str())
+        spec["added_tokens"] = spec["added_tokens"][: len(special)]
+        return json.dumps(spec)
     return str(made.to_str())
 
 
