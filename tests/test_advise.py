@@ -33,6 +33,7 @@ from multum.core.profile import profile
 from multum.core.step import find, names
 from multum.errors import InputError
 from multum.runtimes import onnxruntime
+from multum.targets import task_for
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 ADVISABLE = ("bert", "distilbert", "llama", "gpt2")
@@ -428,3 +429,10 @@ def test_time_is_not_measured_where_there_is_no_text(model: str) -> None:
     with pytest.raises(InputError, match="give data"):
         multum.advise(model, task="text-classification", measured=True)
     assert torch.is_grad_enabled()
+
+
+def test_a_folder_that_is_not_there_is_told_from_one_that_names_no_task(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere is no folder here"):
+        task_for(str(tmp_path / "nowhere"), "")
+    with pytest.raises(InputError, match="does not say what it was made for"):
+        task_for(str(tmp_path), "")

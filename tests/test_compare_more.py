@@ -8,6 +8,7 @@ import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import on_disk
@@ -15,7 +16,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from multum._compare import compare
+from multum._compare import _trained_here, compare
 from multum._compare_answers import cost
 from multum._compare_attribution import torch_form
 from multum._compare_look import LEVELS
@@ -92,6 +93,13 @@ def test_a_model_that_learned_its_texts_by_heart_is_found_out_and_its_student_le
     assert re.search("one (can|cannot be shown to be able to) tell training texts of the model after from others", page)
     assert "Not recorded" not in page
     assert "takes 1,000 other texts" in page
+
+
+@pytest.mark.parametrize(("data", "training", "here"), [("a", {}, True), ("b", {}, False), ("a", None, None), (None, {}, None)])
+def test_where_a_model_was_trained_is_read_from_its_steps_where_the_record_has_no_data(tmp_path, data, training, here):
+    step = {key: value for key, value in {"step": "finetune", "data": data, "training": training}.items() if value is not None}
+    (tmp_path / "recipe.json").write_text(json.dumps({"steps": [step]}))
+    assert _trained_here(tmp_path, SimpleNamespace(fingerprints={"train": "a"})) is here
 
 
 def test_shadow_models_go_through_the_same_steps_with_teachers_of_their_own(places, tmp_path, monkeypatch):
@@ -253,7 +261,7 @@ def test_an_export_is_attributed_in_its_torch_form(places, tmp_path):
     shutil.move(tmp_path / "model" / "onnxruntime-fp32", tmp_path / "alone")
     alone = compare(places / "model", tmp_path / "alone", **options(places, tmp_path / "two", level="full"))
     assert alone["comparisons"]["after"]["attribution"] is None
-    assert any("the model after is an export without the model folder" in note for note in alone["data"]["notes"])
+    assert any("the model after is an export outside the model folder" in note for note in alone["data"]["notes"])
 
 
 def test_a_lexicon_changes_words(places, tmp_path):

@@ -177,7 +177,7 @@ def test_what_is_attributed_and_what_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "runtime.json").write_text("{}")
     assert torch_form(tmp_path / "export") is None
-    assert "after is an export without" in why_not({"before": tmp_path, "after": None})
+    assert "after is an export outside" in why_not({"before": tmp_path, "after": None})
     assert why_not({"before": tmp_path}) == ""
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

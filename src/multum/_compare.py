@@ -230,8 +230,9 @@ def _trained_here(folder: Path, task: Any) -> bool | None:
     source = torch_form(folder) or folder
     recipe = read_json(source / "recipe.json") if (source / "recipe.json").is_file() else {}
     known = recipe.get("data") or _run_of(folder).get("data", {}).get("fingerprints", {})
-    theirs = known.get(TRAIN) if isinstance(known, Mapping) else None
-    return None if theirs is None else theirs == dict(task.fingerprints).get(TRAIN)
+    theirs = {known[TRAIN]} if isinstance(known, Mapping) and TRAIN in known else set()
+    theirs |= {entry["data"] for entry in recipe.get("steps", []) if "training" in entry and "data" in entry}  # of `apply`
+    return dict(task.fingerprints).get(TRAIN) in theirs if theirs else None
 
 
 def _private(folder: Path) -> dict[str, float] | None:

@@ -47,7 +47,7 @@ def why_not(forms: dict[str, Path | None]) -> str:
     """Why nothing can be attributed; empty if it can."""
     if lacking := [role for role, form in forms.items() if form is None]:
         which = " and ".join(lacking)
-        return f"no attributions: the model {which} is an export without the model folder it was made from, and has no gradients"
+        return f"no attributions: the model {which} is an export outside the model folder it was made from, and has no gradients"
     if importlib.util.find_spec("captum") is None:
         return f"no attributions: {MissingExtra('captum', 'evidence')}"
     return ""

@@ -79,7 +79,7 @@ def whom(groups: Mapping[str, Any]) -> str:
     if damaged:
         listed = ", ".join(f"{named(row)} {signed(row['value'])} points" for row in damaged[:4])
         more = f" and {len(damaged) - 4} more" if len(damaged) > 4 else ""
-        rest = " It lost more than the rest did." if worst["p_excess_holm"] < 0.05 else ""
+        rest = " The worst lost more than the rest did." if worst["p_excess_holm"] < 0.05 else ""
         return (
             f"Damaged by more than chance, worst first: {listed}{more} ({p_said(worst['p_holm'])} for the worst, corrected "
             f"for {tested} groups).{rest}"

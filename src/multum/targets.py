@@ -127,7 +127,8 @@ def task_for(model: str, task: str) -> str:
     """
     if found := task or task_of(Path(model).expanduser()):
         return found
-    raise InputError(f"--task is missing, for example text-classification: {model} does not say what it was made for")
+    why = "does not say what it was made for" if Path(model).expanduser().exists() else "is no folder here that would tell it"
+    raise InputError(f"--task is missing, for example text-classification: {model} {why}")
 
 
 def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
