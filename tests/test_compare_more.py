@@ -261,7 +261,7 @@ def test_an_export_is_attributed_in_its_torch_form(places, tmp_path):
     shutil.move(tmp_path / "model" / "onnxruntime-fp32", tmp_path / "alone")
     alone = compare(places / "model", tmp_path / "alone", **options(places, tmp_path / "two", level="full"))
     assert alone["comparisons"]["after"]["attribution"] is None
-    assert any("the model after is an export outside the model folder" in note for note in alone["data"]["notes"])
+    assert any("the model after is an export without the model folder it was made from" in note for note in alone["data"]["notes"])
 
 
 def test_a_lexicon_changes_words(places, tmp_path):

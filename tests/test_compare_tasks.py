@@ -264,7 +264,8 @@ def test_what_language_models_write_behind_the_openings_of_texts_is_compared(lan
     assert apart["same"]["value"] < 1
     assert {one["name"]: one["value"] for one in apart["closeness"]}["Words kept"] < 1
     page = (language / "apart" / "report.html").read_text()
-    assert "Same output" in page
+    assert f"Same output behind {apart['same']['n']} openings" in page
+    assert "what each model writes behind it" in page
     assert apart["examples"][0]["after"] in html.unescape(page)
 
 

@@ -15,6 +15,7 @@ from multum.core.model import Model
 from multum.evidence._gradients import blank_token, word_attributions
 from multum.evidence._words import kept_words, words_of
 from multum.evidence.attribution import agreement, cuts, deletion, deletions, order, overlap, spearman
+from multum.targets import export_to, exporter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,11 +178,24 @@ def test_what_is_attributed_and_what_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "runtime.json").write_text("{}")
     assert torch_form(tmp_path / "export") is None
-    assert "after is an export outside" in why_not({"before": tmp_path, "after": None})
+    assert "after is an export without the model folder" in why_not({"before": tmp_path, "after": None})
     assert why_not({"before": tmp_path}) == ""
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'multum[evidence]'" in why_not({"before": tmp_path})
+
+
+def test_an_export_elsewhere_knows_the_folder_it_was_made_from_until_that_is_another(tmp_path):
+    task, model = tiny.task(), tiny.model()
+    model.save(tmp_path / "made" / "model")
+    export_to(exporter("onnxruntime", "fp32"), tmp_path / "made" / "model", tmp_path / "made" / "served", "fp32", task, 0)
+    assert torch_form(tmp_path / "made" / "served") == (tmp_path / "made" / "model").resolve()
+    (tmp_path / "made").rename(tmp_path / "moved")
+    assert torch_form(tmp_path / "moved" / "served") == (tmp_path / "moved" / "model").resolve()
+    (tmp_path / "moved" / "model").rename(tmp_path / "moved" / "old")
+    assert torch_form(tmp_path / "moved" / "served") is None
+    tiny.model(seed=5).save(tmp_path / "moved" / "model")
+    assert torch_form(tmp_path / "moved" / "served") is None
 
 
 def test_an_attributor_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from ._compare_work import Arrays, ByText, Work, portions
+from .core.folders import read_json
 from .errors import MissingExtra
 from .evidence._words import FEWEST, kept_words, words_of
 from .evidence.attribution import deletions, order
+from .targets import MADE_FROM, fingerprint
 
 ORDERS = 3
 """Random orders that every attribution is set against."""
@@ -40,6 +42,10 @@ def torch_form(target: Path) -> Path | None:
     for folder in (target, target.parent):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) and not (folder / "runtime.json").is_file():
             return folder
+    manifest = target / "runtime.json"
+    made_from = read_json(manifest).get(MADE_FROM) if manifest.is_file() else None
+    if made_from and (folder := (target / made_from["folder"]).resolve()).is_dir():
+        return folder if fingerprint(folder) == made_from["fingerprint"] else None
     return None
 
 
@@ -47,7 +53,7 @@ def why_not(forms: dict[str, Path | None]) -> str:
     """Why nothing can be attributed; empty if it can."""
     if lacking := [role for role, form in forms.items() if form is None]:
         which = " and ".join(lacking)
-        return f"no attributions: the model {which} is an export outside the model folder it was made from, and has no gradients"
+        return f"no attributions: the model {which} is an export without the model folder it was made from, and has no gradients"
     if importlib.util.find_spec("captum") is None:
         return f"no attributions: {MissingExtra('captum', 'evidence')}"
     return ""

@@ -104,7 +104,8 @@ def rows_of(result: Mapping[str, Any]) -> list[list[str]]:
     twice = [_moved(metric, floor["difference"]["value"])] if floor else []
     if after["same"]:
         low, high = (percent(end) for end in after["same"]["ci95"])
-        rows.append(["Same output", "", percent(after["same"]["value"]), f"({low} to {high})"])
+        behind = "" if after["same"]["n"] == found["n"] else f" behind {after['same']['n']:,} openings"
+        rows.append([f"Same output{behind}", "", percent(after["same"]["value"]), f"({low} to {high})"])
         twice += [percent(floor["same"]["value"])] if floor else []
     for at, one in enumerate(after["closeness"]):
         told = percent if one["share"] else lambda value: short(value, 3)

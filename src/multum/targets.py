@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import runtimes, units
-from .core.folders import digest, read_json
+from .core.folders import digest, read_json, write_json
 from .errors import InputError
 
 RUN = "run.json"
@@ -167,6 +168,10 @@ def measured_files(target: Path) -> list[Path]:
     return [path for path in inside if path.name not in NOT_EXECUTED and not path.match("metrics*.json")]
 
 
+MADE_FROM = "made_from"
+"""What an export outside of the model's folder says of that: where it is from there, and its fingerprint."""
+
+
 def fingerprint(target: Path) -> str:
     """A digest of the files of a target: the same where the same is executed."""
     return digest(*(part for path in measured_files(target) for part in (path.name, path)))
@@ -235,7 +240,7 @@ def exporter(runtime: str, precision: str) -> Any:
 
 
 def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
-    """Export a model folder; calibrated on training texts, checked on validation texts."""
+    """Export a model folder; calibrated on training texts, checked on validation texts. An export elsewhere says of what it is."""
     taken = getattr(module, "TASKS", None)
     if taken is None:
         only_exportable(task, "export")
@@ -244,6 +249,9 @@ def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any
         raise InputError(f"{name} takes models for {', '.join(taken)}, not for {task.name}")
     model = task.load(str(folder))
     parity = export_model(module, model, output, precision, task, seed)
+    if output.resolve().parent != folder.resolve():
+        made_from = {"folder": os.path.relpath(folder.resolve(), output.resolve()), "fingerprint": fingerprint(folder)}
+        write_json(output / "runtime.json", read_json(output / "runtime.json") | {MADE_FROM: made_from})
     if not task.is_trained(model):
         parity["note"] = (
             "the model's head was never trained, so that its answers mean nothing; fine-tune it first: multum apply finetune"
