@@ -38,7 +38,7 @@ def places(tmp_path_factory):
     learn = Finetune(epochs=3, learning_rate=2e-3, batch_size=16)
     learn(tiny.model(seed=1), tiny.task(200, 40, 120)).save(folder / "model")
     shutil.copytree(folder / "model", folder / "copy")
-    tiny.model(seed=2).save(folder / "other")
+    tiny.model(seed=11).save(folder / "other")
     splits = tiny.splits(200, 40, 120)
     for name in ("train", "validation", "test"):
         rows = [
@@ -113,7 +113,12 @@ def test_a_folder_may_be_compared_with_itself_and_with_a_floor(places, tmp_path)
     assert "word order" in page
     assert "For the same reasons?" in page
     assert "tell who was in its training data" in page
-    assert "Not recorded: what was trained on by the model before and after and trained again" in page
+    assert "Not recorded: what was trained on by the model trained again" in page
+    assert {role: model["trained_here"] for role, model in result["models"].items()} == {
+        "before": False,
+        "after": False,
+        "floor": None,
+    }
 
 
 def test_predictions_and_labels_are_those_of_the_model(places, tmp_path):
