@@ -217,6 +217,16 @@ def test_what_only_the_other_comparison_knows_and_models_of_other_tasks_are_refu
         compare(language / "model", tmp_path / "classifier", output=tmp_path / "out", **how)
 
 
+def test_models_that_do_not_say_their_task_are_asked_for_it(language: Path, tmp_path: Path) -> None:
+    for name in ("model", "other"):
+        (language / name / "recipe.json").unlink()
+    how: dict[str, Any] = {"data": str(language / "data"), "threads": 1}
+    with pytest.raises(InputError, match=r"--task is missing, .* is a LlamaForCausalLM"):
+        compare(language / "model", language / "other", output=tmp_path / "out", **how)
+    found = compare(language / "model", language / "other", output=tmp_path / "out", task="text-generation", **how)
+    assert found["task"] == "text-generation"
+
+
 def test_language_models_are_compared_token_by_token(language: Path) -> None:
     """Against a loop over places."""
     first, second = (Model.load(language / name, auto_class="AutoModelForCausalLM") for name in ("model", "other"))

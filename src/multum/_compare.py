@@ -36,6 +36,15 @@ TASK = "text-classification"
 RESULT, PAGE = "comparison.json", "report.html"
 
 
+def _another_task(folder: Path) -> list[str]:
+    """Whether a model that does not say what it was made for is one that does not classify texts."""
+    config = folder / "config.json"
+    made = (read_json(config).get("architectures") or [""])[0] if config.is_file() else ""
+    if "For" not in made or made.endswith("ForSequenceClassification"):
+        return []
+    return [f"--task is missing, for example text-generation or question-answering: {folder} is a {made} and does not tell"]
+
+
 class _Problems(list[str]):
     """What is wrong, gathered."""
 
@@ -108,9 +117,10 @@ def compare(
     """
     started, progress = time.monotonic(), progress or Progress.silent()
     sources = {"before": before, "after": after} | ({"floor": floor} if floor else {})
-    task = task or task_of(Path(before)) or TASK
+    named = task or task_of(Path(before))
+    task = named or TASK
     wrong = _wrong_options(Path(output), margin, level, split, shadows)
-    problems = _Problems(wrong)
+    problems = _Problems(wrong + ([] if named else _another_task(Path(before))))
     folders: dict[str, Path] = {}
     for role, source in sources.items():
         with problems.gather():
