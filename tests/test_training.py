@@ -103,6 +103,20 @@ def test_saving_memory_changes_no_answer(more: dict[str, Any]) -> None:
     assert vars(saving.module).keys() == vars(plain.module).keys()
 
 
+def gradients(start: Model, head: nn.Module, rows: list[Any], loss: Any, **how: Any) -> dict[str, torch.Tensor]:
+    """The sum of every weight's gradients while a copy of `head` is trained for an epoch."""
+    model = replace(start, module=copy.deepcopy(head))
+    sums = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
+    for name, p in model.module.named_parameters():
+
+        def add(gradient: torch.Tensor, total: torch.Tensor = sums[name]) -> None:
+            total.add_(gradient)
+
+        p.register_hook(add)
+    fit(model, rows, loss, epochs=1, **how, **QUICK)
+    return sums
+
+
 def test_parts_are_weighed_by_their_tokens() -> None:
     """Four parts, of which some have far more tokens with a label than others, have the gradient of the whole batch."""
     start = tiny.model(seed=3)
@@ -113,16 +127,7 @@ def test_parts_are_weighed_by_their_tokens() -> None:
     ]
     found: list[dict[str, torch.Tensor]] = []
     for accumulate in (1, 4):
-        model = replace(start, module=copy.deepcopy(head))
-        sums = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
-        for name, p in model.module.named_parameters():
-
-            def add(gradient: torch.Tensor, total: torch.Tensor = sums[name]) -> None:
-                total.add_(gradient)
-
-            p.register_hook(add)
-        fit(model, rows, label_loss, epochs=1, batch_size=8, accumulate=accumulate, **QUICK)
-        found.append(sums)
+        found.append(gradients(start, head, rows, label_loss, batch_size=8, accumulate=accumulate))
     whole, parts = found
     assert max(float(value.abs().max()) for value in whole.values()) > 0.01
     for name, value in whole.items():
@@ -130,7 +135,7 @@ def test_parts_are_weighed_by_their_tokens() -> None:
 
 
 def test_rows_of_unlike_lengths_are_taken_in_parts_with_the_gradient_of_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every row once, hardly any padding, and one step of plain gradient descent that equals the one of the batch as it is."""
+    """Every row once, less padding, and the gradients of the batch as it is."""
     start, seen = tiny.model(seed=3), []
     head = AutoModelForTokenClassification.from_config(start.module.config)
     lengths = [3 + (7 * i) % 12 + (20 if i % 5 == 0 else 0) for i in range(40)]
@@ -147,16 +152,7 @@ def test_rows_of_unlike_lengths_are_taken_in_parts_with_the_gradient_of_the_whol
     for whole in (True, False):
         if whole:
             monkeypatch.setattr(training, "in_parts", lambda features: [features])
-        model = replace(start, module=copy.deepcopy(head))
-        sums = {name: torch.zeros_like(p) for name, p in model.module.named_parameters()}
-        for name, p in model.module.named_parameters():
-
-            def add(gradient: torch.Tensor, total: torch.Tensor = sums[name]) -> None:
-                total.add_(gradient)
-
-            p.register_hook(add)
-        fit(model, rows, loss, epochs=1, batch_size=40, **QUICK)
-        found.append(sums)
+        found.append(gradients(start, head, rows, loss, batch_size=40))
         monkeypatch.undo()
     (everything, width), *parts = seen
     assert sorted(everything) == sorted(row for part, _ in parts for row in part) == list(range(40))

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
 from .task import IGNORED
 
 FEW_SHAPES = 8
@@ -16,28 +15,6 @@ FEW_SHAPES = 8
 running them where a model is small: without this a small student trains at less than half the speed."""
 PART, WORTH = 16, 0.75
 """Rows of a part of a batch, for the same reason always as many; the share of a batch's tokens that parts may have at most."""
-
-ENOUGH = 32
-"""Tokens of calibration texts at least: a range of activations, or a Hessian, of fewer says nothing about other texts."""
-
-
-def check_calibration(batches: Sequence[Mapping[str, Any]], what: str) -> None:
-    """Refuse calibration batches with too little in them.
-
-    Args:
-        batches: padded, (texts, tokens) each.
-        what: is made of them, for the error.
-
-    Raises:
-        InputError: fewer than `ENOUGH` tokens.
-    """
-    masks = [batch["attention_mask"] for batch in batches]
-    texts, tokens = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
-    if tokens < ENOUGH:
-        raise InputError(
-            f"{what}: the calibration texts are too few, {texts} with {tokens} tokens in all; give {ENOUGH} tokens of training "
-            "texts or more, better some dozens of texts"
-        )
 
 
 def pad(features: Sequence[Mapping[str, Any]], pad_token_id: int | None, *, multiple: int = 1) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ IGNORED = -100
 """The label where none is asked for; losses leave it out."""
 UNKNOWN = -101
 """The label of a token that is asked about and has no reference: a teacher tells, the task's own loss leaves it out."""
+ENOUGH = 32
+"""Tokens of calibration texts at least: a range of activations, or a Hessian, of fewer says nothing about other texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ class Task(Protocol):
         ...
 
 
-def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str, inputs: int = 0) -> list[Batch]:
+def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str, inputs: int = 0, least: int = 0) -> list[Batch]:
     """`Task.calibration`, of which there is enough.
 
     Args:
@@ -126,6 +128,7 @@ def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str,
         seed: of their choice.
         step: its name, for the errors.
         inputs: width of what is solved for from all tokens together: with fewer tokens than that it is not determined by them.
+        least: tokens that there must be, whatever is made of them.
 
     Raises:
         InputError: no texts, or too few and too short ones.
@@ -133,6 +136,7 @@ def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str,
     batches = task.calibration(model, samples, seed=seed)
     if not batches:
         raise InputError(f"{step}: there are no calibration texts; the training split is empty")
+    check_calibration(batches, step, least)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     if tokens < inputs:
         raise InputError(
@@ -140,6 +144,26 @@ def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str,
             f"give more or longer texts, or raise samples (now {samples})"
         )
     return batches
+
+
+def check_calibration(batches: Sequence[Batch], what: str, least: int = ENOUGH) -> None:
+    """Refuse calibration batches with too little in them.
+
+    Args:
+        batches: padded, (texts, tokens) each.
+        what: is made of them, for the error.
+        least: tokens that there must be.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    masks = [batch["attention_mask"] for batch in batches]
+    texts, tokens = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
+    if tokens < least:
+        raise InputError(
+            f"{what}: the calibration texts are too few, {texts} with {tokens} tokens in all; give {least} tokens of training "
+            "texts or more, better some dozens of texts"
+        )
 
 
 def examples(rows: Iterable[Row], step: str) -> list[Row]:

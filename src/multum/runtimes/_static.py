@@ -46,7 +46,7 @@ def static(graph: onnx.ModelProto, calibration: Sequence[Mapping[str, Any]], met
     Raises:
         InputError: there are no texts, too few, or numbers in the model that are not finite.
     """
-    from ..core.padding import check_calibration
+    from ..core.task import check_calibration
 
     if not calibration:
         raise InputError("ranges of activations are taken from texts, and there are no calibration texts")

@@ -167,7 +167,7 @@ def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize
     import transformers.exporters
     from transformers.exporters import exporter_openvino
 
-    from ..core.padding import check_calibration
+    from ..core.task import check_calibration
 
     library: Any = transformers.exporters
 

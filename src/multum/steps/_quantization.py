@@ -23,11 +23,9 @@ from ..core.families import every_block
 from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.packed import Packed, packed_parts
-from ..core.padding import check_calibration
 from ..core.reporting import report
 from ..core.second_order import double
-from ..core.task import Batch, Task
-from ..core.task import calibration as any_calibration
+from ..core.task import Batch
 from ..core.training import on_accelerator
 from ..errors import InputError
 
@@ -127,17 +125,6 @@ def float_matrices(model: Model, step: str, keep: Sequence[str]) -> tuple[dict[s
     kept = {name for name in linears if any(fnmatchcase(name, pattern) for pattern in keep)}
     skipped = dict.fromkeys(every.keys() - linears.keys(), "only the blocks are quantized") | dict.fromkeys(kept, "kept in float")
     return {name: linear for name, linear in linears.items() if name not in kept}, skipped
-
-
-def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str) -> list[Batch]:
-    """`core.task.calibration`, of which there is enough for a range or a Hessian.
-
-    Raises:
-        InputError: there are no texts, or too few.
-    """
-    batches = any_calibration(task, model, samples, seed=seed, step=step)
-    check_calibration(batches, step)
-    return batches
 
 
 def walk(
