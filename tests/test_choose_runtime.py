@@ -391,7 +391,7 @@ def test_what_no_runtime_is_chosen_for(tmp_path: Path) -> None:
 
 def test_masked_language_models_are_told_what_they_can_have(tmp_path: Path) -> None:
     tiny.language_model("bert").save(tmp_path / "model")
-    with pytest.raises(InputError, match="--runtime auto takes models for"):
+    with pytest.raises(InputError, match="--runtime auto takes models of every other task, not for fill-mask"):
         check(tmp_path / "model", Given(tmp_path / "model", ["a film"]))
 
 

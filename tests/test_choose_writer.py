@@ -27,8 +27,7 @@ from multum.cli import app
 from multum.core.folders import read_json
 from multum.core.writing import TorchWriter
 from multum.errors import InputError
-from multum.runtimes import llamacpp, onnxruntime
-from multum.targets import export_to
+from multum.runtimes import llamacpp
 from multum.tasks.text_generation import TextGeneration
 
 HALF, BYTE, NIBBLE = (Form("llamacpp", precision) for precision in ("f16", "q8_0", "q4_0"))
@@ -110,9 +109,14 @@ def test_a_form_that_is_far_from_the_model_has_to_be_named() -> None:
 
 def test_candidates_are_what_such_models_can_be_had_in() -> None:
     causal, translator = task(), translators.translating()
-    assert candidates("", causal) == [EAGER, *(Form("llamacpp", precision) for precision in llamacpp.PRECISIONS)]
-    assert candidates("", translator) == [EAGER]
-    assert candidates("fp32", causal) == [EAGER, Form("llamacpp", "f32")]
+    graphs = [
+        Form("onnxruntime", "fp32"),
+        Form("onnxruntime", "int8"),
+        *(Form("openvino", one) for one in ("fp32", "bf16", "int8")),
+    ]
+    assert candidates("", causal) == [EAGER, *(Form("llamacpp", precision) for precision in llamacpp.PRECISIONS), *graphs]
+    assert candidates("", translator) == [EAGER, *graphs]
+    assert candidates("fp32", causal) == [EAGER, Form("llamacpp", "f32"), Form("onnxruntime", "fp32"), Form("openvino", "fp32")]
     assert candidates("int4", causal) == [EAGER, NIBBLE, Form("llamacpp", "q4_k")]
     assert {"fp32", "int8", "bf16", "int4", "q8_0"} <= set(precisions())
 
@@ -195,11 +199,9 @@ def test_what_cannot_be_timed(tmp_path: Path) -> None:
 
 def test_no_export_is_looked_for_where_there_can_be_none(tmp_path: Path) -> None:
     translators.translator().save(tmp_path / "model")
-    with pytest.raises(InputError, match="no runtime that there is an export to takes models for translation"):
-        choose(tmp_path / "model", translators.translating(), exported=True)
+    with pytest.raises(InputError, match="no runtime that there is an export to takes models for translation in q4_0"):
+        choose(tmp_path / "model", translators.translating(), precision="q4_0", exported=True)
     assert kept(tmp_path / "model") is None
-    with pytest.raises(InputError, match="those for text-generation are exported to llamacpp"):
-        export_to(onnxruntime, tmp_path / "model", tmp_path / "out", "int8", task(), 0)
 
 
 def test_predict_takes_auto(inside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,4 +235,4 @@ def test_llama_cpp_is_tried_and_wins(tmp_path: Path) -> None:
     predictor = open_way(ready(tmp_path / "model", choice, Given(tmp_path / "model", [PROMPT])))
     assert (predictor.runtime, predictor.precision) == ("llamacpp", "q8_0")
     predictor.use(2)
-    assert predictor._session.threads == 2
+    assert predictor.session.threads == 2

@@ -21,7 +21,7 @@ from multum.core.model import Model
 from multum.core.sentences import causal_sums
 from multum.core.writing import Decoding, TorchWriter, write
 from multum.errors import InputError, MissingExtra, ParityError
-from multum.runtimes import _gguf_proof, llamacpp
+from multum.runtimes import _llama, llamacpp
 from multum.targets import exporter, named, targets_of
 from multum.tasks.text_generation import TextGeneration
 
@@ -122,8 +122,8 @@ def test_another_file_or_tokenizer_is_a_failed_export(tmp_path: Path, monkeypatc
             export(model, tmp_path / "out", precision)
         assert listing(tmp_path) == []
     monkeypatch.undo()
-    fields = _gguf_proof.Session.tokens
-    monkeypatch.setattr(_gguf_proof.Session, "tokens", lambda self, text: [*fields(self, text)[:-1], 7])
+    fields = _llama.Session.tokens
+    monkeypatch.setattr(_llama.Session, "tokens", lambda self, text: [*fields(self, text)[:-1], 7])
     with pytest.raises(ParityError, match="cuts texts into other tokens"):
         export(model, tmp_path / "out")
     assert listing(tmp_path) == []
@@ -132,8 +132,8 @@ def test_another_file_or_tokenizer_is_a_failed_export(tmp_path: Path, monkeypatc
 @needs_llama
 def test_what_it_writes_must_be_torch_s_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that remembers wrongly shows in what is written alone."""
-    following = _gguf_proof.Session.next
-    monkeypatch.setattr(_gguf_proof.Session, "next", lambda self, token: following(self, token)[::-1].copy())
+    following = _llama.Session.next
+    monkeypatch.setattr(_llama.Session, "next", lambda self, token: following(self, token)[::-1].copy())
     with pytest.raises(ParityError, match="below torch's choice"):
         export(decoder("llama"), tmp_path / "out")
     assert listing(tmp_path) == []

@@ -122,17 +122,22 @@ def test_runtimes_that_are_not_installed(tmp_path: Path) -> None:
 def test_language_models(family: str, kind: str | None, tmp_path: Path) -> None:
     found = look(tiny.language_model(family), tmp_path / "model")
     if kind:
-        assert kind in told(found)["exports, shrink and --runtime auto"][0]
-        assert found["works"] == []
+        assert kind in told(found)["shrink and --runtime auto"][0]
+        assert "openvino fp32" in found["works"]
+        assert "traced" in told(found)["export to onnxruntime as a graph of fused operators"][1]
     else:
         assert any(one.startswith("llamacpp") for one in found["works"]) or "export to llamacpp" in told(found)
 
 
-def test_an_encoder_decoder_has_no_export_and_all_else(tmp_path: Path) -> None:
-    found = look(translators.translator(), tmp_path / "model")
-    why, instead = told(found)["exports"]
-    assert "MarianMTModel" in why
-    assert "shrink" in instead
+def test_an_encoder_decoder_is_exported_unless_only_torch_knows_how_it_searches(tmp_path: Path) -> None:
+    model = translators.translator()
+    found = look(model, tmp_path / "model")
+    assert {"onnxruntime int8", "openvino bf16"} <= set(found["works"])
+    assert not any(name.startswith("export") for name in told(found))
+    model.module.generation_config.suppress_tokens = [4]
+    why, instead = told(look(model, tmp_path / "other"))["export to onnxruntime"]
+    assert "suppress_tokens, which only torch knows" in why
+    assert "torch" in instead
 
 
 def test_an_activation_that_llama_cpp_does_not_compute(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def _traced_bytes(module: Any) -> int:
 
 def _not_exportable(module: Any, task: str, shrinks: bool) -> str | None:
     if not shrinks:
-        return f"onnxruntime takes models that label texts, words or spans, not models for {task}"
+        return f"what an export gains is known of models that label texts, words or spans, not of models for {task}"
     reason: str | None = find_runtime("onnxruntime").obstacle(module)
     return reason
 

@@ -46,10 +46,8 @@ def about(predictor: Any) -> dict[str, Any]:
     facts["cuts"], facts["kind"] = predictor.reader.cuts, getattr(predictor.reader, "kind", "")
     facts["bytes"] = sum(path.stat().st_size for path in predictor.files)
     if hasattr(predictor.reader, "scored"):  # it writes texts
-        from .core.generation import settings_of
-
         predictor.reader.scored = False  # what nobody who reads a text waits for
-        facts["generation"] = settings_of(predictor.module)
+        facts["generation"] = predictor.generation
     facts["continues"] = predictor.reader.task == "text-generation"
     if hasattr(predictor, "module"):
         from .core.profile import profile

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import runtimes
-from ._runtime_inputs import writes
 from .core.folders import read_json
 from .doctor import INT8
 from .errors import InputError, MultumError
@@ -156,18 +155,12 @@ def _of_training(model: Any, facts: Mapping[str, Any]) -> Iterator[Limit]:
 
 def _exports(model: Any, reader: Any, facts: Mapping[str, Any], limits: list[Limit]) -> Iterator[str]:
     """The exports that should work, as `onnxruntime int8`; what rules out the others goes to `limits`."""
-    from .runtimes._traced import HEADS
-
-    kind, task = type(model.module).__name__, reader.task if reader else ""
     if not reader or not getattr(model.tokenizer, "is_fast", False):
         return
     for name in runtimes.names():
         module, here = runtimes.find(name), facts["runtimes"][name]
-        if name == "pytorch":
+        if name == "pytorch" or reader.task not in getattr(module, "TASKS", (reader.task,)):
             continue
-        taken = getattr(module, "TASKS", None)
-        if (taken and task not in taken) or (taken is None and not kind.endswith(HEADS)):
-            continue  # said once, below
         if not here["available"]:
             limits.append(Limit(f"export to {name}", here["reason"], here["install"]))
             continue
@@ -176,16 +169,9 @@ def _exports(model: Any, reader: Any, facts: Mapping[str, Any], limits: list[Lim
             limits.append(Limit(f"export to {name}" + (" as a graph of fused operators" if works else ""), reason, instead))
         if works:
             yield from (f"{name} {precision}" for precision in module.PRECISIONS)
-    if not kind.endswith(HEADS) and task not in runtimes.find("llamacpp").TASKS:
-        limits.append(
-            Limit(
-                "exports" if writes(reader) else "exports, shrink and --runtime auto",
-                f"no runtime takes a {kind}; they take models {', '.join(HEADS)}, and llamacpp causal ones",
-                "shrink, predict and measure in torch; --runtime auto finds on how many threads"
-                if writes(reader)
-                else "predict and measure in torch; quantize makes its folder smaller",
-            )
-        )
+    if reader.task == "fill-mask":
+        why = f"a {type(model.module).__name__} answers with a whole vocabulary, token by token"
+        limits.append(Limit("shrink and --runtime auto", why, "export it, and measure both; its steps work in multum run"))
 
 
 def _export_obstacle(name: str, model: Any) -> tuple[str | None, str, bool]:
@@ -197,11 +183,15 @@ def _export_obstacle(name: str, model: Any) -> tuple[str | None, str, bool]:
         rows = model.module.get_input_embeddings().num_embeddings
         reason = _refused(lambda: read(model.module)) or _refused(lambda: tokenizer_fields(model.tokenizer, rows))
         return reason, "predict and measure in torch; quantize makes its folder smaller", reason is None
+    from .runtimes import _traced, _written
+
     module = runtimes.find(name)
+    if getattr(model.module.config, "is_encoder_decoder", False) and (reason := _refused(lambda: _written.facts_of(model, 1))):
+        return reason, "predict and measure in torch", False
     if hasattr(module, "obstacle") and (reason := module.obstacle(model.module)):
         why, _, install = reason.partition("; ")
         return why, install or "predict and measure in torch", False
-    if name == "onnxruntime":
+    if name == "onnxruntime" and not _traced.writes(model.module):
         from .runtimes._encoder import obstacle
 
         return obstacle(model.module), "it is traced instead, which is exact and somewhat slower; openvino may be faster", True

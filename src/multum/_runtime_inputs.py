@@ -11,7 +11,6 @@ from .core.folders import read_json
 from .core.reading import reader_of, token_limit
 from .errors import InputError
 from .runtimes._traced import HEADS
-from .targets import only_exportable
 
 SHARES = (0.1, 0.5, 0.9)
 """Which of all lengths are taken."""
@@ -86,8 +85,8 @@ def check(folder: Path, task: Any) -> None:
     if not (folder / "config.json").is_file():
         reason = "holds no model" if folder.is_dir() else "is not there"
         raise InputError(f"{folder} {reason}; a model folder has config.json")
-    if not writes(task):
-        only_exportable(task, "--runtime auto")
+    if task.name == "fill-mask":
+        raise InputError("--runtime auto takes models of every other task, not for fill-mask; export those with multum export")
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no fast tokenizer (tokenizer.json), which exports need")
     if not task.inputs("validation"):

@@ -102,8 +102,9 @@ def candidates(precision: str = "", task: Any = None) -> list[Form]:
     for name in runtimes.names():
         module = runtimes.find(name)
         taken = getattr(module, "TASKS", None)
-        if name != EAGER.runtime and (task.name in (taken or ()) if task and writes(task) else taken is None):
-            found += [Form(name, each) for each in (*module.PRECISIONS, *getattr(module, "CALIBRATED", ())[-1:])]
+        if name != EAGER.runtime and (taken is None or (task and task.name in taken)):
+            calibrated = () if task and writes(task) else getattr(module, "CALIBRATED", ())[-1:]
+            found += [Form(name, each) for each in (*module.PRECISIONS, *calibrated)]
     return [form for form in found if form == EAGER or form.has(precision)]
 
 

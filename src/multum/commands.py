@@ -289,11 +289,7 @@ def _cut(predictor: Any, inputs: Sequence[Any]) -> int:
 
 def answers(predictor: Any, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What the model says of every input, as its task tells it; computed `AT_ONCE` inputs at a time."""
-    settings: dict[str, Any] = {}
-    if hasattr(predictor.reader, "scored"):  # it writes texts
-        from .core.generation import settings_of
-
-        settings = {"generation": settings_of(predictor.module)}
+    settings = {"generation": predictor.generation} if hasattr(predictor.reader, "scored") else {}  # of those that write texts
     for start in range(0, len(inputs), AT_ONCE):
         some = inputs[start : start + AT_ONCE]
         for answer in predictor.reader.answers(predictor.predict(some), some, predictor.labels):

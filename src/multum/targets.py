@@ -189,25 +189,6 @@ def _targets_in(folder: Path, runtime: str, precision: str) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"{runtime}-{precision or '*'}/runtime.json"))
 
 
-def only_exportable(task: Any, what: str) -> None:
-    """Refuse a task whose models no runtime takes.
-
-    Raises:
-        InputError: says what can be done with it.
-    """
-    if not getattr(task, "shrinks", False):
-        from . import tasks
-
-        taken = ", ".join(name for name in tasks.names() if getattr(tasks.find(name), "shrinks", False))
-        for name in runtimes.names():
-            if task.name in getattr(runtimes.find(name), "TASKS", ()):
-                raise InputError(f"{what} takes models for {taken}; those for {task.name} are exported to {name}")
-        raise InputError(
-            f"{what} takes models for {taken}, not for {task.name}; such models can be trained, distilled and "
-            "pruned with 'multum apply' and 'multum run', and are measured and used in torch: 'multum measure', 'multum predict'"
-        )
-
-
 def named(runtime: str, precision: str) -> tuple[str, str]:
     """Runtime and precision by the names that they have here: people also say gguf, and of llama.cpp's precisions int8 or int4."""
     name = ALSO_CALLED.get(runtime, runtime)
@@ -242,9 +223,7 @@ def exporter(runtime: str, precision: str) -> Any:
 def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
     """Export a model folder; calibrated on training texts, checked on validation texts. An export elsewhere says of what it is."""
     taken = getattr(module, "TASKS", None)
-    if taken is None:
-        only_exportable(task, "export")
-    elif task.name not in taken:
+    if taken and task.name not in taken:
         name = module.__name__.rpartition(".")[2]
         raise InputError(f"{name} takes models for {', '.join(taken)}, not for {task.name}")
     model = task.load(str(folder))

@@ -176,14 +176,13 @@ def start_of(module: Any) -> int:
 
 
 def _lengths(ids: Any, config: Any) -> Any:
-    """Tokens up to the first end token and with it; without one those that are no padding: (batch, tokens) -> (batch,)."""
+    """Tokens up to the first end token and with it; without one all, as padding comes behind one: (batch, tokens) -> (batch,)."""
     import torch
 
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ended = torch.isin(ids, torch.tensor([end for end in ends if end is not None], device=ids.device))
     first = ended.int().argmax(1) + 1
-    real = (ids != config.pad_token_id).sum(1) if config.pad_token_id is not None else torch.full_like(first, ids.shape[1])
-    return torch.where(ended.any(1), first, real)
+    return torch.where(ended.any(1), first, ids.shape[1])
 
 
 def _scores(module: Any, batch: Mapping[str, Any], sequences: Any, lengths: Any) -> list[float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +24,8 @@ WINDOW = 1024
 """Tokens of a window, at most."""
 Text = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat."""
+Told = Callable[[Sequence[int], Sequence[int]], np.ndarray]
+"""A row of tokens, and places in it -> a masked model's logits there, (places, vocabulary) float32."""
 LogProbs = Callable[[Sequence[Sequence[int]], int, int], list[np.ndarray]]
 
 
@@ -83,37 +85,71 @@ def sums(tokenizer: Any, texts: Sequence[Text], context: int, log_probs: LogProb
 
 
 def masked_sums(module: Any, tokenizer: Any, texts: Sequence[Text]) -> list[np.ndarray]:
-    """For each text -Σ log p, hits and count of the tokens asked for in every window, (windows, 3) float64."""
+    """`hidden_sums` of a masked model of transformers, in eval mode."""
+    from .likelihood import context_of
+
+    return hidden_sums(tokenizer, texts, context_of(module, tokenizer), torch_told(module))
+
+
+def torch_told(module: Any) -> Told:
+    """What a masked model of transformers says."""
     import torch
 
-    with torch.no_grad():
-        return [_masked_windows(module, tokenizer, text) for text in texts]
+    from .likelihood import only_at
+
+    device = next(module.parameters()).device
+
+    def told(row: Sequence[int], places: Sequence[int]) -> np.ndarray:
+        ids = torch.tensor([list(row)], device=device)
+        asked = torch.zeros_like(ids, dtype=torch.bool)
+        asked[0, list(places)] = True
+        with torch.no_grad(), only_at(module, asked):
+            found: np.ndarray = module(input_ids=ids).logits.float().cpu().numpy()
+            return found
+
+    return told
 
 
-def _masked_windows(module: Any, tokenizer: Any, text: Text) -> np.ndarray:
-    import torch
+def hidden_sums(tokenizer: Any, texts: Sequence[Text], context: int, told: Told) -> list[np.ndarray]:
+    """For each text -Σ log p, hits and count of the tokens asked for in every window, (windows, 3) float64.
 
-    from .likelihood import context_of, only_at, token_log_probs
-    from .masking import Masks, choose
+    Args:
+        tokenizer: the model's own, with a mask token.
+        texts: or chats.
+        context: tokens that the model reads.
+        told: what it says.
+    """
+    found = []
+    for text in texts:
+        table = []
+        for row, places, truth in hidden_rows(tokenizer, text, context):
+            logits = told(row, places).astype(np.float64)
+            logits -= logits.max(1, keepdims=True)
+            logs = logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(1))
+            table.append((-logs.sum(), int((logits.argmax(1) == truth).sum()), len(truth)))
+        found.append(np.array(table or [(0.0, 0, 0)]))
+    return found
 
-    masks, (before, behind) = Masks.of(tokenizer), specials(tokenizer)
-    size = min(context_of(module, tokenizer), WINDOW) - len(before) - len(behind)
-    device, plain = next(module.parameters()).device, written(text, tokenizer)
+
+def hidden_rows(tokenizer: Any, text: Text, context: int) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """The windows of a text as a masked model sees them: tokens, the places that it is asked for, and what stood there.
+
+    Raises:
+        InputError: the tokenizer has no mask token.
+    """
+    from .masking import choose
+
+    (before, behind), mask = specials(tokenizer), tokenizer.mask_token_id
+    if mask is None:
+        raise InputError("the tokenizer has no mask token, which masked language models are measured with")
+    size, plain = min(context, WINDOW) - len(before) - len(behind), written(text, tokenizer)
     ids = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
-    rng, table = random.Random(plain), []
+    rng = random.Random(plain)
     for start in range(0, len(ids), size):
         part = ids[start : start + size]
         chosen = choose([True] * len(part), rng)
-        seen, _ = masks.hide(part, chosen, None)
-        row = torch.tensor([[*before, *seen, *behind]], device=device)
-        places = torch.zeros_like(row, dtype=torch.bool)
-        places[0, [len(before) + place for place in chosen]] = True
-        truth = torch.tensor([part[place] for place in chosen], device=device)
-        with only_at(module, places):
-            logits = module(input_ids=row).logits
-        nll = -float(token_log_probs(logits, truth).double().sum())
-        table.append((nll, int((logits.argmax(-1) == truth).sum()), len(chosen)))
-    return np.array(table or [(0.0, 0, 0)])
+        seen = [mask if place in chosen else token for place, token in enumerate(part)]
+        yield [*before, *seen, *behind], [len(before) + place for place in chosen], [part[place] for place in chosen]
 
 
 class NextTokens:

@@ -59,6 +59,12 @@ class ChatTokenizer(FastTokenizer):
         return environment.from_string(self.chat_template or "")
 
 
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template of a transformers tokenizer that is used where several are not told apart."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, Mapping) else template
+
+
 def _as_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 

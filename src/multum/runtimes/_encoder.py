@@ -80,6 +80,8 @@ def obstacle(module: Any) -> str | None:
     from ..core.families import FAMILIES
 
     config = module.config
+    if type(module).__name__.endswith("ForMaskedLM"):
+        return "masked language models have a head that no graph of fused operators is written for"
     family = FAMILIES.get(config.model_type)
     if not family or family.word_embeddings is None or family.position_embeddings is None or family.embeddings_norm is None:
         known = ", ".join(sorted(name for name, row in FAMILIES.items() if row.word_embeddings))

@@ -58,6 +58,7 @@ def export_folder(model: Model, folder: Path, manifest: Mapping[str, Any]) -> It
             "labels": [str(config.id2label[i]) for i in range(config.num_labels)],
             "config": config_of(model.module),
             "pad_token_id": model.tokenizer.pad_token_id,
+            **({} if model.tokenizer.mask_token_id is None else {"mask_token_id": model.tokenizer.mask_token_id}),
             "model": profile(model.module),
         }
         write_json(work / MANIFEST, values)

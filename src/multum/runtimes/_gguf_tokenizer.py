@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.windows import specials
 from ..errors import InputError
+from ._chat import template_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Kinds of tokens, as GGUF has them."""
@@ -57,12 +58,6 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
     fields |= {name: int(value) for name, value in ids.items() if value is not None}
     template = template_of(tokenizer)
     return fields | ({"chat_template": template} if template else {})
-
-
-def template_of(tokenizer: Any) -> str | None:
-    """The chat template that is used where several are not told apart."""
-    template = getattr(tokenizer, "chat_template", None)
-    return template.get("default") if isinstance(template, Mapping) else template
 
 
 def _tokens(tokenizer: Any, spec: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..core.reading import Reader
+from ..core.sentences import HiddenTokens, torch_told
 
 EXACT = 1e-4
 """Largest difference of an output that fp32 arithmetic in another order explains, relative to the largest output."""
@@ -31,6 +32,10 @@ def torch_items(model: Any, reader: Reader, inputs: Sequence[Any], max_length: i
     """The model's own outputs, row by row, as `as_items` has them; of it `module` and `tokenizer` are looked at."""
     import torch
 
+    if isinstance(reader, HiddenTokens):
+        from ._hidden import hidden_items
+
+        return hidden_items(model.tokenizer, inputs, max_length, torch_told(model.module.eval()))
     found = []
     with torch.no_grad():
         for one in inputs:

@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from ..core.reading import Texts, reader_for, together
+from ..core.sentences import HiddenTokens
 from ._parity import as_items
 from ._predictor import GraphPredictor, Run
 
@@ -147,6 +148,8 @@ def open_graph(
     folder: Path, manifest: Mapping[str, Any], load: Callable[[int], Run], files: Sequence[Path], threads: int
 ) -> GraphPredictor:
     """The predictor for an export folder, by what its model reads."""
+    from ._hidden import HiddenPredictor
+
     reader = reader_for(manifest.get("config") or {}, str(folder))
-    kind = GraphPredictor if isinstance(reader, Texts) else RowPredictor
+    kind = GraphPredictor if isinstance(reader, Texts) else HiddenPredictor if isinstance(reader, HiddenTokens) else RowPredictor
     return kind(folder, manifest, load, files, threads)

@@ -12,6 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +23,23 @@ if TYPE_CHECKING:
     from ..core.model import Model
 
 EXTRA = "export"
-HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-"""How the classes of models are called at the end whose outputs a predictor can read."""
+HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+"""How the classes of models are called at the end whose outputs a predictor can read in one look at a row."""
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
+"""The same of models that write."""
 MOST = 4096
 """Rows of a batch at most."""
 RAISED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 """What tracing raises where it cannot follow; a full disk or an interruption is none of these."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A graph to be: a module, what to trace it with, and which dimensions stay open."""
+
+    module: Any
+    inputs: Mapping[str, Any]
+    shapes: Mapping[str, Any]
 
 
 def to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8: bool) -> Any:
@@ -43,13 +55,18 @@ def to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8: 
         MissingExtra: onnxscript is not installed.
         InputError: the exporter cannot follow; names the operator and the module.
     """
+    with following(model, "onnxruntime") as traced:
+        return onnx_of(Part(traced, example, open_shapes(example, max_length)), int8=int8)
+
+
+def onnx_of(part: Part, *, int8: bool) -> Any:
+    """A graph as an `onnx.ModelProto`; to be called inside `following`.
+
+    Raises:
+        MissingExtra: onnxscript is not installed.
+    """
     if not installed():
-        raise MissingExtra(f"{needed(model.module)},", EXTRA)
-    with quiet():
-        return _to_onnx(model, example, max_length, int8=int8)
-
-
-def _to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8: bool) -> Any:
+        raise MissingExtra(f"{needed(part.module)},", EXTRA)
     import onnx_ir
     import transformers.exporters
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -59,18 +76,20 @@ def _to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8:
 
     library: Any = transformers.exporters
     exporter: Any = exporter_onnx
-    flat = any(isinstance(part, Conv1D) for part in model.module.modules())  # GPT-2's (tokens, in) products are fused wrongly
+    flat = any(isinstance(one, Conv1D) for one in part.module.modules())  # GPT-2's (tokens, in) products are fused wrongly
     options: dict[str, Any] = {} if flat else {"ort_fusions": "cpu"}
-    if int8:
-        dynamic = library.OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8)
-        options = {"quantizer": library.OnnxRuntimeQuantizer(dynamic)}
-    config = exporter.OnnxConfig(dynamic_shapes=open_shapes(example, max_length), **options)
-    with following(model, "onnxruntime") as traced:
-        with contextlib.suppress(ValueError):  # an architecture that has one form of attention only
-            traced.set_attn_implementation("eager")
-        program = exporter.OnnxExporter().export(traced, dict(example), config=config).program
-    ClearMetadataAndDocStringPass()(program)  # which line of whose code every operator comes from
-    return onnx_ir.to_proto(program)
+    with quiet():
+        if int8:
+            dynamic = library.OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8)
+            options = {"quantizer": library.OnnxRuntimeQuantizer(dynamic)}
+        for one in part.module.modules():
+            with contextlib.suppress(ValueError):  # an architecture that has one form of attention only
+                if hasattr(one, "set_attn_implementation"):
+                    one.set_attn_implementation("eager")
+        config = exporter.OnnxConfig(dynamic_shapes=part.shapes, **options)
+        program = exporter.OnnxExporter().export(part.module, dict(part.inputs), config=config).program
+        ClearMetadataAndDocStringPass()(program)  # which line of whose code every operator comes from
+        return onnx_ir.to_proto(program)
 
 
 def installed() -> bool:
@@ -80,13 +99,19 @@ def installed() -> bool:
 
 def needed(module: Any) -> str:
     """What it takes, in words."""
-    return f"onnxscript, by which models of type {module.config.model_type!r} are exported"
+    kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
+    return f"onnxscript, by which models of type {kind!r} are exported"
 
 
 def wrong_head(module: Any) -> str | None:
     """Why a model's outputs cannot be read by a predictor; None if they can."""
-    kind = type(module).__name__
-    return None if kind.endswith(HEADS) else f"{kind} has a head that cannot be exported; those of models {', '.join(HEADS)} can"
+    kind, taken = type(module).__name__, (*HEADS, *WRITERS)
+    return None if kind.endswith(taken) else f"{kind} has a head that cannot be exported; those of models {', '.join(taken)} can"
+
+
+def writes(module: Any) -> bool:
+    """Whether a model writes texts, token by token."""
+    return type(module).__name__.endswith(WRITERS)
 
 
 def two_rows(calibration: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

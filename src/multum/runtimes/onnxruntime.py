@@ -13,8 +13,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 
 from ..errors import InputError
 from ._folder import export_folder, prove, read_manifest
-from ._predictor import GraphPredictor, Run, choose_threads, cores
+from ._predictor import Run, choose_threads, cores
 from ._rows import open_graph
+from ._written import open_writer
 
 if TYPE_CHECKING:
     import onnx
@@ -26,6 +27,7 @@ PRECISIONS = ("fp32", "int8")
 CALIBRATED = ("int8-minmax", "int8-percentile", "int8-mse")
 """Precisions that are made when asked for: 8 bits with fixed ranges (`_static`), named by how these are found."""
 EXTRA: str | None = None
+SUFFIX = ".onnx"
 GRAPH = "model.onnx"
 OPENING_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -46,7 +48,7 @@ def obstacle(module: Any) -> str | None:
 
     if reason := _traced.wrong_head(module):
         return reason
-    if _encoder.obstacle(module) and not _traced.installed():
+    if (_traced.writes(module) or _encoder.obstacle(module)) and not _traced.installed():
         return f"{_traced.needed(module)} is not installed; pip install 'multum[{_traced.EXTRA}]'"
     return None
 
@@ -65,8 +67,7 @@ def export(
     """Write an export folder.
 
     Args:
-        model: for sequence classification, token classification or question answering. Its graph is written directly where the
-            families table says how, else traced.
+        model: of any task. The graph of an encoder is written directly where the families table says how, else traced.
         folder: replaced if it exists; whole or not at all.
         precision: one of `PRECISIONS` or `CALIBRATED`.
         inputs: real inputs on which the export must answer as torch does.
@@ -85,11 +86,13 @@ def export(
     """
     if precision not in (*PRECISIONS, *CALIBRATED):
         raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join((*PRECISIONS, *CALIBRATED))}")
+    from ._traced import writes
+
+    manifest: dict[str, Any] = {"runtime": "onnxruntime", "precision": precision, "task": task}
+    if writes(model.module):
+        return _export_writer(model, folder, manifest, inputs, max_length)
     graph = _graph(model, precision, max_length, pairs=pairs, calibration=calibration)
-    manifest = {
-        "runtime": "onnxruntime",
-        "precision": precision,
-        "task": task,
+    manifest |= {
         "max_length": max_length,
         "pairs": pairs,
         "inputs": [value.name for value in graph.graph.input],
@@ -100,6 +103,31 @@ def export(
         proof = prove(model, work, open(work), inputs)
         choose_threads(work, open, inputs)
         return proof
+
+
+def _export_writer(model: Model, folder: Path, manifest: dict[str, Any], inputs: Sequence[Any], max_length: int) -> dict[str, Any]:
+    from ._cached import export_writer
+    from ._traced import onnx_of
+
+    precision = manifest["precision"]
+    if precision in CALIBRATED:
+        raise InputError(f"{precision} is for models that read; those that write take {', '.join(PRECISIONS)}")
+
+    def save(part: Any, path: Path) -> None:
+        path.with_suffix(SUFFIX).write_bytes(_serialized(onnx_of(part, int8=precision == "int8")))
+
+    return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length)
+
+
+def proof(model: Model, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
+    """How far an export of a model that writes agrees with it (`_writing_proof`).
+
+    Raises:
+        ParityError: it answers differently, or was made from another model.
+    """
+    from . import _cached
+
+    return _cached.proof(model, folder, open, inputs)
 
 
 def _graph(
@@ -117,7 +145,7 @@ def _graph(
     return _encoder_graph.write(encoder, precision=precision, pairs=pairs)
 
 
-def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
+def open(folder: str | Path, *, threads: int | None = None) -> Any:
     """A predictor of an export folder.
 
     Args:
@@ -129,6 +157,8 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if "graphs" in manifest:
+        return open_writer(folder, manifest, lambda name, threads: _Graph(folder / f"{name}{SUFFIX}", threads), [SUFFIX], threads)
     names = list(manifest.get("outputs") or ["logits"])
 
     def load(threads: int) -> Run:
@@ -139,6 +169,25 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
 
     files = [folder / name for name in (GRAPH, "tokenizer.json", "runtime.json")]
     return open_graph(folder, manifest, load, files, threads or cores())
+
+
+class _Graph:
+    """A graph of a model that writes; its outputs stay in onnxruntime's own memory."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._session = _session(path, threads)
+        self._outputs = [one.name for one in self._session.get_outputs()]
+
+    def __call__(self, inputs: Mapping[str, Any]) -> list[Any]:
+        kept = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            for name, value in inputs.items()
+        }
+        return list(self._session.run_with_ort_values(self._outputs, kept))
+
+    def array(self, value: Any) -> np.ndarray:
+        found: np.ndarray = value.numpy()
+        return found
 
 
 def probe(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ import numpy as np
 
 from ..errors import InputError, MissingExtra
 from ._folder import export_folder, prove, read_manifest
-from ._predictor import GraphPredictor, Run, choose_threads, cores
+from ._predictor import Run, choose_threads, cores
 from ._rows import open_graph
-from ._traced import following, open_shapes, quiet, two_rows
+from ._traced import Part, following, open_shapes, quiet, two_rows, writes
+from ._written import open_writer
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -49,7 +51,7 @@ def export(
     """Write an export folder.
 
     Args:
-        model: for sequence classification, token classification or question answering.
+        model: of any task.
         folder: replaced if it exists; whole or not at all.
         precision: one of `PRECISIONS`.
         inputs: real inputs on which the export must answer as torch does.
@@ -75,12 +77,11 @@ def export(
     if precision == "bf16" and not computes_in_bf16():
         raise InputError("this processor has no bf16 instructions; take int8, which is faster, or fp32, which is exact")
     _core()
-    with quiet():
-        graph = _convert(model, calibration, quantize=precision == "int8", max_length=max_length)
-    manifest = {
-        "runtime": "openvino",
-        "precision": precision,
-        "task": task,
+    manifest: dict[str, Any] = {"runtime": "openvino", "precision": precision, "task": task}
+    if writes(model.module):
+        return _export_writer(model, folder, manifest, inputs, max_length)
+    graph = _of_rows(model, calibration, quantize=precision == "int8", max_length=max_length)
+    manifest |= {
         "max_length": max_length,
         "pairs": pairs,
         "inputs": [port.get_any_name() for port in graph.inputs],
@@ -93,7 +94,37 @@ def export(
         return proof
 
 
-def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
+def _export_writer(model: Model, folder: Path, manifest: dict[str, Any], inputs: Sequence[Any], max_length: int) -> dict[str, Any]:
+    """Of models that write the weights alone are integers: a token reads all of them, and computes little with each."""
+    from ._cached import export_writer
+
+    precision = manifest["precision"]
+
+    def save(part: Part, path: Path) -> None:
+        import nncf
+        import openvino
+
+        graph = _convert(part)
+        if precision == "int8":
+            with quiet():
+                graph = nncf.compress_weights(graph)
+        openvino.save_model(graph, path.with_suffix(".xml"), compress_to_fp16=precision == "bf16")
+
+    return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length, raised=_failures())
+
+
+def proof(model: Model, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
+    """How far an export of a model that writes agrees with it (`_writing_proof`).
+
+    Raises:
+        ParityError: it answers differently, or was made from another model.
+    """
+    from . import _cached
+
+    return _cached.proof(model, folder, open, inputs)
+
+
+def open(folder: str | Path, *, threads: int | None = None) -> Any:
     """A predictor of an export folder.
 
     Args:
@@ -116,12 +147,19 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
     elif manifest["precision"] == "bf16":
         options["INFERENCE_PRECISION_HINT"] = "bf16"
 
-    def load(threads: int) -> Run:
-        wanted = options | {"INFERENCE_NUM_THREADS": threads}
+    def compiled(path: Path, threads: int) -> Any:
         try:
-            request = _core().compile_model(str(folder / GRAPH), "CPU", wanted).create_infer_request()
+            return _core().compile_model(str(path), "CPU", options | {"INFERENCE_NUM_THREADS": threads})
         except RuntimeError as error:
-            raise InputError(f"{folder / GRAPH} cannot be opened: {str(error).strip().splitlines()[-1]}") from error
+            raise InputError(f"{path} cannot be opened: {str(error).strip().splitlines()[-1]}") from error
+
+    if "graphs" in manifest:
+        return open_writer(
+            folder, manifest, lambda name, threads: _Graph(compiled(folder / f"{name}.xml", threads)), [".xml", ".bin"], threads
+        )
+
+    def load(threads: int) -> Run:
+        request = compiled(folder / GRAPH, threads).create_infer_request()
 
         def run(columns: dict[str, np.ndarray]) -> np.ndarray:
             request.infer(columns, share_inputs=True)
@@ -135,6 +173,22 @@ def open(folder: str | Path, *, threads: int | None = None) -> GraphPredictor:
 
     files = [folder / name for name in (GRAPH, WEIGHTS, "tokenizer.json", "runtime.json")]
     return open_graph(folder, manifest, load, files, threads or cores())
+
+
+class _Graph:
+    """A graph of a model that writes. Two requests take turns, so that the outputs of one can be the inputs of the other."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._requests = cycle([compiled.create_infer_request() for _ in range(2)])
+        self._outputs = range(len(compiled.outputs))
+
+    def __call__(self, inputs: Mapping[str, Any]) -> list[Any]:
+        request = next(self._requests)
+        request.infer(dict(inputs), share_inputs=True)
+        return [request.get_output_tensor(number) for number in self._outputs]
+
+    def array(self, value: Any) -> np.ndarray:
+        return np.array(value.data, dtype=np.float32)
 
 
 def kernels() -> str:
@@ -162,17 +216,14 @@ def _core() -> Any:
     return core
 
 
-def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
-    import openvino.frontend
+def _of_rows(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize: bool, max_length: int) -> Any:
+    """A model that reads as one graph."""
     import transformers.exporters
-    from transformers.exporters import exporter_openvino
 
     from ..core.task import check_calibration
 
     library: Any = transformers.exporters
-
-    example = two_rows(calibration)
-    options: dict[str, Any] = {"dynamic_shapes": open_shapes(example, max_length)}
+    example, options = two_rows(calibration), dict[str, Any]()
     if quantize:
         check_calibration(calibration, "openvino int8")
         texts = [
@@ -181,9 +232,23 @@ def _convert(model: Model, calibration: Sequence[Mapping[str, Any]], *, quantize
             for row in range(len(batch["input_ids"]))
         ]
         options["quantizer"] = library.NNCFOpenVINOQuantizer(calibration_dataset=texts)
+    with following(model, "openvino", _failures()) as traced:
+        return _convert(Part(traced, example, open_shapes(example, max_length)), **options)
+
+
+def _convert(part: Part, **options: Any) -> Any:
+    """A graph; to be called inside `following`."""
+    from transformers.exporters import exporter_openvino
+
     exporter: Any = exporter_openvino
-    failures = tuple(
-        value for value in vars(openvino.frontend).values() if isinstance(value, type) and issubclass(value, Exception)
-    )
-    with following(model, "openvino", failures) as traced:
-        return exporter.OpenVINOExporter().export(traced, example, config=exporter.OpenVINOConfig(**options)).program
+    config = exporter.OpenVINOConfig(dynamic_shapes=dict(part.shapes), **options)
+    with quiet():
+        return exporter.OpenVINOExporter().export(part.module, dict(part.inputs), config=config).program
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What the converter raises."""
+    import openvino.frontend
+
+    found = vars(openvino.frontend).values()
+    return tuple(value for value in found if isinstance(value, type) and issubclass(value, Exception))

@@ -72,6 +72,13 @@ class TorchPredictor:
         self.files = [path for path in sorted(folder.iterdir()) if path.name in wanted or path.suffix == ".safetensors"]
         self._torch = torch
 
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What decides the texts of an encoder-decoder, as it is recorded."""
+        from ..core.generation import settings_of
+
+        return settings_of(self.module)
+
     def tokenize(self, inputs: Sequence[Any]) -> int:
         """Tokenize and count the tokens; there to be timed apart."""
         return sum(self.lengths(inputs))
