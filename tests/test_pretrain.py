@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from multum.core import corpus as corpus_module
+from multum.core import new_tokenizer
 from multum.core.corpus import Blocks, Corpus, Objective
 from multum.core.model import Model
 from multum.core.new_tokenizer import train_tokenizer
@@ -159,6 +160,47 @@ def test_resumed_it_comes_to_the_same_weights(family: str, books: Path, tmp_path
     assert calls == 5
 
 
+def test_resumed_it_takes_the_tokenizer_that_its_weights_know(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept with the checkpoint, and trained anew where there is no checkpoint yet."""
+    options: dict[str, Any] = {"text": str(books), "steps": 6, "batch_size": 4, "block": 32, "precision": "fp32", "save_every": 3}
+    options |= {"start": "scratch", "tokenizer": "wordpiece", "vocabulary": 120, "shuffle": 0}
+    model, kept = tiny.language_model("bert", layers=1), tmp_path / "kept"
+    step, trained, calls = Pretrain(checkpoints=str(kept), **options), [], 0
+
+    def counted(read: Any, *args: Any, **kwargs: Any) -> Any:
+        trained.append(len(list(read())))
+        return train_tokenizer(read, *args, **kwargs)
+
+    def interrupted(after: int) -> Any:
+        def stop(_: torch.nn.Module) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == after:
+                raise KeyboardInterrupt
+
+        return lambda *args, **kwargs: fit(*args, after_step=stop, **kwargs)
+
+    monkeypatch.setattr(pretrain, "train_tokenizer", counted)
+    for after in (2, 5):  # before the first checkpoint, and behind it
+        calls = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain, "fit", interrupted(after))
+            with pytest.raises(KeyboardInterrupt):
+                step(model, TASK)
+    assert len(trained) == 2
+    whole = Pretrain(**options)(model, TASK)
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda *_, **__: pytest.fail("trained again"))
+    resumed = step(model, TASK)
+    assert resumed.tokenizer("a really wonderful film") == whole.tokenizer("a really wonderful film")
+    assert resumed.tokenizer.backend_tokenizer.to_str() == whole.tokenizer.backend_tokenizer.to_str()
+    assert resumed.tokenizer.model_max_length == whole.tokenizer.model_max_length
+    assert resumed.tokenizer.special_tokens_map == whole.tokenizer.special_tokens_map
+    for name, value in whole.module.state_dict().items():
+        assert torch.allclose(value, resumed.module.state_dict()[name], rtol=0, atol=1e-6), name
+
+
 def loss_on(model: Model, texts: list[str]) -> float:
     from multum.core.sentences import causal_sums, masked_sums
 
@@ -212,6 +254,21 @@ def test_a_tokenizer_from_text(kind: Any, around: bool) -> None:
     separator_of(made)
     with pytest.raises(InputError, match="the characters of the text alone take"):
         train_tokenizer(lambda: iter(TEXTS), "wordpiece", 20, longest=64, around=around)
+
+
+def test_more_letters_than_it_knows_are_left_away_in_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library breaks ties between equally frequent letters by chance, anew every time."""
+    monkeypatch.setattr(new_tokenizer, "LETTERS", 40)
+    rare = "".join(map(chr, range(0x3B1, 0x3B1 + 17))) + "中文字"
+    texts = ["aaa bbb", "ab \t\x07", " ".join(rare), *(f"{letter}{letter}" for letter in reversed(rare)), "\u0436\u0449\u0431" * 2]
+    texts += ["".join(map(chr, range(0x561, 0x561 + 30)))]
+    made, *same = (train_tokenizer(lambda: iter(texts), "wordpiece", 300, longest=64, around=False) for _ in range(5))
+    assert [each.get_vocab() for each in same] == [made.get_vocab()] * 4
+    tokens = set(made.get_vocab())
+    assert tokens >= {"a", "##a", "b", "aaa", *rare, "##α"}
+    assert not tokens & {" ", "\t", "\x07", "##中"}
+    armenian = {chr(each) for each in range(0x561, 0x561 + 30)}
+    assert tokens & armenian == set(sorted(armenian)[: 40 - 2 - len(rare) - 3])
 
 
 def test_a_classifier_keeps_its_head(books: Path) -> None:

@@ -2,7 +2,7 @@
 
 Byte-level BPE can write any text. WordPiece splits at spaces and punctuation first and knows only characters that occurred; case
 and accents stay. Both are trained by the tokenizers library, which counts words, so that the texts need not fit into memory. The
-same texts give the same tokenizer.
+same texts give the same tokenizer, in every process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAMES = {
 LEAST = {"bpe": 256 + len(NAMES["bpe"]), "wordpiece": 2 * len(NAMES["wordpiece"])}
 """Tokens of the smallest vocabulary: all bytes, and the special ones."""
 LETTERS = 1000
-"""Different characters that a WordPiece tokenizer knows, the most frequent ones."""
+"""Different characters that a WordPiece tokenizer knows: the most frequent ones, of equally frequent ones those of lower code points."""
 
 
 def train_tokenizer(read: Read, kind: Kind, vocabulary: int, *, longest: int, around: bool) -> Any:
@@ -80,15 +80,23 @@ def _wordpiece(read: Read, vocabulary: int) -> Any:
     counts: Counter[str] = Counter()
     for text in read():
         counts.update(text)
-    letters = sorted(letter for letter, _ in counts.most_common(LETTERS))
-    # The library numbers what goes on a word ("##a") in the order of a hash map, another one every time, unless it is named before.
-    inner = [
-        f"##{c}" for c in letters if len(splitter.pre_tokenize_str(normalizer.normalize_str(f"a{c}"))) == 1 and not c.isspace()
-    ]
+
+    def parts(text: str) -> list[str]:
+        return [part for part, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+
+    # Of letters that are equally frequent the library would leave any away, and number what goes on a word ("##a") in any order,
+    # another one every time: its maps are hashed with a random seed. So all are named before.
+    known = sorted((letter for letter in counts if parts(letter) == [letter]), key=lambda letter: (-counts[letter], letter))
+    letters = sorted(known[:LETTERS])
+    inner = [f"##{letter}" for letter in letters if len(parts(f"a{letter}")) == 1]
     draft = Tokenizer(models.WordPiece(unk_token=unknown))
     draft.normalizer, draft.pre_tokenizer = normalizer, splitter
     trainer: Any = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=[*special, *inner], limit_alphabet=LETTERS, show_progress=False
+        vocab_size=vocabulary,
+        special_tokens=[*special, *inner],
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        show_progress=False,
     )
     draft.train_from_iterator(read(), trainer)
     tokens = draft.get_vocab()

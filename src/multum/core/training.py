@@ -152,15 +152,18 @@ def fit(
             ],
             callbacks=[AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
-        result = trainer.train(
-            resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
-        )
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
         _without_autocast(module)
     training_loss = trainer.over_processes(result.training_loss)
     if not math.isfinite(training_loss):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
     module.eval()
     return {"loss": round(training_loss, 4), "seconds": round(result.metrics["train_runtime"], 1)}
+
+
+def last_checkpoint(checkpoints: Path | None) -> str | None:
+    """Where a training that keeps its state in this folder goes on; None where it begins."""
+    return get_last_checkpoint(str(checkpoints)) if checkpoints and checkpoints.is_dir() else None
 
 
 def _arguments(**hyper: Any) -> TrainingArguments:

@@ -21,16 +21,18 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
+from ..core import processes
 from ..core.corpus import Blocks, Corpus, Objective, Unit
 from ..core.families import base_of
+from ..core.folders import whole_folder
 from ..core.likelihood import context_of, known_cross_entropy
 from ..core.model import Model
-from ..core.new_tokenizer import LEAST, train_tokenizer
+from ..core.new_tokenizer import LEAST, Kind, train_tokenizer
 from ..core.shapes import without_shapes
 from ..core.step import Step
 from ..core.students import make_student, student_problems, turn_into
 from ..core.task import Task
-from ..core.training import Precision, fit, memory_problems, training_problems
+from ..core.training import Precision, fit, last_checkpoint, memory_problems, training_problems
 from ..errors import InputError
 from ._outputs import kind_of
 
@@ -82,7 +84,8 @@ class Pretrain(Step):
     seed: int = 0
     """Seeds random weights, the order of the documents, the masks and the dropout."""
     checkpoints: str | None = None
-    """Folder to keep the state of training in. The same step on the same model goes on from the last one found there."""
+    """Folder to keep the state of training in. The same step on the same model goes on from the last one found there, with
+    the new tokenizer that was kept beside it."""
     save_every: int = 500
     """Optimizer steps between two checkpoints."""
 
@@ -114,10 +117,7 @@ class Pretrain(Step):
         masked = _is_masked(model.module)
         self._check_objective(masked)
         if self.tokenizer != "keep":
-            longest = context_of(model.module, model.tokenizer)
-            read = replace(corpus, shuffle=0).texts
-            tokenizer = train_tokenizer(read, self.tokenizer, self.vocabulary, longest=longest, around=masked)
-            _take(model, tokenizer)
+            _take(model, self._new_tokenizer(corpus, self.tokenizer, context_of(model.module, model.tokenizer), masked))
         if self.start != "continue":
             sizes = self.start if isinstance(self.start, dict) else {"num_hidden_layers": model.module.config.num_hidden_layers}
             turn_into(model, make_student(model, sizes, task, seed=self.seed)[0])
@@ -148,6 +148,23 @@ class Pretrain(Step):
         model.new_weights = tuple(name for name in untrained if not name.startswith(body))
         tokens = self.steps * self.batch_size * size
         return {"training": result, "tokens": tokens, "block": size, "files": len(corpus.files), "bytes": corpus.bytes}
+
+    def _new_tokenizer(self, corpus: Corpus, kind: Kind, longest: int, masked: bool) -> Any:
+        """Trained on the text and kept beside the checkpoints: whoever goes on takes the one whose tokens those weights know,
+        whatever has become of the text or the library. So do all processes but the main one."""
+        folder = Path(self.checkpoints) if self.checkpoints else None
+        kept = folder / f"tokenizer-{kind}-{self.vocabulary}" if folder else None
+        goes_on = processes.number() > 0 or last_checkpoint(folder) is not None
+        with processes.main_first():
+            if kept and kept.is_dir() and goes_on:
+                fast: Any = transformers.PreTrainedTokenizerFast  # untyped
+                return fast.from_pretrained(kept)
+            read = replace(corpus, shuffle=0).texts
+            made = train_tokenizer(read, kind, self.vocabulary, longest=longest, around=masked)
+            if kept and processes.number() == 0:
+                with whole_folder(kept) as work:
+                    made.save_pretrained(work)
+            return made
 
     def _check_objective(self, masked: bool) -> None:
         problems = []
