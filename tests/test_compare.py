@@ -20,7 +20,7 @@ import multum
 from multum._compare import LEVELS, compare
 from multum._compare_data import elsewhere, group_columns, unusual_lengths
 from multum._compare_figures import SECTIONS, Answers, Asked, compared
-from multum._compare_page import render
+from multum._compare_page import render, summary
 from multum._compare_words import flipped, headline, p_value, said, signed, whom
 from multum.cli import app
 from multum.errors import InputError
@@ -109,6 +109,7 @@ def test_a_folder_may_be_compared_with_itself_and_with_a_floor(places, tmp_path)
     assert same["privacy"]["loss"]["auc"] == {"value": 0.0, "ci95": [0.0, 0.0]}
     assert all(model["attribution"]["n"] == 8 for model in result["models"].values())
     page = (tmp_path / "out" / "report.html").read_text()
+    _as_on_the_page(result, page)
     assert page.count("training twice") > 10
     assert "word order" in page
     assert "For the same reasons?" in page
@@ -119,6 +120,31 @@ def test_a_folder_may_be_compared_with_itself_and_with_a_floor(places, tmp_path)
         "after": False,
         "floor": None,
     }
+
+
+def _as_on_the_page(result, page):
+    """The terminal's table says of other texts what the page says: both accuracies there, both drops, and what is beyond."""
+    other, floor = (result["comparisons"][role]["shift"] for role in ("after", "floor"))
+    counted = f"other.csv, n = {other['n']}"
+    rows = {row[0]: row[1:] for row in summary(result)}
+    there, fell = rows[f"Accuracy on {counted}"], rows["Drop in accuracy there, points"]
+    assert there[2] == "0.00"
+    assert there[3] == signed(floor["accuracy"]["after"] - other["accuracy"]["before"]) != "0.00"
+    assert f"Training twice: {fell[3]} points" in page
+    agree = rows[f"Agreement on {counted}"]
+    assert f"the same answer to {agree[1]} of these texts {agree[2]}, two trainings to {agree[3]}" in page
+    # of two models that differ, without a floor
+    models = {"before": result["models"]["before"], "after": result["models"]["floor"]}
+    alone = {**result, "models": models, "comparisons": {"after": result["comparisons"]["floor"]}}
+    page, rows = render(alone), {row[0]: row[1:] for row in summary(alone)}
+    there, fell = rows[f"Accuracy on {counted}"], rows["Drop in accuracy there, points"]
+    assert len(there) == len(fell) == 3
+    assert there[0] != there[1]
+    assert f"Accuracy there is {there[0]} before and {there[1]} after" in page
+    assert there[2].startswith("−")
+    assert fell[0] != fell[1]
+    assert f"of {fell[0]} and {fell[1]} points" in page
+    assert f"is {fell[2].split(' ')[0]} points, 95 % interval {fell[2].split('(')[1][:-1]}:" in page
 
 
 def test_predictions_and_labels_are_those_of_the_model(places, tmp_path):
@@ -369,6 +395,8 @@ def test_the_command(places, tmp_path):
     assert "Note: bare.txt has no labels: agreement of the two models only" in done.stdout
     assert "less accurate, more than chance explains" in done.stdout
     assert re.search(r"Accuracy .*−\d", done.stdout)
+    assert re.search(r"Agreement on bare.txt, n = \d+ ", done.stdout)
+    assert "Drop in accuracy there" not in done.stdout  # it has no labels
     assert str(tmp_path / "out" / "report.html") in done.stdout
     shown = call("compare", places / "model", places / "copy", "--data", places / "data", "-o", tmp_path / "json", "--json")
     assert json.loads(shown.stdout) == json.loads((tmp_path / "json" / "comparison.json").read_text())

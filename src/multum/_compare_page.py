@@ -6,6 +6,7 @@ Everything shown comes from the result, which is treated as untrusted text. The 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import _compare_charts as charts
@@ -93,7 +94,42 @@ def summary(result: Mapping[str, Any]) -> list[list[str]]:
         )
     for row in closeness(result):
         rows.append([row["name"], "", row["after"], row["interval"], *([row["floor"]] * len(twice))])
-    return rows + more.rows_of(result)
+    return rows + _elsewhere(result) + more.rows_of(result)
+
+
+def _elsewhere(result: Mapping[str, Any]) -> list[list[str]]:
+    """How both do on the texts from elsewhere, as rows of `summary`: their drop from the split's texts is in points."""
+    compared = result["comparisons"]
+    found, twice = compared["after"].get("shift"), (compared.get("floor") or {}).get("shift")
+    if not found:
+        return []
+    where, rows = f"{Path(result['data']['shift']).name}, n = {found['n']:,}", []
+    if here := found.get("accuracy"):
+        again = twice["accuracy"] if twice else here
+        low, high = map(signed, here["interval"])
+        rows = [
+            [f"Accuracy on {where}", *(percent(here[role]) for role in ("before", "after")), *map(_gain, (here, again))],
+            [
+                "Drop in accuracy there, points",
+                *(_fell(here[f"drop_{role}"]) for role in ("before", "after")),
+                f"{signed(here['excess'])} ({low} to {high})",
+                signed(again["excess"]),
+            ],
+        ]
+    low, high = map(percent, found["agreement"]["ci95"])
+    same, alike = (percent(one["agreement"]["value"]) for one in (found, twice or found))
+    rows.append([f"Agreement on {where}", "", same, f"({low} to {high})", alike])
+    return [row if twice else row[:4] for row in rows]
+
+
+def _gain(here: Mapping[str, Any]) -> str:
+    """The change in accuracy on other texts."""
+    return signed(here["after"] - here["before"])
+
+
+def _fell(drop: float) -> str:
+    """A drop in points, `−` where it is a gain."""
+    return change(100 * drop, 1).removeprefix("+")
 
 
 def scores(result: Mapping[str, Any]) -> list[dict[str, str]]:
