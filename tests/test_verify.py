@@ -227,6 +227,11 @@ def test_a_comparison_is_made_again(run, tmp_path, monkeypatch):
     assert found["agrees"], wrong(found)
     assert {"after against before: difference", "before: calibration", "after: files", "data: test"} <= set(lines(found))
     values = read_json(tmp_path / "out" / "comparison.json")
+    empty = {name for name, section in values["comparisons"]["after"].items() if not section}
+    assert {"perturbations", "shift"} <= empty
+    assert not {f"after against before: {name}" for name in empty} & set(lines(found))
+    assert not [line for line in found["lines"] if line["then"].startswith("0 figures")]
+    values = read_json(tmp_path / "out" / "comparison.json")
     values["comparisons"]["after"]["flips"]["lost"] += 1
     write_json(tmp_path / "out" / "comparison.json", values)
     found = verify(tmp_path / "out", threads=1)

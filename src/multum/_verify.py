@@ -118,11 +118,12 @@ def _run(folder: Path, data: str, tolerance: float, rounds: int, threads: int | 
             yield _speed(
                 one["name"], one["test"], metrics, tolerance, DISTURBED if busy else "" if same_machine else "another machine"
             )
-    with progress.stage("score on the validation split"):
-        for number, one in enumerate(rest):
-            metrics = _measured([there[one["name"]]], task, "validation", threads, FEWEST_ROUNDS)[0]
-            yield from _compared(one["name"], one["validation"], metrics)
-            report_progress((number + 1) / len(rest))
+    if rest:
+        with progress.stage("score on the validation split"):
+            for number, one in enumerate(rest):
+                metrics = _measured([there[one["name"]]], task, "validation", threads, FEWEST_ROUNDS)[0]
+                yield from _compared(one["name"], one["validation"], metrics)
+                report_progress((number + 1) / len(rest))
     yield from _cost(folder, run, task)
 
 
@@ -259,11 +260,11 @@ def _comparison(folder: Path, data: str, threads: int | None, progress: Progress
 
 
 def _sections(who: str, then: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> Iterator[Line]:
-    """A line for every section: how many figures it has, and the first that differs."""
+    """A line for every section that has figures: how many, and the first that differs."""
     for name in names:
-        if then.get(name) is None:
-            continue
         was, is_now = (dict(_figures(one.get(name), "")) for one in (then, now))
+        if not was:  # nothing could be said then: no such texts, too few of them, or not asked for
+            continue
         other = [key for key, value in was.items() if not _equal(value, is_now.get(key))]
         note = f"{other[0].lstrip('.')}: {was[other[0]]} then, {is_now.get(other[0])} now" if other else ""
         yield Line(f"{who}: {name}", f"{len(was)} figures", f"{len(was) - len(other)} agree", not other, note)
@@ -277,7 +278,7 @@ def _figures(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for at, item in enumerate(value):
             yield from _figures(item, f"{path}.{at}")
-    else:
+    elif path or value is not None:
         yield path, value
 
 
