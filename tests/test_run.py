@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
+from types import SimpleNamespace
 
 import on_disk
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 
+from multum import _measure_ahead, _run
+from multum._measure_ahead import START, Pace, tried
 from multum._report import report
-from multum._run import run
+from multum._report_words import duration
+from multum._run import ENDS, EVERY, run
 from multum.core.model import Model
 from multum.errors import InputError
+from multum.progress import Progress
 from multum.recipe import parse
 from multum.steps.drop_layers import DropLayers
 from multum.steps.finetune import Finetune
@@ -77,6 +85,53 @@ def test_the_summary_tells_what_was_done_and_measured(whole, places):
     assert [len(entry["blocks"]) for entry in summary["candidates"]] == [3, 3, 1, 1]
     assert summary["data"]["source"] == str(places[1])
     assert {"01-finetune", "02-drop_layers", "03-distill"} <= {stage["name"] for stage in summary["stages"]}
+
+
+def test_what_is_measured_is_said_before_it_is(whole, chain, tmp_path, monkeypatch):
+    """With the time that it may take; what it took is beside what was planned."""
+    folder, summary = whole
+    assert [stage["name"] for stage in summary["stages"] if stage["planned"] > 0] == [EVERY, ENDS]
+    shutil.copytree(folder, tmp_path / "out")
+    values = json.loads((folder / "run.json").read_text())
+    kept = [stage for stage in values["stages"] if stage["name"] not in (EVERY, ENDS)]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(values | {"candidates": [], "stages": kept}))
+    said, planned = io.StringIO(), []
+    progress = Progress(Console(file=said, width=200))
+
+    def stop(targets, task, *, split, progress, **how):
+        planned.append((len(targets), split, how["rounds"], said.getvalue()))
+        progress(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run, "measure", stop)
+    monkeypatch.setattr(_run, "pace_of", lambda target, *_: Pace(0.5, 1.0, 10) if target.name == "00-original" else None)
+    with pytest.raises(KeyboardInterrupt):
+        run(chain, tmp_path / "out", rounds=3, threads=1, progress=progress)
+    ((models, split, rounds, line),) = planned
+    assert (models, split, rounds) == (4, "validation", 3)
+    assert line.startswith("Measured now, in 3 rounds each: 4 models on the 16 validation examples, the first and the last of")
+    # 6 models: a start, 3 turns of 10 inputs at 1 s and 16 inputs at 0.5 s for each
+    assert line.rstrip().endswith(f"about {duration(6 * (START + 3 * 10 + 16 * 0.5))}")
+
+
+def test_a_pace_is_that_of_what_measuring_asks_for(monkeypatch):
+    """A classifier answers; a causal model also writes; what nobody waits for is not scored."""
+    clock, asked = [0.0], []
+
+    def answer(texts):
+        clock[0] += 100 if len(asked) == 0 else 2  # what warms up is not counted
+        asked.append(texts)
+
+    monkeypatch.setattr(_measure_ahead.time, "perf_counter", lambda: clock[0])
+    reader = SimpleNamespace(task="text-classification")
+    assert tried(SimpleNamespace(predict=answer, reader=reader), ["a", "b", "c"]) == Pace(2.0, 2.0, 55)
+    assert asked == [["a"], ["a"], ["b"], ["c"]]
+    reader = SimpleNamespace(task="text-generation")
+    monkeypatch.setattr(_measure_ahead, "paces", lambda _, texts: clock.__setitem__(0, clock[0] + 7))
+    assert tried(SimpleNamespace(predict=answer, reader=reader), ["a"]) == Pace(2.0, 7.0, 3)
+    reader = SimpleNamespace(task="translation", scored=True)
+    tried(SimpleNamespace(predict=answer, reader=reader), ["a"])
+    assert reader.scored is False
 
 
 def test_the_seed_of_the_recipe_is_that_of_its_steps_unless_they_have_one(whole, places, tmp_path):

@@ -27,6 +27,8 @@ from .errors import MultumError
 from .runtimes._predictor import cores
 from .targets import Way
 
+TEXTS = 50
+"""Texts that a target answers in a turn."""
 WARM_UP = 5
 """Texts that a target answers untimed at the start of every turn, after it has waited for the others."""
 CONTINUED = 3
@@ -45,7 +47,7 @@ def measure(
     split: str = "test",
     threads: int | None = None,
     rounds: int = 30,
-    texts_per_round: int = 50,
+    texts_per_round: int = TEXTS,
     batch_size: int = 32,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -93,7 +95,7 @@ def time_again(
     split: str,
     threads: int | None = None,
     rounds: int = 30,
-    texts_per_round: int = 50,
+    texts_per_round: int = TEXTS,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Targets that were measured minutes apart, timed once more in turns, so that their times compare.
@@ -124,7 +126,7 @@ def _started(stack: ExitStack, targets: Sequence[Path | Way], task: Any, threads
 
 def _turns(inputs: Sequence[Any], texts_per_round: int, rounds: int) -> list[list[Any]]:
     """The texts of every round."""
-    return [_sample(inputs, texts_per_round, seed) for seed in range(rounds)]
+    return [sample(inputs, texts_per_round, seed) for seed in range(rounds)]
 
 
 def _time(workers: Sequence[Worker], turns: Sequence[Sequence[Any]], progress: Callable[[float], None] | None) -> None:
@@ -253,5 +255,6 @@ def macs_per_example(macs: dict[str, int] | None, lengths: Sequence[Any] | np.nd
     return round(float(every.sum() / len(lengths)))
 
 
-def _sample(inputs: Sequence[Any], count: int, seed: int) -> list[Any]:
+def sample(inputs: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """So many inputs, drawn with replacement, the same ones for a seed."""
     return random.Random(seed).choices(inputs, k=count)

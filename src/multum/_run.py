@@ -12,15 +12,19 @@ comes to the same result.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ._measure import measure
+from ._measure_ahead import pace_of
+from ._report_words import duration
 from .core.folders import check_writable, read_json, whole_folder, write_json
 from .core.model import Model, machine, versions
 from .core.processes import alone
+from .core.reporting import report as report_progress
 from .core.step import Step, find, make
 from .core.surgery import heads_and_neurons
 from .data import open_task, sizes
@@ -33,6 +37,7 @@ from .targets import fingerprint
 RUN = "run.json"
 ORIGINAL = "00-original"
 ROUNDS = 30
+EVERY, ENDS = "measure every stage", "measure on the test split"
 
 
 def run(
@@ -153,12 +158,12 @@ class _Chain:
         names = [ORIGINAL, *self.recipe.stages] if self.summary["trained"] else self.recipe.stages
         folders = [self.folder / name for name in names]
         ends = [folders[0], final]
-        with self.progress.stage("measure every stage"):
-            validation = measure(folders, self.task, split="validation", threads=threads, rounds=rounds)
-        with self.progress.stage("measure on the test split"):
-            test = dict(
-                zip((names[0], names[-1]), measure(ends, self.task, split="test", threads=threads, rounds=rounds), strict=True)
-            )
+        self._announce(folders, ends, threads, rounds)
+        how: dict[str, Any] = {"threads": threads, "rounds": rounds, "progress": report_progress}
+        with self.progress.stage(EVERY):
+            validation = measure(folders, self.task, split="validation", **how)
+        with self.progress.stage(ENDS):
+            test = dict(zip((names[0], names[-1]), measure(ends, self.task, split="test", **how), strict=True))
         self.summary |= {
             "candidates": [
                 self._candidate(folder, metrics, validation[0], test.get(folder.name))
@@ -172,6 +177,20 @@ class _Chain:
         }
         write_json(self.folder / RUN, self.summary)
         return self.summary
+
+    def _announce(self, folders: Sequence[Path], ends: Sequence[Path], threads: int | None, rounds: int) -> None:
+        """Say what is measured, and about how long it takes if every model is like the first."""
+        counts = {split: len(self.task.inputs(split)) for split in ("validation", "test")}
+        pace = pace_of(folders[0], self.task.inputs("validation"), threads)
+        plan = [
+            (EVERY, pace.seconds(len(folders), counts["validation"], rounds)),
+            (ENDS, pace.seconds(len(ends), counts["test"], rounds)),
+        ]
+        self.progress.plan(plan)
+        self.progress.say(
+            f"Measured now, in {rounds} rounds each: {len(folders)} models on the {counts['validation']:,} validation examples, "
+            f"the first and the last of them on the {counts['test']:,} test examples; about {duration(sum(s for _, s in plan))}"
+        )
 
     def _candidate(
         self, folder: Path, metrics: dict[str, Any], first: dict[str, Any], test: dict[str, Any] | None
