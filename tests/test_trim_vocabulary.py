@@ -13,7 +13,7 @@ import tiny
 import torch
 import translators
 from datasets import Dataset
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -45,13 +45,7 @@ def task():
 def sentencepiece_model() -> Model:
     """XLM-R with a Unigram vocabulary that knows more than the task's texts."""
     corpus = [*tiny.task(seed=5).inputs("train"), *WORDS * 3]
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    trained = Tokenizer(models.Unigram())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    trained.train_from_iterator(
-        corpus, trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token=special[-1], show_progress=False)
-    )
-    vocab = json.loads(trained.to_str())["model"]["vocab"]
+    vocab = json.loads(tiny.unigram(corpus, 300).to_str())["model"]["vocab"]
     tokenizer = XLMRobertaTokenizer(vocab=[(token, score) for token, score in vocab], model_max_length=64)
     torch.manual_seed(0)
     config = XLMRobertaConfig(

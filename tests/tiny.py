@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import random
+from collections import Counter
 from functools import cache
 from types import SimpleNamespace
 
@@ -185,12 +187,7 @@ def _trained(kind: str) -> str:
         made.train_from_iterator(_corpus(), trainer)
         made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     elif kind == "unigram":
-        made = Tokenizer(models.Unigram())
-        made.pre_tokenizer = pre_tokenizers.Metaspace()
-        special = ["<s>", "<pad>", "</s>", "<unk>"]
-        made.train_from_iterator(
-            _corpus(), trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token=special[-1], show_progress=False)
-        )
+        made = unigram(_corpus(), 200)
     else:
         made = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106
         made.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -206,6 +203,24 @@ def _trained(kind: str) -> str:
         spec["added_tokens"] = spec["added_tokens"][: len(special)]
         return json.dumps(spec)
     return str(made.to_str())
+
+
+def unigram(texts: list[str], size: int) -> Tokenizer:
+    """A Unigram tokenizer that is the same in every process: the pieces of BPE, log p by how often they are used.
+
+    The library's own training sums floats in an order of chance, so that scores differ, and by them which pieces there are.
+    """
+    special, space = ["<s>", "<pad>", "</s>", "<unk>"], pre_tokenizers.Metaspace()
+    merged = Tokenizer(models.BPE(unk_token=special[-1]))
+    merged.pre_tokenizer = space
+    merged.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
+    uses = Counter(token for text in texts for token in merged.encode(text).tokens)
+    pieces = sorted(set(merged.get_vocab()) - set(special), key=lambda piece: (-uses[piece], piece))
+    scores = [(piece, math.log((uses[piece] + 1) / (uses.total() + len(pieces)))) for piece in pieces]
+    made = Tokenizer(models.Unigram([*((token, 0.0) for token in special), *scores], unk_id=special.index("<unk>")))
+    made.pre_tokenizer = space
+    made.add_special_tokens(special)
+    return made
 
 
 LANGUAGE_MODELS = ("gpt2", "llama", "bert")
