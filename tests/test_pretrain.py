@@ -160,9 +160,7 @@ def test_resumed_it_comes_to_the_same_weights(family: str, books: Path, tmp_path
     assert calls == 5
 
 
-def test_resumed_it_takes_the_tokenizer_that_its_weights_know(
-    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_it_takes_the_tokenizer_that_its_weights_know(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept with the checkpoint, and trained anew where there is no checkpoint yet."""
     options: dict[str, Any] = {"text": str(books), "steps": 6, "batch_size": 4, "block": 32, "precision": "fp32", "save_every": 3}
     options |= {"start": "scratch", "tokenizer": "wordpiece", "vocabulary": 120, "shuffle": 0}

@@ -1,6 +1,8 @@
 """What measuring will take, told by one target on a few inputs before it begins.
 
     seconds = targets · (start + rounds · inputs of a turn · timed + inputs of the split · answered)
+
+where all targets are taken to be as fast as that one.
 """
 
 from __future__ import annotations

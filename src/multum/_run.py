@@ -180,16 +180,13 @@ class _Chain:
 
     def _announce(self, folders: Sequence[Path], ends: Sequence[Path], threads: int | None, rounds: int) -> None:
         """Say what is measured, and about how long it takes if every model is like the first."""
-        counts = {split: len(self.task.inputs(split)) for split in ("validation", "test")}
-        pace = pace_of(folders[0], self.task.inputs("validation"), threads)
-        plan = [
-            (EVERY, pace.seconds(len(folders), counts["validation"], rounds)),
-            (ENDS, pace.seconds(len(ends), counts["test"], rounds)),
-        ]
+        inputs = {split: list(self.task.inputs(split)) for split in ("validation", "test")}
+        pace, held, read = pace_of(folders[0], inputs["validation"], threads), len(inputs["validation"]), len(inputs["test"])
+        plan = [(EVERY, pace.seconds(len(folders), held, rounds)), (ENDS, pace.seconds(len(ends), read, rounds))]
         self.progress.plan(plan)
         self.progress.say(
-            f"Measured now, in {rounds} rounds each: {len(folders)} models on the {counts['validation']:,} validation examples, "
-            f"the first and the last of them on the {counts['test']:,} test examples; about {duration(sum(s for _, s in plan))}"
+            f"Measured now, in {rounds} rounds each: {len(folders)} models on the {held:,} validation examples, the first and the "
+            f"last of them on the {read:,} test examples; about {duration(sum(seconds for _, seconds in plan))}"
         )
 
     def _candidate(

@@ -22,7 +22,7 @@ NAMES = {
 LEAST = {"bpe": 256 + len(NAMES["bpe"]), "wordpiece": 2 * len(NAMES["wordpiece"])}
 """Tokens of the smallest vocabulary: all bytes, and the special ones."""
 LETTERS = 1000
-"""Different characters that a WordPiece tokenizer knows: the most frequent ones, of equally frequent ones those of lower code points."""
+"""Different characters that a WordPiece tokenizer knows: the most frequent, of equals those of lower code points."""
 
 
 def train_tokenizer(read: Read, kind: Kind, vocabulary: int, *, longest: int, around: bool) -> Any:
