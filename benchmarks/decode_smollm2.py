@@ -1,4 +1,4 @@
-"""SmolLM2-135M as torch runs it and as llama.cpp does: perplexity, prefill, decoding, first token, bytes and memory.
+"""SmolLM2-135M as torch, llama.cpp, OpenVINO and onnxruntime run it: perplexity, prefill, decoding, first token, bytes and memory.
 
     python benchmarks/decode_smollm2.py [--small]
 
@@ -32,9 +32,11 @@ from multum.core.model import Model
 from multum.core.writing import Decoding
 from multum.data import open_task
 from multum.example import fetch
+from multum.targets import export_model
 
 ROUNDS, PROMPT, NEW = 11, 128, 64
 PRECISIONS = ("f16", "q8_0", "q4_0")
+GRAPHS = (("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "int8"))
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -170,6 +172,7 @@ def main(small: bool) -> None:
 
 def made(model: Model, task: Any, folder: Path) -> list[tuple[str, str, Path]]:
     """Every form on disk: name, kind, place."""
+    from multum import runtimes
     from multum.runtimes import llamacpp
     from multum.runtimes._llama import quantized
 
@@ -187,6 +190,11 @@ def made(model: Model, task: Any, folder: Path) -> list[tuple[str, str, Path]]:
         else:
             quantized(source, alone, precision.upper(), THREADS)
         found += [(f"llamacpp {precision}", "export", place), (f"llama-cpp-python alone, {precision}", "alone", alone)]
+    for runtime, precision in GRAPHS:
+        place = folder / f"{runtime}-{precision}"
+        parity = export_model(runtimes.find(runtime), model, place, precision, task, 0)
+        print(runtime, precision, {key: value for key, value in parity.items() if key != "worst"}, file=sys.stderr, flush=True)
+        found.append((f"{runtime} {precision}", "export", place))
     return found
 
 
