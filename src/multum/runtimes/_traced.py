@@ -59,8 +59,13 @@ def to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8: 
         return onnx_of(Part(traced, example, open_shapes(example, max_length)), int8=int8)
 
 
-def onnx_of(part: Part, *, int8: bool) -> Any:
+def onnx_of(part: Part, *, int8: bool, fuse: bool = True) -> Any:
     """A graph as an `onnx.ModelProto`; to be called inside `following`.
+
+    Args:
+        part: the graph to be.
+        int8: 8-bit weights.
+        fuse: put operators together. Behind a cache fused ones may not take the shapes that come: SmolLM2's do not.
 
     Raises:
         MissingExtra: onnxscript is not installed.
@@ -77,7 +82,7 @@ def onnx_of(part: Part, *, int8: bool) -> Any:
     library: Any = transformers.exporters
     exporter: Any = exporter_onnx
     flat = any(isinstance(one, Conv1D) for one in part.module.modules())  # GPT-2's (tokens, in) products are fused wrongly
-    options: dict[str, Any] = {} if flat else {"ort_fusions": "cpu"}
+    options: dict[str, Any] = {"ort_fusions": "cpu"} if fuse and not flat else {}
     with quiet():
         if int8:
             dynamic = library.OnnxRuntimeDynamicConfig(per_channel=True, weight_type=QuantType.QInt8)

@@ -114,7 +114,7 @@ def _export_writer(model: Model, folder: Path, manifest: dict[str, Any], inputs:
         raise InputError(f"{precision} is for models that read; those that write take {', '.join(PRECISIONS)}")
 
     def save(part: Any, path: Path) -> None:
-        path.with_suffix(SUFFIX).write_bytes(_serialized(onnx_of(part, int8=precision == "int8")))
+        path.with_suffix(SUFFIX).write_bytes(_serialized(onnx_of(part, int8=precision == "int8", fuse=False)))
 
     return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length)
 
