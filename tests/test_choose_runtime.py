@@ -44,6 +44,7 @@ def table(times: dict[Any, list[float]], ready: dict[Form, float] | None = None,
             **dataclasses.asdict(form),
             "name": form.name,
             "bytes": 2_000_000,
+            "threads": 1,
             "parity": parity,
             "ready_s": (ready or {}).get(form, 1.0),
         }
@@ -148,6 +149,20 @@ def test_the_choice_keeps_to_threads_precision_and_exports() -> None:
     assert (found.form, found.gain) == (GRAPH, False)
 
 
+def test_what_ships_runs_on_the_threads_of_its_export() -> None:
+    times = {(GRAPH, threads, 32, 1): steady(4.0 / threads) for threads in (1, 2)} | {(EAGER, 1, 32, 1): steady(1.0)}
+    times |= {(SMALL, 1, 32, 1): steady(3.0), (SMALL, 2, 32, 1): steady(1.5)}
+    known, asked = table(times, present={"form": GRAPH.name, "threads": 1}), {"lengths": [32], "batches": [1], "threads": 2}
+    found = pick(known, ships=[GRAPH.name, SMALL.name], **asked)
+    assert (found.form, found.threads, found.gain) == (SMALL, 1, True)
+    assert found.ratio["value"] == pytest.approx(4 / 3, abs=1e-3)
+    assert pick(known, ships=[GRAPH.name], **asked).line() == "No gain: onnxruntime fp32 on 1 thread is the fastest"
+    # Where the present one may not ship the fastest of the others does, gain or not.
+    slow = table(times | {(SMALL, 1, 32, 1): steady(9.0)}, present={"form": GRAPH.name, "threads": 1})
+    found = pick(slow, ships=[SMALL.name], **asked)
+    assert (found.form, found.gain, found.ratio["value"]) == (SMALL, False, pytest.approx(4 / 9, abs=1e-3))
+
+
 def test_forms_that_were_not_timed_to_the_end_are_not_chosen() -> None:
     times = {(EAGER, 1, 32, 1): steady(10.0), (GRAPH, 1, 32, 1): [1.0] * 3}
     assert pick(table(times), lengths=[32], batches=[1], threads=1).form == EAGER
@@ -246,6 +261,7 @@ def test_the_table_is_kept_and_complete(measured: Any) -> None:
     forms = {one["name"]: one for one in found["forms"]}
     assert forms[EAGER.name]["parity"]["max_difference"] == 0
     assert forms[SMALL.name]["bytes"] < forms[EAGER.name]["bytes"]
+    assert {one["threads"] for one in forms.values()} == {1}
     assert [(one["lengths"], one["batch"]) for one in found["choices"]] == [
         (lengths, batch) for batch in (1, 4) for lengths in ([8, 24], [8], [24])
     ]
@@ -273,6 +289,8 @@ def test_a_kept_table_is_used_again_until_the_model_is_another(measured: Any, tm
     _, same = choose(folder, task, lengths=[9], threads=1, forms=FORMS)
     assert same == found
     assert choose(folder, task, lengths=[8, 24], batches=[1, 4], threads=1, forms=FORMS) == (choice, found)
+    other, _ = choose(folder, task, lengths=[8, 24], batches=[1, 4], threads=1, forms=FORMS, present=(choice.form, 1))
+    assert (other.form, other.gain) == (choice.form, False)
     shutil.copytree(folder, tmp_path / "other")
     tiny.model(seed=2).module.save_pretrained(tmp_path / "other")
     with pytest.raises(pytest.fail.Exception, match="measured again"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from multum import landing
+from multum._runtime_table import EAGER, Form
 from multum.bench import Bench
 from multum.budget import FULL
 from multum.ladder import MAX_RUNGS, STEP, Ladder
@@ -278,10 +279,9 @@ def test_what_ships_is_what_was_chosen_whenever_a_call_was_killed(tmp_path: Path
 
     def call(best: dict[str, Any]) -> None:
         found = landing_of(tmp_path, rungs, dict(disk))
-        found.run.best, found.run.find = lambda: best, lambda _: best
+        found.run.best = lambda: best
         found.run.write = lambda: disk.update(found.run.values)
-        found.task, found.bench.export = SimpleNamespace(load=lambda _: None), lambda *_: []
-        found.time_together, found._last, found._worth_trying = lambda: None, list, list
+        found.time_together, found._last, found._choose_form = lambda: None, list, lambda _: None
         found.ship()
 
     def shipped() -> str:
@@ -304,3 +304,91 @@ def test_what_ships_is_what_was_chosen_whenever_a_call_was_killed(tmp_path: Path
     monkeypatch.setattr(landing, "whole_folder", whole)
     call(rungs[0])
     assert shipped() == "rung-05"
+
+
+INT8, STATIC, BF16 = Form("onnxruntime", "int8"), Form("onnxruntime", "int8-mse"), Form("openvino", "bf16")
+
+
+def chosen_of(ms: dict[Form, float], drops: dict[Form, float], monkeypatch: pytest.MonkeyPatch, limit: float | None = None) -> Any:
+    """A landing whose rung was walked in int8, on forms that take so long; what it measures drops so much. Torch takes 9 ms."""
+    times, cell = {EAGER: 9.0, **ms}, {"length": 8, "batch": 1, "what": "pass"}
+    table = {
+        "lengths": [8],
+        "batches": [1],
+        "timed": ["pass"],
+        "rounds": 5,
+        "present": {"form": INT8.name, "threads": 1},
+        "left_out": {"onnxruntime fp32": "unknown operator"},
+        "forms": [
+            {**asdict(form), "name": form.name, "threads": 1, "ready_s": 1.0, "parity": {"agreement": 1.0, "kl_nats": 0.0}}
+            | {"bytes": 4_000_000 if form == BF16 else 2_000_000}
+            for form in times
+        ],
+        "times": [{"form": form.name, "threads": 1, **cell, "ms": t, "rounds_ms": [t] * 5} for form, t in times.items()],
+    }
+    walked = candidate("rung-04", speedup=8.0) | {"validation": {"speed": {"threads": 1}}}
+    found = landing_of(Path(), [candidate("original"), walked], {"threads": 1})
+    found.effort, found.seed, found.task, found.measured = SimpleNamespace(rounds=5), 0, None, []
+    found.run.budget.max_size_bytes, found._forms = limit, list
+    found.run.find = lambda name: next(one for one in found.run.candidates if one["name"] == name)
+    found.run.best = lambda: max((one for one in found.run.candidates if one["drop"] <= 1.0), key=lambda one: one["speedup"])
+
+    def in_form(choice: Any, _: Any) -> dict[str, Any]:
+        drop = drops.get(choice.form, 0.5)
+        made = candidate(f"rung-04, {choice.form.name}", drop, 8.0 * ms[INT8] / ms[choice.form])
+        found.run.candidates.append(made | {"reason": f"drop {drop:g} is above 1", "technique": landing.ANOTHER})
+        found.measured.append(choice.form)
+        return found.run.candidates[-1]
+
+    found._in_form = in_form
+    monkeypatch.setattr(landing, "choose", lambda *_, **__: (None, table))
+    found._choose_form("rung-04")
+    return found
+
+
+def test_what_is_faster_is_measured_and_the_next_where_it_drops_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    ms = {INT8: 1.0, STATIC: 0.8, BF16: 0.6}
+    found = chosen_of(ms, {}, monkeypatch)
+    assert (found.measured, found.run.best()["name"]) == ([BF16], "rung-04, openvino bf16")
+    (line,) = found.run.values["runtimes"]["said"]
+    assert line.startswith("Chosen: openvino bf16 on 1 thread, 1.67 (1.67 to 1.67) times as fast as onnxruntime int8 on 1 thread")
+    found = chosen_of(ms, {BF16: 1.4}, monkeypatch)
+    assert (found.measured, found.run.best()["name"]) == ([BF16, STATIC], "rung-04, onnxruntime int8-mse")
+    assert found.run.values["runtimes"]["said"][0] == "openvino bf16 is not taken: drop 1.4 is above 1"
+    found = chosen_of(ms, {BF16: 1.4, STATIC: 1.1}, monkeypatch)
+    assert (found.measured, found.run.best()["name"]) == ([BF16, STATIC], "rung-04")
+    assert found.run.values["runtimes"]["said"][-1] == "No gain: onnxruntime int8 on 1 thread is the fastest"
+    assert found.run.values["runtimes"]["left_out"] == {"onnxruntime fp32": "unknown operator"}
+    assert [row[0] for row in found.run.values["runtimes"]["rows"][1:]] == [
+        f"{form.name} on 1 thread" for form in (BF16, STATIC, INT8, EAGER)
+    ]
+
+
+def test_where_nothing_is_faster_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = chosen_of({INT8: 1.0, BF16: 0.99}, {}, monkeypatch)  # by less than is worth a change
+    assert found.measured == []
+    assert found.run.values["runtimes"]["said"][0].startswith("No gain beyond noise over onnxruntime int8 on 1 thread, which stays")
+
+
+def test_forms_above_the_bytes_asked_for_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = chosen_of({INT8: 1.0, STATIC: 0.8, BF16: 0.6}, {}, monkeypatch, limit=3_000_000)
+    assert found.measured == [STATIC]
+
+
+@pytest.mark.parametrize(("brief", "limit", "all_of_them"), [(False, None, True), (True, None, False), (True, 1000, True)])
+def test_in_a_quick_run_nothing_is_tried_that_was_far_slower_before(
+    brief: bool, limit: int | None, all_of_them: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the original: onnxruntime was fast in 8 bits, OpenVINO in nothing; bf16 and int8-mse it was never measured in."""
+    fp32, compiled = Form("onnxruntime", "fp32"), Form("pytorch", "fp32", compiled=True)
+    everything = [EAGER, compiled, fp32, INT8, STATIC, Form("openvino", "fp32"), BF16]
+    took = [(EAGER, 8.0), (INT8, 1.0), (fp32, 2.0), (Form("openvino", "fp32"), 3.0)]
+    there = [
+        candidate("original") | {"runtime": form.runtime, "precision": form.precision, "validation": {"speed": {"p50_ms": ms}}}
+        for form, ms in took
+    ]
+    found = landing_of(Path(), there, {})
+    found.run.strongest, found.effort, found.task = lambda: there[1], SimpleNamespace(brief=brief), None
+    found.run.budget.max_size_bytes = limit
+    monkeypatch.setattr(landing, "candidates", lambda task: everything)
+    assert found._forms() == (everything if all_of_them else [INT8, STATIC])

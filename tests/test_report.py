@@ -138,6 +138,12 @@ def sample_run(*, finished: bool = True) -> dict:
     }
     if finished:
         run |= {"chosen": "rung-04", "met": True, "why": "the fastest that keeps to every limit on validation"}
+        run["runtimes"] = {
+            "of": "rung-04",
+            "said": ["No gain: onnxruntime int8 on 1 thread is the fastest"],
+            "rows": [["", "MB", "27 tokens x 1, ms"], ["onnxruntime int8 on 1 thread", "8.7", "0.486"]],
+            "left_out": {"openvino bf16": "this processor has no bf16 instructions"},
+        }
         for entry, accuracy in ((forms[0], 0.867), (forms[2], 0.866), (rungs[3], 0.861)):
             speed, size = entry["validation"]["speed"], entry["validation"]["size"]["bytes_on_disk"] / 1e6
             entry["test"] = metrics(size, speed["p50_ms"], accuracy, speed["runtime"], speed["precision"], split="test")
@@ -232,6 +238,9 @@ def test_page_has_everything_of_the_run(html):
     assert "13.8× faster, 10.4× smaller, 0.6 points lower on held-out test" in text
     assert "Accuracy 86.1 % (95 % interval 84.0–88.0) against 86.7 % (84.6–88.6)" in text
     assert html.count("<svg") == 6
+    assert "No gain: onnxruntime int8 on 1 thread is the fastest." in text
+    assert all(cell in text for row in run["runtimes"]["rows"] for cell in row)
+    assert "openvino bf16 was left out: this processor has no bf16 instructions" in text
 
 
 def test_keys_reach_all_that_unfolds_or_scrolls(html):
@@ -263,6 +272,7 @@ def test_hostile_text_stays_text(tmp_path):
     run |= {"model": HOSTILE, "why": HOSTILE, "task": HOSTILE, "versions": {HOSTILE: HOSTILE}, "machine": {"processor": HOSTILE}}
     run["data"] |= {"notes": [HOSTILE], "source": HOSTILE}
     run["stages"].append({"name": HOSTILE, "seconds": 1})
+    run["runtimes"] = {"of": HOSTILE, "said": [HOSTILE], "rows": [[HOSTILE] * 2] * 2, "left_out": {HOSTILE: HOSTILE}}
     path = write(tmp_path / "run", run)
     (path / "chosen" / "recipe.json").write_text(
         json.dumps({"base": HOSTILE, "steps": [{"step": HOSTILE, "fields": {HOSTILE: HOSTILE}}]})

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 import multum
 from multum import runtimes
 from multum._cost import LISTED
+from multum._runtime_table import EAGER, Choice, Form, pick
 from multum._shrink import _say_test
 from multum._verify import _figures
 from multum.bench import Bench
@@ -31,9 +32,11 @@ from multum.data import open_task
 from multum.descent import kind_of
 from multum.errors import BudgetNotMet, InputError, ParityError
 from multum.ladder import Ladder
+from multum.landing import Landing
 from multum.plan import ahead
 from multum.progress import Progress
 from multum.run_folder import RunFolder, check_folder
+from multum.targets import fingerprint
 
 EFFORT = replace(
     QUICK,
@@ -46,6 +49,7 @@ EFFORT = replace(
 
 
 RUNGS = ("rung-02", "rung-02-longer")
+SMALL, OPENVINO = Form("onnxruntime", "int8"), Form("openvino", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,7 @@ def small() -> Iterator[None]:
         patch.setattr("multum._shrink.QUICK", EFFORT)
         patch.setattr("multum.ladder.MAX_RUNGS", 3)
         patch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8")])
+        patch.setattr("multum.landing.candidates", lambda task: [SMALL])
         patch.setattr(Bench, "latency_table", counted)
         yield
 
@@ -116,15 +121,35 @@ def test_what_may_ship_is_timed_together_with_the_original(finished: Path) -> No
 def test_what_is_measured_beside_a_new_runtime_keeps_the_figures_it_was_chosen_by(
     sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8"), ("openvino", "int8")])
-    monkeypatch.setattr("multum.landing.FAR_SLOWER", 1e6)
+    """OpenVINO is taken to be faster, whatever it is here. The same call again finds all of it there."""
+
+    def openvino(table: Any, *, ships: list[str], **how: Any) -> Choice:
+        return replace(pick(table, ships=ships, **how), form=OPENVINO, gain=True)
+
+    monkeypatch.setattr(Landing, "_forms", lambda self: [SMALL, OPENVINO])
+    monkeypatch.setattr("multum.landing.pick", openvino)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    values = run(sources, tmp_path / "run", threads=None)
+    folder = tmp_path / "run"
+    values = run(sources, folder, threads=None)
     assert values["threads"] == 1
-    assert any(one["technique"] == "another runtime" for one in values["candidates"])
+    walked = values["runtimes"]["of"]
+    (other,) = [one for one in values["candidates"] if one["technique"] == "another runtime"]
+    assert (other["name"], other["target"]) == (f"{walked}, {OPENVINO.name}", f"{walked}/{OPENVINO.folder}")
     for one in values["candidates"]:
-        kept = json.loads((tmp_path / "run" / one["target"] / "metrics-validation.json").read_text())
+        kept = json.loads((folder / one["target"] / "metrics-validation.json").read_text())
         assert kept == one["validation"], one["name"]
+    table = json.loads((folder / "chosen" / "runtimes.json").read_text())
+    assert {one["name"] for one in table["forms"]} == {EAGER.name, SMALL.name, OPENVINO.name}
+    assert table["present"] == {"form": SMALL.name, "threads": 1}
+    assert table["model"] == fingerprint(folder / "chosen")
+    page = (folder / "report.html").read_text()
+    assert "Where it runs fastest" in page
+    assert all(row[0] in page for row in values["runtimes"]["rows"])
+    monkeypatch.setattr(Progress, "stage", lambda _, name: pytest.fail(f"{name} again"))
+    again = run(sources, folder, threads=None)
+    assert [again[key] for key in ("runtimes", "candidates", "chosen")] == [
+        values[key] for key in ("runtimes", "candidates", "chosen")
+    ]
 
 
 def test_a_run_leaves_what_it_promises(finished: Path) -> None:
@@ -169,7 +194,8 @@ def test_the_same_call_again_changes_nothing(finished: Path, sources: dict[str, 
 
 
 @pytest.mark.parametrize(
-    "stage", ["fine-tune", "rung-01: measure", "rung-02: prune", "rung-02: distil", "time all rungs", "measure on the test"]
+    "stage",
+    ["fine-tune", "rung-01: measure", "rung-02: prune", "rung-02: distil", "time all rungs", "time the forms", "measure on the"],
 )
 def test_a_run_killed_anywhere_comes_to_the_same_models(
     stage: str, finished: Path, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

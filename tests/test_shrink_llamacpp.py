@@ -6,30 +6,35 @@ All but the tests marked so run with a stand-in, which says what llama.cpp would
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
-from test_shrink_writing import read, run, small
+from test_shrink_writing import Inside, read, run, small
 from transformers import AutoModelForCausalLM
 
+from multum._runtime_table import FEW, TABLE, Choice, Form, pick
 from multum.core.folders import read_json
 from multum.core.model import Model
 from multum.descent import WRITERS
+from multum.landing import Landing
 from multum.progress import Progress
 from multum.runtimes import llamacpp, pytorch
 from multum.runtimes._folder import export_folder
 from multum.targets import targets_of
 
 __all__ = ["small"]
+PARITY = {"n": 1, "agreement": 1.0, "kl_nats": 0.0}
 REAL = pytest.param(True, marks=pytest.mark.llamacpp)
 
 
 def stand_in(patch: pytest.MonkeyPatch) -> None:
     def export(model: Model, folder: Path, *, precision: str, **_: Any) -> dict[str, Any]:
         llamacpp.check(model)
-        with export_folder(model, folder, {"runtime": "llamacpp", "precision": precision, "task": "text-generation"}) as work:
+        manifest = {"runtime": "llamacpp", "precision": precision, "task": "text-generation", "parity": PARITY}
+        with export_folder(model, folder, manifest) as work:
             model.save(work / "torch")
         return {}
 
@@ -40,6 +45,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(llamacpp, "export", export)
     patch.setattr(llamacpp, "open", opened)
+    patch.setattr(llamacpp, "proof", lambda *_: PARITY)
 
 
 @pytest.fixture(params=[False, REAL], ids=["stand-in", "llama.cpp"], scope="module")
@@ -48,12 +54,21 @@ def here(request: pytest.FixtureRequest, small: None) -> Iterator[None]:
         patch.setattr(llamacpp, "unavailable", lambda: None)
         if not request.param:
             stand_in(patch)
+        patch.setattr("multum._runtime_trials.Worker", Inside)
+        patch.setattr("multum._runtime_kinds.NEW", 4)
+        patch.setattr(Landing, "_forms", lambda self: [Form("llamacpp", precision) for precision in WRITERS])
+        patch.setattr("multum.landing.pick", four_bits)
         yield
+
+
+def four_bits(table: Any, *, ships: list[str], **how: Any) -> Choice:
+    """Four bits are taken to be the fastest, whatever they are here."""
+    return replace(pick(table, ships=ships, **how), form=Form("llamacpp", "q4_0"), gain=True)
 
 
 def source(folder: Path, family: str = "llama") -> dict[str, str]:
     """A model that is sure of nothing much, as 4 bits would have it, and a folder of splits."""
-    model, splits = tiny.language_model(family, layers=4, hidden=64), tiny.text_splits(n_train=32, n_validation=12, n_test=12)
+    model, splits = tiny.language_model(family, layers=4, hidden=64), tiny.text_splits(n_train=32, n_validation=FEW, n_test=12)
     for parameter in model.module.parameters():
         parameter.data *= 0.5 if parameter.dim() > 1 else 1.0
     model.save(folder / "model")
@@ -100,6 +115,8 @@ def test_the_fewest_bits_are_tried_on_what_ships(finished: Path) -> None:
     candidates = read(finished / "run")["candidates"]
     rungs = [c for c in candidates if c["folder"] != "original"]
     assert any(c["precision"] == "q4_0" for c in rungs)
+    table = read_json(finished / "run" / "chosen" / TABLE)
+    assert {"llamacpp q8_0", "llamacpp q4_0"} <= {one["name"] for one in table["forms"]}
 
 
 def test_the_same_call_again_measures_nothing(finished: Path) -> None:

@@ -12,6 +12,7 @@ import taggers
 
 import multum
 from multum import runtimes
+from multum._runtime_table import Form
 from multum.bench import Bench, measured_table
 from multum.budget import QUICK
 from multum.core.latency import LatencyTable
@@ -44,6 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multum._shrink.QUICK", EFFORT)
     monkeypatch.setattr("multum.ladder.MAX_RUNGS", 2)
     monkeypatch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8")])
+    monkeypatch.setattr("multum.landing.candidates", lambda task: [Form("onnxruntime", "int8")])
     monkeypatch.setattr(Bench, "latency_table", counted)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ._measure import ratio
 from .core.folders import read_json
 from .errors import InputError
 
-TABLE, SCHEMA = "runtimes.json", 2
+TABLE, SCHEMA = "runtimes.json", 3
 AUTO = "auto"
 PASS, READ, WRITE = "pass", "read", "write"
 """What is timed: a whole pass over a batch; of a model that writes to the first token, and for each token behind it."""
@@ -161,6 +161,7 @@ def pick(
     precision: str = "",
     texts: int | None = None,
     exported: bool = False,
+    ships: Collection[str] | None = None,
     new: int = 0,
 ) -> Choice:
     """The fastest way, or the present one where none is faster by more than noise.
@@ -173,6 +174,8 @@ def pick(
         precision: of the form; any if empty.
         texts: after so many it is over, and getting ready counts; without it only the pace does.
         exported: whether it has to be an export, whatever torch would take.
+        ships: names of forms to choose among, each on the threads that its export runs on by itself, and however far from the
+            model: what they lose is measured before one of them ships.
         new: tokens that a model which writes is to write behind each text.
 
     Raises:
@@ -199,10 +202,13 @@ def pick(
     allowed = [way for way in costs if way[1] <= threads and forms[way[0]].has(precision)]
     if exported:
         allowed = [way for way in allowed if forms[way[0]].folder]
+    if ships is not None:
+        own = {(one["name"], one["threads"]) for one in table["forms"] if one["name"] in ships}
+        allowed, exported = [way for way in allowed if way in own], present not in own
     if not allowed:
         raise InputError(f"no {precision or 'exported'} form of this model could be measured", *_reasons(table))
     near, beyond = allowed, ""
-    if WRITE in table["timed"] and not precision:
+    if WRITE in table["timed"] and not precision and ships is None:
         far = {one["name"] for one in table["forms"] if one["parity"]["kl_nats"] > FAITHFUL} - {present[0]}
         near = [way for way in allowed if way[0] not in far] or allowed
         first = min(allowed, key=lambda way: (median[way], way))
@@ -223,10 +229,10 @@ def rows(table: Mapping[str, Any]) -> list[list[str]]:
     cells = sorted({cell_of(row) for row in table["times"]}, key=lambda cell: (cell[2], cell[1], cell[0]))
     times = {(row["form"], row["threads"], *cell_of(row)): row["ms"] for row in table["times"]}
     about = {one["name"]: one for one in table["forms"]}
-    early = {(row["form"], row["threads"]) for row in table["times"] if len(row["rounds_ms"]) < table["rounds"]}
+    to_end = to_the_end(table)
     ways = sorted(
         {way[:2] for way in times},
-        key=lambda way: (way in early, sum(math.log(times.get((*way, *cell), math.inf)) for cell in cells), way),
+        key=lambda way: (way not in to_end, sum(math.log(times.get((*way, *cell), math.inf)) for cell in cells), way),
     )
     head = ["", "MB", "agreement", "ready s", *(_column(*cell) for cell in cells)]
     found = [head]
@@ -235,7 +241,7 @@ def rows(table: Mapping[str, Any]) -> list[list[str]]:
         figures = [f"{times[name, count, *cell]:.3g}" if (name, count, *cell) in times else "-" for cell in cells]
         found.append(
             [
-                _way(name, count) + "*" * ((name, count) in early),
+                _way(name, count) + "*" * ((name, count) not in to_end),
                 f"{one['bytes'] / 1e6:.1f}",
                 _agreement(one["parity"]),
                 f"{one['ready_s']:.1f}",
@@ -243,6 +249,11 @@ def rows(table: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return found
+
+
+def to_the_end(table: Mapping[str, Any]) -> set[tuple[str, int]]:
+    """(form, threads) of the ways that were not far slower in the first rounds."""
+    return {(row["form"], row["threads"]) for row in table["times"] if len(row["rounds_ms"]) == table["rounds"]}
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple[int, int, str]:

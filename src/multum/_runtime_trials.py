@@ -76,8 +76,14 @@ def present_way(folder: Path, threads: int, targets: Mapping[Form, Path]) -> tup
         shipped = folder / str(read_json(folder / "ship.json").get("target", ""))
         for form, target in targets.items():
             if target == shipped:
-                return form, min(threads, int(read_json(shipped / "runtime.json").get("threads", threads)))
+                return form, _own(shipped, threads)
     return EAGER, threads
+
+
+def _own(target: Path, threads: int) -> int:
+    """On how many threads, of so many, a plain open of a target answers one text."""
+    manifest = read_json(target / "runtime.json") if (target / "runtime.json").is_file() else {}
+    return min(threads, int(manifest.get("threads", threads)))
 
 
 def opened(
@@ -100,7 +106,7 @@ def opened(
             left_out[form.name] = str(error).splitlines()[0]
             continue
         workers[form] = worker
-        facts[form] = {"bytes": about["bytes"], "ready_s": round(took, 2), "parity": parity}
+        facts[form] = {"bytes": about["bytes"], "threads": _own(target, threads), "ready_s": round(took, 2), "parity": parity}
     return workers, facts
 
 

@@ -48,6 +48,7 @@ def choose(
     texts: int | None = None,
     new: int = NEW,
     forms: Sequence[Form] | None = None,
+    present: tuple[Form, int] | None = None,
     exported: bool = False,
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
@@ -66,6 +67,7 @@ def choose(
         texts: how many will be answered, if getting ready is to count.
         new: tokens that a model which writes is to write behind each text.
         forms: to choose from; `candidates` by default.
+        present: the form and threads that others have to beat; by default what a plain open of the folder runs.
         exported: choose among exports only.
         rounds, seconds: of the second part, at most.
         seed: of the calibration texts.
@@ -94,8 +96,10 @@ def choose(
     table = kept(folder)
     if table is None or not fits(table, about, few=len(inputs) < FEW, forms=forms, **asked):
         check_writable(folder)
-        table = _measured(folder, task, forms, about, asked | grown(table, about, asked), rounds, seconds, seed, progress)
+        table = _measured(folder, task, forms, present, about, asked | grown(table, about, asked), rounds, seconds, seed, progress)
         write_json(folder / TABLE, table)
+    elif present:
+        table["present"] = _named(*present)
     return pick(table, precision=precision, texts=texts, exported=exported, new=new, **asked), table
 
 
@@ -152,14 +156,14 @@ def _possible(task: Any, lengths: Sequence[int], batches: Sequence[int], threads
 
 
 def _measured(
-    folder: Path, task: Any, forms: Sequence[Form], about: Mapping[str, Any], asked: Mapping[str, Any], rounds: int, seconds: float,
-    seed: int, progress: Progress,
+    folder: Path, task: Any, forms: Sequence[Form], present: tuple[Form, int] | None, about: Mapping[str, Any],
+    asked: Mapping[str, Any], rounds: int, seconds: float, seed: int, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """Export, check and time all forms; keep those exports that win."""
     with tempfile.TemporaryDirectory(prefix="multum-runtimes-") as scratch, ExitStack() as stack:
         kind = kind_of(task)
         targets, left_out = exports(folder, Path(scratch), task, forms, seed, progress)
-        present = present_way(folder, asked["threads"], targets)
+        present = present or present_way(folder, asked["threads"], targets)
         with progress.stage("open and check the forms"):
             workers, facts = opened(stack, targets, kind, asked["threads"], left_out)
         present = present if present[0] in workers else (EAGER, asked["threads"])
@@ -172,7 +176,7 @@ def _measured(
             **asked,
             "timed": list(kind.timed),
             "rounds": count,
-            "present": {"form": present[0].name, "threads": present[1]},
+            "present": _named(*present),
             "forms": [{**asdict(form), "name": form.name, **facts[form]} for form in workers],
             "left_out": left_out,
             "times": times,
@@ -195,6 +199,10 @@ def _choices(table: Mapping[str, Any], asked: Mapping[str, Any]) -> list[dict[st
             entry = {"lengths": lengths, "batch": batch, "form": one.form.name, "threads": one.threads, "ms_per_text": one.ms}
             found.append(entry | {"gain": one.gain, "ratio_to_present": dict(one.ratio), "fastest": one.fastest})
     return found
+
+
+def _named(form: Form, threads: int) -> dict[str, Any]:
+    return {"form": form.name, "threads": threads}
 
 
 def _machine() -> dict[str, Any]:

@@ -48,8 +48,6 @@ class Descent:
         seed: of the run.
     """
 
-    always: ClassVar[Sequence[tuple[str, str]]] = (("onnxruntime", "int8"),)
-    """Forms that what ships is tried in, however fast the original is in them."""
     first: ClassVar[str] = "rung-01"
     """What is cut first, and what teaches."""
     number: ClassVar[int] = 2
@@ -128,7 +126,6 @@ class Descent:
 class CausalDescent(Descent):
     """Layers, then heads, neurons and layers together, taught by the original's kept answers."""
 
-    always: ClassVar[Sequence[tuple[str, str]]] = (("llamacpp", "q4_0"),)
     goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
@@ -173,7 +170,6 @@ class CausalDescent(Descent):
 class TranslatorDescent(Descent):
     """Decoder layers, then heads and neurons of both stacks, taught to write what the original writes."""
 
-    always: ClassVar[Sequence[tuple[str, str]]] = ()
     goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1

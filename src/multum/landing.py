@@ -7,6 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ._pace import NEW
+from ._runtime_kinds import candidates
+from ._runtime_table import EAGER, Choice, Form, pick, rows, to_the_end
+from .choose_runtime import choose, ready
 from .core.folders import whole_folder, write_json
 from .core.model import Model
 from .core.step import make
@@ -24,9 +28,7 @@ TEST_ROUNDS = 30
 TOGETHER = 10
 """Models that are timed together before one is chosen, at most."""
 FAR_SLOWER = 1.3
-"""A runtime that took so much longer than the fastest on the original is not tried on what ships."""
-
-
+"""A form that took so much longer than the fastest on the original is not tried on what ships where little is to be measured."""
 NORMAL = 1.96
 """Standard errors on either side that an interval of 95 % reaches."""
 
@@ -80,27 +82,10 @@ class Landing(Reckoning):
         """Copy the best candidate to `chosen/`, in its fastest form. Returns it."""
         self.progress.plan(self._last())
         self.time_together()
+        if self.descent.exports:
+            self._choose_form(self.run.best()["folder"])
         best = self.run.best()
         source, folder = self.folder / best["folder"], self.folder / "chosen"
-        model = self.task.load(str(source))
-        walked = self.run.find(best["folder"]) or best
-        wanted = [
-            offer
-            for offer in self.descent.offers()
-            if offer in self.descent.always or (offer in self._worth_trying() and offer[1] == walked["precision"])
-        ]
-        targets = self.bench.export(model, source, wanted)
-        known = {candidate["target"] for candidate in self.run.candidates}
-        if new := [target for target in targets if str(target.relative_to(self.folder)) not in known]:
-            with self.progress.stage("choose a runtime"):
-                measured = self.bench.measure([self.folder / best["target"], *new])[1:]
-            write_json(self.folder / best["target"] / METRICS, best["validation"])  # what it was chosen by
-            for target, metrics in zip(new, measured, strict=True):
-                form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
-                named = f"{source.name}, {form}"
-                self.bench.add(named, source, target, ANOTHER, model, metrics, source.name, best["speedup"])
-            self.bench.keep()
-        best = self.run.best()
         if self.run.values.get("shipped") != best["name"] or not folder.exists():
             self.run.values["shipped"] = None  # a call that is killed here has shipped nobody knows what
             self.run.write()
@@ -113,11 +98,58 @@ class Landing(Reckoning):
             self.run.write()
         return best
 
-    def _worth_trying(self) -> list[tuple[str, str]]:
-        """The forms in which the original was not far slower than in its fastest."""
-        limit = FAR_SLOWER * first_p50_ms(self.run.strongest())
-        forms = [c for c in self.run.candidates[1:] if c["folder"] == "original" and first_p50_ms(c) <= limit]
-        return [(c["runtime"], c["precision"]) for c in forms]
+    def _choose_form(self, folder: str) -> None:
+        """Try what is to ship in every form, as `--runtime auto` does, against the one that it was walked in.
+
+        A form that is faster by more than noise is measured as all else is; if it drops too much, the next fastest is. Where bytes
+        are limited only forms within the limit count.
+        """
+        there = [c for c in self.run.candidates if c["folder"] == folder and c["technique"] != ANOTHER]
+        walked = max(there, key=lambda c: (self._holds(c["name"]), c["speedup"]))
+        present, threads = Form(walked["runtime"], walked["precision"]), self.run.values["threads"]
+        how: dict[str, Any] = {"threads": threads, "rounds": self.effort.rounds, "seconds": self.measuring, "seed": self.seed}
+        how["present"] = present, walked["validation"]["speed"]["threads"]
+        _, table = choose(self.folder / folder, self.task, forms=self._forms(), progress=self.progress, **how)
+        limit, timed = self.run.budget.max_size_bytes or math.inf, to_the_end(table)
+        fitting = [one for one in table["forms"] if (one["name"], one["threads"]) in timed and one["bytes"] <= limit]
+        names = [one["name"] for one in fitting if one["runtime"] != EAGER.runtime]
+        said: list[str] = []
+        while names:
+            choice = pick(table, ships=names, lengths=table["lengths"], batches=[1], threads=threads, new=NEW)
+            found = walked if choice.form == present else self._in_form(choice, walked)
+            if self._holds(found["name"]):
+                said.append(choice.line())
+                if found is not walked and self.run.best()["name"] == walked["name"]:
+                    said.append(f"from input to answer it is not faster, so that {present.name} ships")
+                break
+            said.append(f"{choice.form.name} is not taken: {found['reason']}")
+            names.remove(choice.form.name)
+        self.run.values["runtimes"] = {"of": folder, "said": said, "rows": rows(table), "left_out": table["left_out"]}
+
+    def _in_form(self, choice: Choice, walked: dict[str, Any]) -> dict[str, Any]:
+        """What was walked in another form, as a candidate."""
+        source = self.folder / walked["folder"]
+        name = f"{source.name}, {choice.form.name}"
+        if self.run.find(name) is None:
+            with self.progress.stage(f"{name}: measure"):
+                target = ready(source, choice, self.task, seed=self.seed).target
+                _, metrics = self.bench.measure([self.folder / walked["target"], target])
+            write_json(self.folder / walked["target"] / METRICS, walked["validation"])  # what it was chosen by
+            model = self.task.load(str(source))
+            self.bench.add(name, source, target, ANOTHER, model, metrics, source.name, walked["speedup"])
+            self.bench.keep()
+        return self.run.find(name) or walked
+
+    def _forms(self) -> list[Form]:
+        """Every form that there is; where little is to be measured none that torch compiles for long, none in which the original
+        was far slower and none of a runtime that was far slower in all of them, unless bytes are limited.
+        """
+        forms, limit = candidates(task=self.task), FAR_SLOWER * first_p50_ms(self.run.strongest())
+        if not self.effort.brief or self.run.budget.max_size_bytes:
+            return forms
+        tried = {Form(c["runtime"], c["precision"]): first_p50_ms(c) for c in self.run.candidates if c["folder"] == "original"}
+        near = {form.runtime for form, ms in tried.items() if ms <= limit}
+        return [form for form in forms if form.runtime in near and tried.get(form, 0.0) <= limit and not form.compiled]
 
     def test(self, best: dict[str, Any]) -> None:
         """The only look at the test split: the original in torch, its fastest form, and what ships."""

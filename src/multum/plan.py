@@ -29,7 +29,8 @@ Stages = list[tuple[str, float]]
 
 def last(measure: float = MEASURE, *, together: bool = True) -> Stages:
     """What comes after the walk, where measuring a rung takes so many seconds; exports are timed together."""
-    return [("time all rungs together", 4 * measure)] * together + [("measure on the test split", ORIGINAL[together] * measure)]
+    exports = [("time all rungs together", 4.0), ("open and check the forms", 2.0), ("time the forms in turns", 1.0)] * together
+    return [(name, share * measure) for name, share in [*exports, ("measure on the test split", ORIGINAL[together])]]
 
 
 LAST = last()
