@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import tiny
 import torch
+import translators
 from torch.nn import functional as F
 
 from multum.core.codes import Packing
@@ -193,7 +196,35 @@ def test_the_dearest_for_a_weight_come_first_and_cheap_ones_fill_the_room():
     assert dearest(costs, sizes, 0.0) == []
 
 
-def test_keep_share_works_for_a_language_model_and_not_for_two_stacks():
+@torch.no_grad()
+@pytest.mark.parametrize("family", translators.FAMILIES)
+@pytest.mark.parametrize("made", [translators.translating, translators.summarizing])
+def test_what_a_layer_of_either_stack_costs_is_the_divergence_over_what_is_to_be_written(family, made):
+    model, task = translators.translator(family, layers=1, spread=3.0), made(32)
+    result = Quantize(bits=3, keep_share=0.3, samples=24)(model, task)
+    entry, batches = result.history[-1], task.calibration(model, 24)[::2]
+
+    def answers(module):
+        real = [F.pad(batch["decoder_input_ids"][:, 1:] != 0, (1, 0), value=True) for batch in batches]  # it begins with padding
+        found = [module(**batch).logits[mask] for batch, mask in zip(batches, real, strict=True)]
+        return torch.cat(found).double().log_softmax(-1)
+
+    whole, sizes = answers(model.module), {}
+    for name, linear in model.linears().items():
+        if not re.search(r"\.(layers|block)\.0\.", name):
+            continue
+        sizes[name], other = linear.weight.numel(), model.copy().module
+        swap(other, name, PackedLinear.of(linear, rounded(linear.weight, Packing(3))))
+        cost = float(F.kl_div(answers(other), whole, log_target=True, reduction="batchmean"))
+        assert entry["costs"][name] == pytest.approx(cost, rel=1e-3, abs=2e-7)
+    assert entry["costs"].keys() == sizes.keys()
+    assert {name.split("coder")[0][-2:] for name in sizes} == {"en", "de"}
+    kept = {name for name, reason in entry["skipped"].items() if reason.startswith("kept in float")}
+    assert kept == set(dearest(entry["costs"], sizes, 0.3))
+    assert len(packed_parts(result.module)) == len(sizes) - len(kept)
+
+
+def test_keep_share_works_for_a_language_model():
     model = tiny.language_model("gpt2")
     ids = torch.arange(5, 45).reshape(2, 20)
 

@@ -16,6 +16,8 @@ Layers stay in float when `keep` names them, or within `keep_share` of all weigh
 
     KL(model ‖ model with this one layer quantized) / weights        on calibration texts (`_price`)
 
+Of an encoder-decoder those are its answers to every token of what is to be written, whichever of its stacks the layer is in.
+
 Bytes fall; time does not, because torch unpacks the weights each time.
 """
 
@@ -29,7 +31,7 @@ import torch
 
 from ..core.blocks import walk_blocks
 from ..core.codes import Packing, Quantized, as_zeros
-from ..core.families import every_block, one_stack
+from ..core.families import every_block
 from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.packed import PackedLinear
@@ -133,7 +135,6 @@ class Quantize(Step):
 
     def _costs(self, model: Model, task: Task, linears: Mapping[str, Linear]) -> dict[str, float]:
         """What every layer's rounding alone costs, in nats."""
-        one_stack(model.module, f"{self.name} with keep_share")
         batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, least=ENOUGH)
         chosen, costs = {id(linear): name for name, linear in linears.items()}, {}
         with on_accelerator(model.module.eval()):
