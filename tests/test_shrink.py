@@ -15,11 +15,14 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
+from test_shrink_writing import Inside
 from transformers import AutoModelForSequenceClassification
 
 import multum
 from multum import runtimes
 from multum._cost import LISTED
+from multum._measure_process import Worker
 from multum._runtime_table import EAGER, Choice, Form, pick
 from multum._shrink import _say_test
 from multum._verify import _figures
@@ -50,6 +53,17 @@ EFFORT = replace(
 
 RUNGS = ("rung-02", "rung-02-longer")
 SMALL, OPENVINO = Form("onnxruntime", "int8"), Form("openvino", "int8")
+
+
+class Tried(Inside):
+    """The forms of what ships in this process; torch has its threads back then."""
+
+    def __enter__(self) -> Worker:
+        self.before = torch.get_num_threads()
+        return super().__enter__()
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_num_threads(self.before)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +98,7 @@ def small() -> Iterator[None]:
         patch.setattr("multum.ladder.MAX_RUNGS", 3)
         patch.setattr("multum.bench.offers", lambda: [("onnxruntime", "int8")])
         patch.setattr("multum.landing.candidates", lambda task: [SMALL])
+        patch.setattr("multum._runtime_trials.Worker", Tried)
         patch.setattr(Bench, "latency_table", counted)
         yield
 
