@@ -72,6 +72,13 @@ def test_the_choice_is_that_of_a_slow_search(seed: int, new: int) -> None:
     assert found.ms == pytest.approx(costs[(found.form, found.threads)], abs=1e-3)
 
 
+def test_what_ships_may_answer_otherwise_because_its_loss_is_measured() -> None:
+    times = {(form, 1, 32): (steady(ms), steady(ms)) for form, ms in ((EAGER, 9.0), (BYTE, 4.0), (NIBBLE, 2.0))}
+    known, asked = writing(times, {NIBBLE: 0.2}), {"lengths": [32], "batches": [1], "threads": 1, "new": 16}
+    assert pick(known, **asked).form == BYTE
+    assert pick(known, ships=[BYTE.name, NIBBLE.name], **asked).form == NIBBLE
+
+
 def test_how_much_is_written_decides_between_a_fast_reader_and_a_fast_writer() -> None:
     times = {
         (EAGER, 1, 32): (steady(90.0), steady(9.0)),

@@ -125,6 +125,7 @@ class Landing(Reckoning):
             said.append(f"{choice.form.name} is not taken: {found['reason']}")
             names.remove(choice.form.name)
         self.run.values["runtimes"] = {"of": folder, "said": said, "rows": rows(table), "left_out": table["left_out"]}
+        self.bench.keep()
 
     def _in_form(self, choice: Choice, walked: dict[str, Any]) -> dict[str, Any]:
         """What was walked in another form, as a candidate."""
