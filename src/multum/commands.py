@@ -128,14 +128,9 @@ def show_run(folder: Path) -> None:
     terminal.print_rows(summary(run), "On the validation split", marked=run["chosen"])
     terminal.print_lines("")
     terminal.print_rows(test_summary(run), "On the test split, which the search never saw", marked=run["chosen"])
-    if tried := run.get("runtimes"):
-        terminal.print_lines("")
-        terminal.print_rows(tried["rows"], f"{tried['of']} in all forms, the model alone (* far slower, not timed to the end)")
+    terminal.print_forms(run.get("runtimes"))
     chosen = folder / "chosen"
     terminal.print_lines(
-        *([""] if tried else []),
-        *(f"{line[:1].upper()}{line[1:]}" for line in (tried or {}).get("said", [])),
-        "",
         f"Chosen: {run['chosen']} ({run['why']})",
         *(f"Note:   {warning}" for warning in run.get("warnings", [])),
         f"Model:  {chosen}",

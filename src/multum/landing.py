@@ -9,9 +9,9 @@ from typing import Any
 
 from ._pace import NEW
 from ._runtime_kinds import candidates
-from ._runtime_table import EAGER, Choice, Form, pick, rows, to_the_end
+from ._runtime_table import EAGER, TABLE, Choice, Form, pick, rows, to_the_end
 from .choose_runtime import choose, ready
-from .core.folders import whole_folder, write_json
+from .core.folders import read_json, whole_folder, write_json
 from .core.model import Model
 from .core.step import make
 from .descent import Steps
@@ -96,6 +96,8 @@ class Landing(Reckoning):
                     write_json(work / "ship.json", {"target": Path(best["target"]).name})
             self.run.values["shipped"] = best["name"]
             self.run.write()
+        if (source / TABLE).is_file():  # measured anew where versions are others than when it was shipped
+            write_json(folder / TABLE, read_json(source / TABLE))
         return best
 
     def _choose_form(self, folder: str) -> None:

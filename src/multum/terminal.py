@@ -99,6 +99,14 @@ def print_lines(*lines: str) -> None:
     print(*lines, sep="\n")
 
 
+def print_forms(tried: Mapping[str, Any] | None) -> None:
+    """The forms that what ships was tried in, and what was said of them, where it was; a blank line before and behind."""
+    print_lines("")
+    if tried:
+        print_rows(tried["rows"], f"{tried['of']} in all forms, the model alone (* far slower, not timed to the end)")
+        print_lines("", *(f"{line[:1].upper()}{line[1:]}" for line in tried["said"]), "")
+
+
 def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marked: str | None = None) -> None:
     """A table: the first row is the header, the first column is text, the others are figures.
 
