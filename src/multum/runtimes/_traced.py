@@ -59,7 +59,7 @@ def to_onnx(model: Model, example: Mapping[str, Any], max_length: int, *, int8: 
         return onnx_of(Part(traced, example, open_shapes(example, max_length)), int8=int8)
 
 
-def onnx_of(part: Part, *, int8: bool, fuse: bool = True) -> Any:
+def onnx_of(part: Part, *, int8: bool = False, fuse: bool = True) -> Any:
     """A graph as an `onnx.ModelProto`; to be called inside `following`.
 
     Args:

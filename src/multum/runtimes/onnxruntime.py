@@ -108,13 +108,15 @@ def export(
 def _export_writer(model: Model, folder: Path, manifest: dict[str, Any], inputs: Sequence[Any], max_length: int) -> dict[str, Any]:
     from ._cached import export_writer
     from ._traced import onnx_of
+    from ._weights import int8_weights
 
     precision = manifest["precision"]
     if precision in CALIBRATED:
         raise InputError(f"{precision} is for models that read; those that write take {', '.join(PRECISIONS)}")
 
     def save(part: Any, path: Path) -> None:
-        path.with_suffix(SUFFIX).write_bytes(_serialized(onnx_of(part, int8=precision == "int8", fuse=False)))
+        graph = onnx_of(part, fuse=False)
+        path.with_suffix(SUFFIX).write_bytes(_serialized(int8_weights(graph) if precision == "int8" else graph))
 
     return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length)
 
