@@ -40,6 +40,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "distill": ("distill", {}),
     "distill, 4 variants": ("distill", {"augment": 4}),
     SPARE: ("distill", {}),
+    "+ embeddings": ("distill_layers", {"embeddings": 1.0, "relations": 0.0}),
     "+ hidden states": ("distill_layers", {"hidden": 1.0, "relations": 0.0}),
     "+ attention scores": ("distill_layers", {"attention": 0.1, "relations": 0.0}),
     "+ relations": ("distill_layers", {"relations": 1.0}),
