@@ -9,7 +9,8 @@ The teacher is fine-tuned anew for every seed; students are its own blocks, even
 the training texts; what an epoch of every other way costs is measured first, and each way gets as many as fit the same seconds.
 What the teacher's outputs take, computed once before, stands apart. Every way chooses its learning rate on validation, with the
 first seed: from the first of `RATES` up, for as long as a higher one is better. A difference is taken text by text on the test
-split against labels alone with the same seed, its interval is a bootstrap over texts. A run that was stopped goes on where it was.
+split against labels alone, and against `distill`, with the same seed; its interval is a bootstrap over texts. A run that was
+stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from multum.example import fetch
 PROBE = 2
 """Megabatches, within which the Trainer sorts texts by length, after which the cost of an epoch is known."""
 BATCH = 64
-LABELS, SPARE = "labels alone", "distill, unlabelled texts"
+LABELS, ANSWERS, SPARE = "labels alone", "distill", "distill, unlabelled texts"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     LABELS: ("finetune", {"batch_size": BATCH}),
-    "distill": ("distill", {}),
+    ANSWERS: ("distill", {}),
     "distill, 4 variants": ("distill", {"augment": 4}),
     SPARE: ("distill", {}),
     "+ embeddings": ("distill_layers", {"embeddings": 1.0, "relations": 0.0}),
@@ -110,7 +111,7 @@ class Bench:
 
     def epochs(self, way: str, layers: int, seed: int) -> float:
         """As many as take the seconds that `distill` takes for its own."""
-        return self.passes * self.pace("distill", layers, seed) / self.pace(way, layers, seed)
+        return self.passes * self.pace(ANSWERS, layers, seed) / self.pace(way, layers, seed)
 
     def rate(self, way: str, layers: int, seed: int) -> float:
         """The learning rate that reaches most on validation."""
@@ -192,6 +193,10 @@ def _short(way: str) -> str:
     return f"{''.join(c if c.isalnum() else '-' for c in way)}-{digest(repr(WAYS[way]))[:6]}"
 
 
+def _told(apart: dict[str, Any]) -> str:
+    return f"{apart['value']:+.2f} ({apart['ci95'][0]:+.2f} to {apart['ci95'][1]:+.2f})"
+
+
 def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
     if not seeds:
         return
@@ -200,6 +205,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
         "way",
         "accuracy",
         "against labels alone (95 %)",
+        "against distill (95 %)",
         "KL to the teacher",
         "rate",
         "epochs",
@@ -210,13 +216,18 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
     for number in layers:
         for way in bench.ways:
             runs = [bench.run(way, number, seed, first=seeds[0]) for seed in seeds]
-            plain = [bench.run(LABELS, number, seed, first=seeds[0]) for seed in seeds]
-            apart = difference([r["correct"] for r in runs], [r["correct"] for r in plain])
+            apart, beyond = (
+                difference(
+                    [r["correct"] for r in runs], [bench.run(other, number, seed, first=seeds[0])["correct"] for seed in seeds]
+                )
+                for other in (LABELS, ANSWERS)
+            )
             accuracy = median_with_range([100 * r["accuracy"] for r in runs])
             kl, pace = float(np.mean([r["kl"] for r in runs])), bench.pace(way, number, seeds[0])
             values[f"{number} layers, {way}"] = {
                 "accuracy": accuracy,
                 "difference": apart,
+                "beyond_distill": beyond,
                 "kl": kl,
                 "rate": runs[0]["learning_rate"],
                 "epoch_s": pace,
@@ -227,7 +238,8 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
                     str(number),
                     way,
                     f"{accuracy['median']:.1f} ({accuracy['low']:.1f} to {accuracy['high']:.1f})",
-                    "" if way == LABELS else f"{apart['value']:+.2f} ({apart['ci95'][0]:+.2f} to {apart['ci95'][1]:+.2f})",
+                    "" if way == LABELS else _told(apart),
+                    "" if way == ANSWERS else _told(beyond),
                     f"{kl:.3f}",
                     f"{runs[0]['learning_rate']:g}",
                     f"{runs[0]['epochs']:.1f}",

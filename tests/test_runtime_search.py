@@ -11,6 +11,7 @@ import translators
 
 from multum.core.generation import settle
 from multum.core.model import Model
+from multum.errors import InputError
 from multum.runtimes._search import Search, search, search_of
 
 SETTINGS: list[dict[str, Any]] = [
@@ -88,5 +89,5 @@ def test_settings_that_only_torch_knows_are_named(model: Model) -> None:
     module = model.copy().module
     module.generation_config.suppress_tokens = [4]
     module.generation_config.bad_words_ids = [[3, 4]]
-    with pytest.raises(ValueError, match=r"suppress_tokens, bad_words_ids of several tokens, which only torch knows"):
+    with pytest.raises(InputError, match=r"suppress_tokens, bad_words_ids of several tokens, which only torch knows"):
         search_of(module)

@@ -93,8 +93,9 @@ def test_translators_write_what_torch_writes(runtime: str, precision: str, famil
     predictor.reader.scored = False
     assert np.isnan(predictor.predict(sources[:2])[:, 0]).all()
     if family == "bart":
+        model.module.lm_head.weight.data = model.module.lm_head.weight.data.roll(1, 0)
         with pytest.raises(ParityError, match="answers differently"):
-            runtimes.find(runtime).proof(translator(family, beams + 1).copy(), tmp_path / "out", ["no such words"] * 2 + sources)
+            runtimes.find(runtime).proof(model, tmp_path / "out", sources)
 
 
 @pytest.mark.parametrize(("runtime", "precision", "family"), CAUSAL)

@@ -180,6 +180,12 @@ def softmax(values: np.ndarray) -> np.ndarray:
     return np.asarray(odds / odds.sum(axis=-1, keepdims=True))
 
 
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    """Logarithms of the shares over the last axis."""
+    shifted = values - values.max(axis=-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
 def sigmoid(values: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) without overflow."""
     return np.asarray(np.exp(-np.logaddexp(0.0, -values)))

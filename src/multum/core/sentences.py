@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
+from .reading import log_softmax
 from .windows import specials, windows
 
 WINDOW = 1024
@@ -123,10 +124,8 @@ def hidden_sums(tokenizer: Any, texts: Sequence[Text], context: int, told: Told)
     for text in texts:
         table = []
         for row, places, truth in hidden_rows(tokenizer, text, context):
-            logits = told(row, places).astype(np.float64)
-            logits -= logits.max(1, keepdims=True)
-            logs = logits[np.arange(len(truth)), truth] - np.log(np.exp(logits).sum(1))
-            table.append((-logs.sum(), int((logits.argmax(1) == truth).sum()), len(truth)))
+            logs = log_softmax(told(row, places).astype(np.float64))
+            table.append((-logs[np.arange(len(truth)), truth].sum(), int((logs.argmax(1) == truth).sum()), len(truth)))
         found.append(np.array(table or [(0.0, 0, 0)]))
     return found
 

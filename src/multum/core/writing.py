@@ -223,7 +223,7 @@ class TorchWriter:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(decoding.seed)
             made = self.module.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=False, **how)[:, longest:]
-        new = [_up_to_the_end(row, ends) for row in made.tolist()]
+        new = [up_to_end(row, ends) for row in made.tolist()]
         return list(zip(new, [float("nan")] * len(new) if forced else self._scores(rows, new), strict=True))
 
     def _scores(self, rows: Sequence[Ids], new: Sequence[Ids]) -> list[float]:
@@ -250,6 +250,7 @@ class TorchWriter:
         return len(blocks) > 0 and width(blocks[0], family.attention_output) > 0
 
 
-def _up_to_the_end(ids: Ids, ends: Ids) -> Ids:
+def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> Ids:
+    """Tokens up to the first end token, and with it."""
     first = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: first + 1]
+    return list(ids[: first + 1])

@@ -16,6 +16,7 @@ from ..core.windows import windows
 from ..core.writing import Decoding, chosen
 from ._chat import ChatTokenizer, template_of
 from ._folder import TOKENIZER
+from ._predictor import Rows
 
 if TYPE_CHECKING:
     from ..core.model import Model
@@ -56,7 +57,7 @@ def facts_of(model: Model, context: int) -> dict[str, Any]:
     return facts | {"end_token_ids": ends, "special_tokens": special, "chat_template": template_of(model.tokenizer)}
 
 
-class ContinuingPredictor:
+class ContinuingPredictor(Rows):
     """Answers of a causal model's export, and what it writes. Texts are read one at a time.
 
     Args:
@@ -86,14 +87,6 @@ class ContinuingPredictor:
         """Run on so many threads from now on."""
         self.threads = threads
         self.session.use(threads)
-
-    def tokenize(self, inputs: Sequence[Text]) -> int:
-        """Tokenize and count the tokens; there to be timed apart."""
-        return sum(self.lengths(inputs))
-
-    def lengths(self, inputs: Sequence[Text]) -> list[int]:
-        """The tokens of every window that the inputs are read in."""
-        return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
 
     def predict(self, inputs: Sequence[Text], batch_size: int = 32) -> np.ndarray:
         """For each text -Σ log p, scored tokens and bytes of every window, (texts, windows, 3) float32, padded with nan."""

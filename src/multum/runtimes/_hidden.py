@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..core.reading import together
 from ..core.sentences import Text, Told, hidden_rows, hidden_sums
-from ._predictor import GraphPredictor, Run
-from ._rows import FastTokenizer
+from ._rows import RowPredictor
 
 PROVED = 16
 """Texts whose hidden tokens are compared at most: each has a whole vocabulary of numbers."""
 
 
-class HiddenPredictor(GraphPredictor):
-    """Answers of an exported masked model. Texts are read one window at a time.
-
-    Args:
-        folder, manifest, load, files, threads: as `GraphPredictor` takes them.
-    """
-
-    def __init__(
-        self, folder: Path, manifest: Mapping[str, Any], load: Callable[[int], Run], files: Sequence[Path], threads: int
-    ) -> None:
-        super().__init__(folder, manifest, load, files, threads)
-        self.tokenizer = MaskingTokenizer(self._tokenizer, self._pad)
-        self.tokenizer.mask_token_id = int(manifest["mask_token_id"])
-
-    def tokenize(self, inputs: Sequence[Any]) -> int:
-        """Tokenize and count the tokens; there to be timed apart."""
-        return sum(self.lengths(inputs))
-
-    def lengths(self, inputs: Sequence[Any]) -> list[int]:
-        """The tokens of every window that the inputs are read in."""
-        return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
+class HiddenPredictor(RowPredictor):
+    """Answers of an exported masked model. Texts are read one window at a time."""
 
     def predict(self, inputs: Sequence[Any], batch_size: int = 32) -> np.ndarray:
         """For each text -Σ log p, hits and count of the hidden tokens of every window, (texts, windows, 3), padded with nan."""
@@ -54,12 +33,6 @@ class HiddenPredictor(GraphPredictor):
         columns = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
         found: np.ndarray = self._run_one({name: columns[name] for name in self._inputs})[0, list(places)]
         return found
-
-
-class MaskingTokenizer(FastTokenizer):
-    """A tokenizer with a token that hides others."""
-
-    mask_token_id: int
 
 
 def hidden_items(tokenizer: Any, inputs: Sequence[Text], context: int, told: Told) -> list[np.ndarray]:

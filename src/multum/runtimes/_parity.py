@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.reading import Reader
+from ..core.reading import Reader, log_softmax
 from ..core.sentences import HiddenTokens, torch_told
 
 EXACT = 1e-4
@@ -111,7 +111,7 @@ def problem(precision: str, parity: Mapping[str, Any], largest: float) -> str | 
 
 
 def _categorical(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    log_p, log_q = _log_softmax(expected), _log_softmax(found)
+    log_p, log_q = log_softmax(expected.astype(np.float64)), log_softmax(found.astype(np.float64))
     return expected.argmax(1) == found.argmax(1), (np.exp(log_p) * (log_p - log_q)).sum(1)
 
 
@@ -120,8 +120,3 @@ def _binary(expected: np.ndarray, found: np.ndarray) -> tuple[np.ndarray, np.nda
     yes, no = (np.logaddexp(0, sign * y) - np.logaddexp(0, sign * z) for sign in (-1, 1))
     share = np.exp(-np.logaddexp(0, -z))
     return ((z > 0) == (y > 0)).ravel(), (share * yes + (1 - share) * no).ravel()
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

@@ -23,6 +23,22 @@ TIMED, ROUNDS, WORTH_IT = 16, 9, 0.85
 """Texts and rounds with which the number of threads is chosen; more must take less than this share of the time of fewer."""
 
 
+class Rows:
+    """What reads inputs in rows of tokens by its task's own reader."""
+
+    reader: Any
+    tokenizer: Any
+    max_length: int
+
+    def tokenize(self, inputs: Sequence[Any]) -> int:
+        """Tokenize and count the tokens; there to be timed apart."""
+        return sum(self.lengths(inputs))
+
+    def lengths(self, inputs: Sequence[Any]) -> list[int]:
+        """The tokens of every row that the inputs are read in."""
+        return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
+
+
 class GraphPredictor:
     """Answers of an exported graph.
 

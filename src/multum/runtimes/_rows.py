@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from ..core.reading import Texts, reader_for, together
 from ..core.sentences import HiddenTokens
 from ._parity import as_items
-from ._predictor import GraphPredictor, Run
+from ._predictor import GraphPredictor, Rows, Run
 
 COLUMNS = {
     "input_ids": "ids",
@@ -23,7 +23,7 @@ COLUMNS = {
 """What transformers calls a column -> what `tokenizers` calls it."""
 
 
-class RowPredictor(GraphPredictor):
+class RowPredictor(Rows, GraphPredictor):
     """Answers of an exported graph to what is no plain text. An input may have several rows; `reader` makes and reads them.
 
     Args:
@@ -34,16 +34,8 @@ class RowPredictor(GraphPredictor):
         self, folder: Path, manifest: Mapping[str, Any], load: Callable[[int], Run], files: Sequence[Path], threads: int
     ) -> None:
         super().__init__(folder, manifest, load, files, threads)
-        self._reads = FastTokenizer(self._tokenizer, self._pad)
+        self.tokenizer = FastTokenizer(self._tokenizer, self._pad, manifest.get("mask_token_id"))
         self._columns = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in manifest["inputs"]]
-
-    def tokenize(self, inputs: Sequence[Any]) -> int:
-        """Tokenize and count the tokens; there to be timed apart."""
-        return sum(self.lengths(inputs))
-
-    def lengths(self, inputs: Sequence[Any]) -> list[int]:
-        """The tokens of every row that the inputs are read in."""
-        return [len(ids) for ids in self.reader.encode(self._reads, inputs, self.max_length, None)["input_ids"]]
 
     def predict(self, inputs: Sequence[Any], batch_size: int = 32) -> np.ndarray:
         """What the task's reader makes of the outputs, float32, (inputs, ...), in the order of the inputs."""
@@ -76,7 +68,7 @@ class RowPredictor(GraphPredictor):
         return list(self.reader.predictions(encoded, dict(zip(self.reader.outputs, outputs, strict=True)), inputs))
 
     def _rows_of(self, inputs: Sequence[Any]) -> tuple[Any, dict[str, np.ndarray]]:
-        encoded = self.reader.encode(self._reads, inputs, self.max_length, "np")
+        encoded = self.reader.encode(self.tokenizer, inputs, self.max_length, "np")
         return encoded, {name: encoded[name] for name in self._columns}
 
     def _outputs(self, values: np.ndarray) -> list[np.ndarray]:
@@ -96,12 +88,13 @@ class FastTokenizer:
     Args:
         tokenizer: its truncation and padding are set at every call.
         pad_id: of the padding token.
+        mask_token_id: of the token that hides others, where there is one.
     """
 
     is_fast = True
 
-    def __init__(self, tokenizer: Tokenizer, pad_id: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, pad_id: int, mask_token_id: int | None = None) -> None:
+        self._tokenizer, self.mask_token_id = tokenizer, mask_token_id
         self._padding = {"pad_id": pad_id, "pad_token": tokenizer.id_to_token(pad_id) or ""}
 
     def __call__(

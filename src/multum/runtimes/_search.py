@@ -15,6 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from ..core.reading import log_softmax
+from ..core.writing import up_to_end
+from ..errors import InputError
+
 Read = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """The newest token of every row (rows, 1), and which row of the step before each one continues (rows,) -> logits of the next
 tokens, (rows, vocabulary) float32."""
@@ -93,7 +97,7 @@ def search_of(module: Any) -> Search:
     """The search that an encoder-decoder's generation settings ask for.
 
     Raises:
-        ValueError: names settings that are not known here.
+        InputError: names settings that are not known here.
     """
     from ..core.generation import settle, start_of
 
@@ -104,7 +108,8 @@ def search_of(module: Any) -> Search:
     words = getattr(config, "bad_words_ids", None) or []
     strange += ["bad_words_ids of several tokens"] if any(len(word) > 1 for word in words) else []
     if strange:
-        raise ValueError(f"its generation settings have {', '.join(strange)}, which only torch knows")
+        kind = type(module).__name__
+        raise InputError(f"{kind} cannot be exported: its generation settings have {', '.join(strange)}, which only torch knows")
     fields = {ours: getattr(config, theirs, None) for theirs, ours in KNOWN.items()}
     return Search(
         start=start_of(module),
@@ -147,7 +152,7 @@ def _beam(read: Read, sources: int, how: Search) -> list[list[int]]:
     hope = np.ones(sources, dtype=bool)
     while True:
         length, flat = ids.shape[2], ids.reshape(sources * beams, -1)
-        log_p = how.adjusted(_log_softmax(read(flat[:, -1:], parents)), flat).reshape(sources, beams, -1) + scores[..., None]
+        log_p = how.adjusted(log_softmax(read(flat[:, -1:], parents)), flat).reshape(sources, beams, -1) + scores[..., None]
         best = _top(log_p.reshape(sources, -1), wide)
         values = np.take_along_axis(log_p.reshape(sources, -1), best, 1)
         beam, token = np.divmod(best, log_p.shape[-1])
@@ -172,12 +177,6 @@ def _beam(read: Read, sources: int, how: Search) -> list[list[int]]:
             return [up_to_end(some[0], how.ends) for some in texts]
 
 
-def up_to_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """Tokens up to the first end token, and with it."""
-    first = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return list(ids[: first + 1])
-
-
 def _top(values: np.ndarray, count: int) -> np.ndarray:
     """The places of the largest, in their order: (rows, n) -> (rows, count)."""
     some = np.argpartition(-values, count - 1, axis=1)[:, :count] if count < values.shape[1] else np.argsort(-values, axis=1)
@@ -200,8 +199,3 @@ def _only(scores: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
 
 def _listed(value: Any) -> tuple[int, ...]:
     return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ..core.reading import log_softmax
 from ..core.sentences import written
-from ..core.writing import Decoding, chosen, prompt_of
+from ..core.writing import Decoding, chosen, prompt_of, up_to_end
 from ..errors import InputError, ParityError
 from ._continuing import Session
 from ._parity import EXACT
@@ -80,7 +81,7 @@ class Tally:
     def add(self, expected: np.ndarray, found: np.ndarray, ids: Sequence[int], following: Sequence[int], tokenizer: Any) -> None:
         """Logits behind every token of a text, (tokens, vocabulary) both; the tokens, and those that come next."""
         ours, theirs = (values[:, : min(expected.shape[1], found.shape[1])].astype(np.float64) for values in (expected, found))
-        log_p, log_q = _log_softmax(ours), _log_softmax(theirs)
+        log_p, log_q = log_softmax(ours), log_softmax(theirs)
         kl = (np.exp(log_p) * (log_p - log_q)).sum(1)
         self.kl.append(kl)
         self.same.append(ours.argmax(1) == theirs.argmax(1))
@@ -186,7 +187,7 @@ def prove_translator(model: Model, translator: Translator, runtime: str, precisi
 
     from ..core.generation import Writing, prefix_of
     from ..core.reading import token_limit
-    from ._search import search_of, up_to_end
+    from ._search import search_of
 
     sources, module = list(sources[:TEXTS]), model.module.eval()
     if not sources:
@@ -224,7 +225,7 @@ def _as_probable(
     else:
         scores = []
         for text in (ours, theirs):
-            logs = _log_softmax(logits([how.start, *text[:-1]]).astype(np.float64))
+            logs = log_softmax(logits([how.start, *text[:-1]]).astype(np.float64))
             scores.append(logs[np.arange(len(text)), list(text)].sum() / len(text) ** how.length_penalty)
         gap = abs(scores[0] - scores[1])
     if gap > 2 * tally.largest + EXACT:
@@ -269,8 +270,3 @@ def _write(
         short = expected.max(1) - expected[np.arange(len(tokens)), tokens]
         count, agreed, gap = count + len(tokens), agreed + int((short == 0).sum()), max(gap, float(short.max()))
     return count, agreed, gap
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))

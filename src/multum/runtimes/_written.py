@@ -14,13 +14,12 @@ from tokenizers import Tokenizer
 
 from ..core.folders import read_json
 from ..core.generation import Written, as_numbers, settings_of
-from ..core.reading import reader_for, together
-from ..errors import InputError
+from ..core.reading import log_softmax, reader_for, together
 from ._chat import ChatTokenizer
 from ._continuing import ContinuingPredictor
 from ._decoder import DECODER, ENCODER, Decoder, Graph, GraphSession
 from ._folder import MANIFEST, TOKENIZER
-from ._predictor import cores
+from ._predictor import Rows, cores
 from ._search import Search, search, search_of
 
 if TYPE_CHECKING:
@@ -36,11 +35,12 @@ def facts_of(model: Model, max_length: int) -> dict[str, Any]:
     Raises:
         InputError: settings that only torch knows.
     """
-    try:
-        how = search_of(model.module)
-    except ValueError as error:
-        raise InputError(f"{type(model.module).__name__} cannot be exported: {error}") from error
-    return {"search": asdict(how), "generation": settings_of(model.module), "max_length": max_length, "pairs": False}
+    return {
+        "search": asdict(search_of(model.module)),
+        "generation": settings_of(model.module),
+        "max_length": max_length,
+        "pairs": False,
+    }
 
 
 def open_writer(
@@ -64,7 +64,7 @@ def open_writer(
     return ContinuingPredictor(folder, manifest, session, files, threads)
 
 
-class WritingPredictor:
+class WritingPredictor(Rows):
     """What an encoder-decoder's export writes.
 
     Args:
@@ -97,14 +97,6 @@ class WritingPredictor:
         if threads != self.threads:
             self.threads, self._encoder = threads, self._load(ENCODER, threads)
             self._decoder = Decoder(self._load(DECODER, threads), self._shapes)
-
-    def tokenize(self, inputs: Sequence[str]) -> int:
-        """Tokenize and count the tokens; there to be timed apart."""
-        return sum(self.lengths(inputs))
-
-    def lengths(self, inputs: Sequence[str]) -> list[int]:
-        """The tokens of every source."""
-        return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
 
     def predict(self, inputs: Sequence[str], batch_size: int = AT_ONCE) -> np.ndarray:
         """Score, tokens and code points of each text, (inputs, 2 + characters) float32, padded with nan."""
@@ -175,8 +167,6 @@ class WritingPredictor:
         ids = np.array([[self.how.start, *row[:-1], *[0] * (longest - len(row))] for row in found], dtype=np.int64)
         scores = []
         for row, tokens in zip(self._behind(ids), found, strict=True):
-            some = row[: len(tokens)].astype(np.float64)
-            some -= some.max(1, keepdims=True)
-            logs = some[np.arange(len(tokens)), list(tokens)] - np.log(np.exp(some).sum(1))
-            scores.append(float(logs.mean()))
+            logs = log_softmax(row[: len(tokens)].astype(np.float64))
+            scores.append(float(logs[np.arange(len(tokens)), list(tokens)].mean()))
         return scores

@@ -20,7 +20,7 @@ import numpy as np
 from ..core.reading import reader_of, together, token_limit
 from ..errors import InputError
 from ._parity import COLUMNS, takes, torch_items
-from ._predictor import Run, cores
+from ._predictor import Rows, Run, cores
 
 if TYPE_CHECKING:
     from ..core.latency import Blocks, Timer
@@ -50,7 +50,7 @@ def export(model: Model, folder: Path, **_: Any) -> dict[str, Any]:
     raise InputError(f"torch runs the model folder itself; there is nothing to export to {folder}")
 
 
-class TorchPredictor:
+class TorchPredictor(Rows):
     """Answers of a model folder by stock transformers."""
 
     def __init__(self, folder: Path, threads: int | None, compiled: bool = False) -> None:
@@ -78,14 +78,6 @@ class TorchPredictor:
         from ..core.generation import settings_of
 
         return settings_of(self.module)
-
-    def tokenize(self, inputs: Sequence[Any]) -> int:
-        """Tokenize and count the tokens; there to be timed apart."""
-        return sum(self.lengths(inputs))
-
-    def lengths(self, inputs: Sequence[Any]) -> list[int]:
-        """The tokens of every row that the inputs are read in."""
-        return [len(ids) for ids in self.reader.encode(self.tokenizer, inputs, self.max_length, None)["input_ids"]]
 
     def use(self, threads: int) -> None:
         """Run on so many threads from now on."""
