@@ -253,8 +253,7 @@ def report(bench: Bench, seeds: list[int], layers: list[int]) -> None:
         f"The teachers: {teacher['median']:.1f} ({teacher['low']:.1f} to {teacher['high']:.1f}). "
         "Intervals are over texts, not seeds. Labels alone are taught with dropout, the others without, as the steps' defaults are."
     )
-    name = "distillation" if bench.data == "reviews-en" else f"distillation_{bench.data.replace('-', '_')}"
-    name += f"_{bench.texts}" if bench.texts else ""
+    name = f"distillation_{bench.data.replace('-', '_')}" + (f"_{bench.texts}" if bench.texts else "")
     values = {"data": bench.data, "seeds": seeds, "teacher": teacher, "ways": values}
     command = f"distillation.py --data {bench.data} --model {bench.name} --epochs {bench.passes:g}"
     command += f" --texts {bench.texts}" if bench.texts else ""
