@@ -141,12 +141,16 @@ class Bench:
 
 
 def timer(call: Any, texts: list[Any]) -> Callable[[], float]:
-    """Times one call a text: milliseconds, the mean over the texts."""
+    """Times one call a text: milliseconds, the mean over the texts.
+
+    Behind a pass that does not count, as the table is measured: the others that are timed in turns have pushed the weights out.
+    """
 
     def once() -> float:
-        started = time.perf_counter()
-        for text in texts:
-            call([text])
+        for _ in range(2):
+            started = time.perf_counter()
+            for text in texts:
+                call([text])
         return 1e3 * (time.perf_counter() - started) / len(texts)
 
     return once
@@ -161,6 +165,7 @@ def figures(
         "name": name,
         "blocks": blocks,
         "predicted_ms": predicted,
+        "fixed_ms": statistics.median(each.total([(1, 1)] * len(blocks)) for each in tables),
         "measured_ms": measured,
         "error_percent": [100 * (value - measured) / measured for value in predicted],
         "macs": macs,
@@ -178,7 +183,7 @@ def against_first(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    head = ["model", "blocks", "predicted ms", "measured ms", "error %", "range", "MACs", "speed-up", "speed-up / MACs"]
+    head = ["model", "blocks", "predicted ms", "fixed ms", "measured ms", "error %", "range", "MACs", "speed-up", "speed-up / MACs"]
     rows = [[*head, "end to end", "95 %", "test accuracy"]]
     for precision, every in found.items():
         for one in every:
@@ -188,6 +193,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
                     f"{precision}, {one['name']}",
                     str(len(one["blocks"])),
                     f"{statistics.median(one['predicted_ms']):.3f}",
+                    f"{one['fixed_ms']:.3f}",
                     f"{one['measured_ms']:.3f}",
                     f"{statistics.median(errors):+.1f}",
                     f"{min(errors):+.1f} to {max(errors):+.1f}",
@@ -203,14 +209,21 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def words(found: dict[str, list[dict[str, Any]]], threads: int) -> str:
-    cut = [one for every in found.values() for one in every[1:]]
-    worst = max(abs(statistics.median(one["error_percent"])) for one in cut)
-    least = min(one["speedup"] / one["macs_ratio"] for one in cut)
-    return (
-        f"On {threads} thread{'s' if threads > 1 else ''}, one text at a time. The largest error of a cut model is {worst:.1f} % "
-        f"(goal: 10), the least share of the multiply-accumulates saved that becomes speed {least:.2f} (goal: 0.85). MACs are "
-        "those of the same five texts. End to end are the test texts, cut into tokens, which no pruning makes faster. "
-        "Nothing was taught after a cut."
+    said = []
+    for precision, every in found.items():
+        worst = max(abs(statistics.median(one["error_percent"])) for one in every[1:])
+        least = min(one["speedup"] / one["macs_ratio"] for one in every[1:])
+        said.append(
+            f"{precision}: the largest error of a cut model is {worst:.1f} % (goal: 10), the least share of the "
+            f"multiply-accumulates saved that becomes speed {least:.2f} (goal: 0.85)."
+        )
+    return " ".join(
+        [
+            f"On {threads} thread{'s' if threads > 1 else ''}, one text at a time, weights warm.",
+            *said,
+            "MACs are those of the same five texts; fixed is what as many blocks cost by the table, a head and a neuron in each.",
+            "End to end are the test texts, cut into tokens, which no pruning makes faster. Nothing was taught after a cut.",
+        ]
     )
 
 
