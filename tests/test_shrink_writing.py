@@ -109,7 +109,8 @@ def small() -> Iterator[None]:
         patch.setattr("multum.ladder.MAX_RUNGS", 2)
         patch.setattr(Bench, "writing_table", counted)
         patch.setattr("multum._measure.Worker", Inside)
-        patch.setattr("multum.runtimes.llamacpp.unavailable", lambda: "not for these")
+        for runtime in ("llamacpp", "onnxruntime", "openvino"):
+            patch.setattr(f"multum.runtimes.{runtime}.unavailable", lambda: "not for these")
         patch.setattr("multum.landing.TEST_ROUNDS", 2)
         yield
 

@@ -76,8 +76,9 @@ def measure(
         for worker in workers:
             saved = Path(scratch) / "logits.npy"
             worker.throughput = len(inputs) / worker.ask("predict", texts=inputs, batch=batch_size, save=str(saved))
-            if worker.facts["precision"] == "int8":
+            if worker.facts["precision"] == "int8" and not (worker.facts.get("continues") or "generation" in worker.facts):
                 # One scale serves a whole batch, so that answers depend on it: those counted are of texts alone, as they are timed.
+                # Models that write have no such scale.
                 worker.ask("predict", texts=inputs, batch=1, save=str(saved))
             found = np.load(saved)
             worker.predictions = found if worker.columns is None else found[..., worker.columns]

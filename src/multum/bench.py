@@ -21,7 +21,7 @@ from .core.reporting import report
 from .core.sentences import written
 from .core.surgery import heads_and_neurons
 from .core.writing import prompt_of
-from .errors import InputError, ParityError
+from .errors import InputError, MissingExtra, ParityError
 from .progress import Progress
 from .run_folder import RunFolder
 from .targets import export_model, fingerprint
@@ -61,7 +61,7 @@ class Bench:
                 if not target.exists():
                     with self.progress.stage(f"{folder.name}: export to {runtime} {precision}"):
                         self._export(model, target, runtime, precision)
-            except (ParityError, InputError, RuntimeError, ValueError, TypeError) as error:  # what exporters raise; no full disk
+            except (ParityError, InputError, MissingExtra, RuntimeError, ValueError, TypeError) as error:  # no full disk is one
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 self.run.note(f"{folder.name} has no {runtime} {precision} form: {reason}")
                 continue

@@ -2,10 +2,11 @@
 
 An encoder's rungs lose heads, neurons and layers together under a measured latency table, and are executed by exports. What writes
 text is timed while it writes. A causal model loses whole layers first, those that turn their inputs least, as long as
-`DEPTH` of them stay; then heads, neurons and layers under a table of prefill and decode. It is executed by llama.cpp where that is
-installed and takes the model. An encoder-decoder loses decoder layers first, which run once for every token that is written, then
-heads and neurons of both stacks. What is executed in torch has its weights packed into integers at the end, which saves bytes and
-no time.
+`DEPTH` of them stay; then heads, neurons and layers under a table of prefill and decode. An encoder-decoder loses decoder layers
+first, which run once for every token that is written, then heads and neurons of both stacks.
+
+Both are executed as graphs with a cache where there is a runtime for these that takes the model, causal models by llama.cpp where
+that does. Else torch executes them, and their weights are packed into integers at the end, which saves bytes and no time.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from .core.families import stacks_of
 from .core.model import Model
 from .core.surgery import heads_and_neurons
 from .errors import InputError
-from .plan import PRUNING, TRAINING
+from .plan import EXPORT, PRUNING, TRAINING
 
 DEPTH = 0.75
 """Share of a causal model's layers below which single heads and neurons go."""
 WRITERS = ("f16", "q8_0", "q4_0")
 """What llama.cpp runs causal models in."""
+GRAPHS = ("int8", "fp32")
+"""What graphs of models that write are tried in, one after the other: a token reads every weight, so that fewer bytes are faster."""
+TRACING = 5 * EXPORT
+"""Seconds that the export of a model that writes takes, before any is made: it is traced, and writes in torch too."""
 LEAST = 0.1
 """Layers of each stack of an encoder-decoder that must be left."""
 WRITING = 4 * TRAINING
@@ -36,6 +41,8 @@ DID = {"prune_structured": "structure pruned", "drop_layers": "layers dropped"}
 """Step -> what it did, as a report says it."""
 Steps = list[tuple[str, dict[str, Any]]]
 """Names of steps with their fields."""
+Forms = list[tuple[str, str]]
+"""Runtimes with a precision each."""
 
 
 @dataclass(kw_only=True)
@@ -64,12 +71,16 @@ class Descent:
     """Forward passes that the teacher's answer to a text costs."""
     paced: ClassVar[int] = 64
     """Examples that the pace of a forward pass is told by."""
+    exporting: ClassVar[float] = 0.0
+    """Seconds that exporting a rung takes beside measuring it, before any was exported."""
 
     folder: Path
     effort: Effort
     seed: int
     exports: bool = True
     """Rungs are measured as exports; else the model itself in torch."""
+    runtime: str = ""
+    """That they are measured in, once the original was."""
     table: Any = None
     full: float = 1.0
     """Predicted cost of the original."""
@@ -79,9 +90,9 @@ class Descent:
         self.table = self.measured(test_bench, model)
         self.full = self.cost(model)
 
-    def offers(self) -> list[tuple[str, str]]:
-        """Every (runtime, precision) that the original is exported to on this machine."""
-        return bench.offers()
+    def offers(self) -> list[Forms]:
+        """What the original is exported to on this machine: groups, each for where nothing of those before it keeps the drop."""
+        return [bench.offers()]
 
     def check(self, model: Model) -> None:
         """Raise `InputError` where no export can say what was left of a model, before it is taught."""
@@ -123,16 +134,33 @@ class Descent:
 
 
 @dataclass(kw_only=True)
-class CausalDescent(Descent):
-    """Layers, then heads, neurons and layers together, taught by the original's kept answers."""
+class WritingDescent(Descent):
+    """What the two kinds of models that write have in common: graphs where these can be had, else torch and packed weights."""
 
     goes_on: ClassVar[bool] = False
     first: ClassVar[str] = "original"
     number: ClassVar[int] = 1
-    step: ClassVar[float] = 1.25
     cutting: ClassVar[tuple[str, float]] = ("cut", PRUNING)
-    paced: ClassVar[int] = 4
+    exporting: ClassVar[float] = TRACING
     exports: bool = False
+
+    def offers(self) -> list[Forms]:
+        graphs = bench.offers()
+        return [[form for form in graphs if form[1] == precision] for precision in GRAPHS]
+
+    def measured(self, test_bench: bench.Bench, model: Model) -> Any:
+        return test_bench.writing_table(model)
+
+    def packing(self, bits: int) -> Steps:
+        return [] if self.exports else packed(bits, self.effort, self.seed)
+
+
+@dataclass(kw_only=True)
+class CausalDescent(WritingDescent):
+    """Layers, then heads, neurons and layers together, taught by the original's kept answers."""
+
+    step: ClassVar[float] = 1.25
+    paced: ClassVar[int] = 4
     blocks: list[tuple[int, int]] = field(default_factory=list)
     """Of the original."""
 
@@ -140,15 +168,13 @@ class CausalDescent(Descent):
         self.blocks = heads_and_neurons(model.module)
         super().begin(test_bench, model)
 
-    def offers(self) -> list[tuple[str, str]]:
-        return [("llamacpp", precision) for precision in WRITERS if runtimes.find("llamacpp").unavailable() is None]
+    def offers(self) -> list[Forms]:
+        there = runtimes.find("llamacpp").unavailable() is None
+        return [[("llamacpp", precision) for precision in WRITERS if there], *super().offers()]
 
     def check(self, model: Model) -> None:
-        if self.exports:
+        if self.runtime == "llamacpp":
             runtimes.find("llamacpp").check(model)
-
-    def measured(self, test_bench: bench.Bench, model: Model) -> Any:
-        return test_bench.writing_table(model)
 
     def cut(self, model: Model, step: float) -> Steps:
         blocks, wanted = heads_and_neurons(model.module), self.cost(model) / step
@@ -162,22 +188,14 @@ class CausalDescent(Descent):
     def rows(self, task: Any, model: Model) -> int:
         return len(task.encode(model, "train")) + len(task.encode_texts(model, task.unlabelled)) * bool(task.unlabelled)
 
-    def packing(self, bits: int) -> Steps:
-        return [] if self.exports else packed(bits, self.effort, self.seed)
-
 
 @dataclass(kw_only=True)
-class TranslatorDescent(Descent):
+class TranslatorDescent(WritingDescent):
     """Decoder layers, then heads and neurons of both stacks, taught to write what the original writes."""
 
-    goes_on: ClassVar[bool] = False
-    first: ClassVar[str] = "original"
-    number: ClassVar[int] = 1
     teaches: ClassVar[str] = "distill_generation"
-    cutting: ClassVar[tuple[str, float]] = ("cut", PRUNING)
     teacher_passes: ClassVar[float] = WRITING
     paced: ClassVar[int] = 32
-    exports: bool = False
     widest: tuple[int, int] = (1, 1)
     """Heads and neurons of the original's widest block."""
 
@@ -185,12 +203,6 @@ class TranslatorDescent(Descent):
         heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
         self.widest = heads, neurons
         super().begin(test_bench, model)
-
-    def offers(self) -> list[tuple[str, str]]:
-        return []
-
-    def measured(self, test_bench: bench.Bench, model: Model) -> Any:
-        return test_bench.writing_table(model)
 
     def cost(self, model: Model) -> float:
         """Blocks that were cut cost the share of heads and neurons that is left."""
@@ -209,9 +221,6 @@ class TranslatorDescent(Descent):
         if keep := shallower(now, self.table.total, self.table.total(now) / step):
             return [("drop_layers", {"stack": "decoder", "keep": keep, "which": "alternate"})]
         return [("prune_structured", {"speedup": step, "seed": self.seed, **self.effort.prune})]
-
-    def packing(self, bits: int) -> Steps:
-        return packed(bits, self.effort, self.seed)
 
 
 def packed(bits: int, effort: Effort, seed: int) -> Steps:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
 from . import bench
 from .budget import Effort
-from .core.folders import read_json
+from .core.folders import read_json, write_json
 from .core.model import Model
 from .core.packed import refuse_packed
 from .core.surgery import heads_and_neurons
 from .data import cut
 from .descent import Descent
 from .errors import InputError, MultumError
-from .landing import Landing
+from .landing import METRICS, Landing
 from .plan import rung, teaching
 from .progress import Progress
 from .run_folder import RunFolder
@@ -64,21 +65,44 @@ class Ladder(Landing):
         model = self.task.load(str(folder))
         self._look_at(model)
         self._expect(0)
-        targets = [folder, *self.bench.export(model, folder, self.descent.offers())]
-        if len(targets) == 1 and self.descent.exports:
-            raise InputError(f"{model.source} cannot be exported to any runtime here", *self.run.values["data"]["notes"])
-        if self.run.find("original") is None:
-            with self.progress.stage("measure the original"):
-                found = self.bench.measure(targets)
-            # All or none: what is fastest among them decides the rest of the run.
-            for target, metrics in zip(targets, found, strict=True):
-                form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
-                name, technique = ("original", "the model in torch") if target == folder else (f"original, {form}", form)
-                self.bench.add(name, folder, target, technique, model, metrics)
-            self.bench.doubt(found[0])
-            self.bench.keep()
-        self.descent.exports = self.run.strongest()["target"] != "original"
+        self._measure_forms(model, folder)
+        strongest = self.run.strongest()
+        self.descent.exports, self.descent.runtime = strongest["target"] != "original", strongest["runtime"]
+        self._look_back()
         self.descent.begin(self.bench, model)
+
+    def _measure_forms(self, model: Model, folder: Path) -> None:
+        """The original in torch, and as the exports of the first group of which one keeps the drop; alone where none can be had."""
+        known = [(c["runtime"], c["precision"]) for c in self.run.candidates if c["folder"] == "original"]
+        if len(known) == 1:
+            return
+        if not model.tokenizer.is_fast:
+            self.run.note(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need: torch runs it")
+        for forms in self.descent.offers() if model.tokenizer.is_fast else []:
+            before = [form for form in forms if form in known]
+            targets = self.bench.export(model, folder, before or forms)
+            if targets and not before:
+                self._add_originals(model, folder, targets)
+            if self.run.candidates and self._holds(self.run.strongest()["name"]):
+                return
+        if not self.run.candidates:
+            if self.descent.exports:
+                raise InputError(f"{model.source} cannot be exported to any runtime here", *self.run.values["data"]["notes"])
+            self._add_originals(model, folder, [])
+
+    def _add_originals(self, model: Model, folder: Path, exports: list[Path]) -> None:
+        """Measure exports beside the original in torch, which is a candidate once. All or none: the fastest decides what follows."""
+        with self.progress.stage("measure the original"):
+            found = self.bench.measure([folder, *exports])
+        if self.run.candidates:
+            write_json(folder / METRICS, self.run.candidates[0]["validation"])
+        else:
+            self.bench.add("original", folder, folder, "the model in torch", model, found[0])
+            self.bench.doubt(found[0])
+        for target, metrics in zip(exports, found[1:], strict=True):
+            form = f"{metrics['speed']['runtime']} {metrics['speed']['precision']}"
+            self.bench.add(f"original, {form}", folder, target, form, model, metrics)
+        self.bench.keep()
 
     def vocabulary(self) -> None:
         """Rung 1 costs nothing: the tokens that the data never uses go. Not where tokens are what is foretold or written."""

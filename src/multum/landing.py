@@ -145,14 +145,16 @@ class Landing(Reckoning):
 
     def _forms(self) -> list[Form]:
         """Every form that there is; where little is to be measured none that torch compiles for long, none in which the original
-        was far slower and none of a runtime that was far slower in all of them, unless bytes are limited.
+        was far slower or needed not be tried, and none of a runtime that was far slower in all of them, unless bytes are limited.
         """
         forms, limit = candidates(task=self.task), FAR_SLOWER * first_p50_ms(self.run.strongest())
         if not self.effort.brief or self.run.budget.max_size_bytes:
             return forms
         tried = {Form(c["runtime"], c["precision"]): first_p50_ms(c) for c in self.run.candidates if c["folder"] == "original"}
         near = {form.runtime for form, ms in tried.items() if ms <= limit}
-        return [form for form in forms if form.runtime in near and tried.get(form, 0.0) <= limit and not form.compiled]
+        slower = {Form(*one) for group in self.descent.offers() for one in group if Form(*one) not in tried}
+        slower |= {form for form, ms in tried.items() if ms > limit}
+        return [form for form in forms if form.runtime in near and form not in slower and not form.compiled]
 
     def test(self, best: dict[str, Any]) -> None:
         """The only look at the test split: the original in torch, its fastest form, and what ships."""

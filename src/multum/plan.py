@@ -23,6 +23,8 @@ EXPORT, MEASURE, TABLE, VOCABULARY = 4.0, 5.0, 10.0, 5.0
 
 ORIGINAL = (3, 6)
 """What measuring the original takes against a rung: by itself, and with its exports, beside which a rung is one small export."""
+NO_EXPORT = ("", 0.0)
+"""An encoder's: it is written at once."""
 
 Stages = list[tuple[str, float]]
 
@@ -50,6 +52,7 @@ def ahead(
     measure: float = MEASURE,
     first: int = 2,
     cutting: tuple[str, float] = ("prune and repair", PRUNING),
+    export: tuple[str, float] = NO_EXPORT,
     teacher_passes: float = 1.0,
 ) -> Stages:
     """The stages still to come and their seconds.
@@ -66,18 +69,19 @@ def ahead(
         measure: seconds that measuring a rung takes.
         first: number of the first rung that is cut; 2 where the vocabulary makes one before.
         cutting: what cutting a rung is called, and the forward passes of every calibration text that it takes.
+        export: what exporting one is called, and the seconds that it takes, if they count beside those of measuring.
         teacher_passes: forward passes that the teacher's answer to a text costs; more where it writes.
     """
     stages: Stages = []
     if rungs_done == 0:
         stages.append(("fine-tune the original", TRAINING * effort.finetune["epochs"] * texts * pace))
-        stages += [(f"original: export to {runtime} {precision}", EXPORT) for runtime, precision in offers]
+        stages += [(f"original: export to {runtime} {precision}", export[1] or EXPORT) for runtime, precision in offers]
         stages += [("measure the original", ORIGINAL[bool(offers)] * measure), ("measure the latency table", TABLE)]
         stages += [("rung-01: trim the vocabulary", VOCABULARY)] if first == 2 else []
     next_rung = max(2, rungs_done + 1)
     for number in range(next_rung, max(USUAL_RUNGS - effort.brief, next_rung) + 1):
         share, name = step ** (1 - number), f"rung-{number - 2 + first:02d}"
-        work: dict[str, Any] = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
+        work: dict[str, Any] = {"taught": taught, "export": export, "measure": measure, "teacher_passes": teacher_passes}
         stages += rung(name, effort, texts + unlabelled, pace, share, cutting=cutting, **work)
         taught = taught or share <= effort.teach_below
     return [*stages, *last(measure, together=bool(offers))]
@@ -92,6 +96,7 @@ def rung(
     *,
     taught: bool,
     cutting: tuple[str, float] = ("prune and repair", PRUNING),
+    export: tuple[str, float] = NO_EXPORT,
     measure: float = MEASURE,
     teacher_passes: float = 1.0,
 ) -> Stages:
@@ -99,9 +104,9 @@ def rung(
     stage, passes = cutting
     pruning = (f"{name}: {stage}", passes * effort.prune.get("samples", 0) * pace * share)
     if share <= effort.teach_below:
-        work: dict[str, Any] = {"taught": taught, "measure": measure, "teacher_passes": teacher_passes}
+        work: dict[str, Any] = {"taught": taught, "export": export, "measure": measure, "teacher_passes": teacher_passes}
         return [pruning, *teaching(name, effort, texts, pace, share, **work)]
-    return [pruning, (f"{name}: measure", measure)]
+    return [pruning, *_measured(name, export, measure)]
 
 
 def teaching(
@@ -112,13 +117,19 @@ def teaching(
     share: float,
     *,
     taught: bool,
+    export: tuple[str, float] = NO_EXPORT,
     measure: float = MEASURE,
     teacher_passes: float = 1.0,
 ) -> Stages:
     """Teaching a rung and measuring it. The first has to wait for the teacher's outputs."""
     passes = texts * (1 + effort.distill.get("augment", 0)) * pace
     seconds = TRAINING * effort.distill["epochs"] * passes * share
-    return [(f"{name}: distil", seconds + (0 if taught else teacher_passes * passes)), (f"{name}: measure", measure)]
+    return [(f"{name}: distil", seconds + (0 if taught else teacher_passes * passes)), *_measured(name, export, measure)]
+
+
+def _measured(name: str, export: tuple[str, float], measure: float) -> Stages:
+    what, seconds = export
+    return [*([(f"{name}: {what}", seconds)] if seconds else []), (f"{name}: measure", measure)]
 
 
 @torch.no_grad()
