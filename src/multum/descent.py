@@ -30,7 +30,7 @@ DEPTH = 0.75
 WRITERS = ("f16", "q8_0", "q4_0")
 """What llama.cpp runs causal models in."""
 GRAPHS = ("int8", "fp32")
-"""What graphs of models that write are tried in, one after the other: a token reads every weight, so that fewer bytes are faster."""
+"""What graphs of models that write are tried in, one after the other: a token reads every weight, and fewer bytes are faster."""
 TRACING = 5 * EXPORT
 """Seconds that the export of a model that writes takes, before any is made: it is traced, and writes in torch too."""
 LEAST = 0.1

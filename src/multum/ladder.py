@@ -91,7 +91,7 @@ class Ladder(Landing):
             self._add_originals(model, folder, [])
 
     def _add_originals(self, model: Model, folder: Path, exports: list[Path]) -> None:
-        """Measure exports beside the original in torch, which is a candidate once. All or none: the fastest decides what follows."""
+        """Measure exports beside the original in torch, a candidate once. All or none: the fastest decides what follows."""
         with self.progress.stage("measure the original"):
             found = self.bench.measure([folder, *exports])
         if self.run.candidates:

@@ -15,7 +15,6 @@ from .plan import MEASURE, NO_EXPORT, ORIGINAL, Stages, ahead, last, pace
 from .progress import Progress
 from .run_folder import RunFolder
 
-
 GRAPH = 1 / 3
 """What measuring an export of a model that writes may take against torch, before any was measured."""
 
@@ -94,7 +93,7 @@ class Reckoning:
         return [*self._other_forms(), *last(self.measuring, together=self.descent.exports)]
 
     def _other_forms(self) -> Stages:
-        """The exports of what ships, where they count beside measuring: in every form that is tried but the one it was walked in."""
+        """Exports of what ships, where they count beside measuring: in every form that is tried but the one it was walked in."""
         if not (self.export[1] and self.run.candidates):
             return []
         there = [form for form in self._forms() if form.folder and runtimes.find(form.runtime).unavailable() is None]
