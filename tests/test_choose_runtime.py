@@ -17,9 +17,10 @@ import on_disk
 import pytest
 import tiny
 import torch
+from test_shrink_writing import Inside
 from typer.testing import CliRunner
 
-from multum import _auto, bench, choose_runtime, runtimes
+from multum import _auto, _runtime_trials, bench, choose_runtime, runtimes
 from multum._runtime_inputs import Given, check, lengths_of, limit_of, short
 from multum._runtime_table import EAGER, FEW, TABLE, Form, fits, grown, kept, pick, rows
 from multum.choose_runtime import candidates, choose, open_way, ready
@@ -387,6 +388,25 @@ def test_few_texts_do_not_prove_8_bits(tmp_path: Path) -> None:
     assert left_out == {SMALL.name: f"integers are calibrated and checked on {FEW} texts or more; there are {FEW - 1}"}
 
 
+def test_masked_language_models_are_tried_too(tmp_path: Path, monkeypatch: Any) -> None:
+    """One export is of the model, one stood there and is of another."""
+    monkeypatch.setattr(_runtime_trials, "Worker", Inside)
+    folder, texts = tmp_path / "model", tiny.passages(4)
+    tiny.language_model("bert", layers=1).save(folder)
+    given = Given(folder, texts)
+    assert EAGER in candidates("", given)
+    assert not [form for form in candidates("", given) if form.compiled]
+    other = tiny.language_model("bert", layers=1)
+    other.module.get_input_embeddings().weight.data.mul_(-1.0)
+    choose_runtime.export_model(runtimes.find("onnxruntime"), other, folder / GRAPH.folder, "fp32", given, 0)
+    exact = Form("openvino", "fp32")
+    choice, found = choose(folder, given, lengths=[8], threads=1, forms=[EAGER, GRAPH, exact], rounds=3, seconds=1.0)
+    assert "it answers differently" in found["left_out"][GRAPH.name]
+    assert {one["name"] for one in found["forms"]} == {EAGER.name, exact.name}
+    way = ready(folder, dataclasses.replace(choice, form=exact, threads=1), given)
+    np.testing.assert_allclose(open_way(way).predict(texts), pytorch.open(folder, threads=1).predict(texts), rtol=1e-4)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------------------
 
 
@@ -405,12 +425,6 @@ def test_what_no_runtime_is_chosen_for(tmp_path: Path) -> None:
     (tmp_path / "model" / "runtime.json").write_text("{}")
     with pytest.raises(InputError, match="is an export already"):
         check(tmp_path / "model", task)
-
-
-def test_masked_language_models_are_told_what_they_can_have(tmp_path: Path) -> None:
-    tiny.language_model("bert").save(tmp_path / "model")
-    with pytest.raises(InputError, match="--runtime auto takes models of every other task, not for fill-mask"):
-        check(tmp_path / "model", Given(tmp_path / "model", ["a film"]))
 
 
 @pytest.mark.parametrize(

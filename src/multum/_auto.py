@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import terminal
-from ._runtime_inputs import Given, writes
+from ._runtime_inputs import Given, fills, writes
 from ._runtime_table import AUTO, TABLE, Choice, rows
 from .commands import progress
 from .errors import InputError
@@ -86,7 +86,7 @@ def predictor(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | 
     from .choose_runtime import choose, open_way, ready
 
     asked, task = check([folder], runtime) or {}, Given(folder, inputs)
-    batches = [1 if writes(task) else min(len(inputs), MANY)]
+    batches = [1 if writes(task) or fills(task) else min(len(inputs), MANY)]
     asked |= {"new": new} if new else {}
     choice, table = choose(folder, task, threads=threads, texts=len(inputs), batches=batches, progress=progress(), **asked)
     _show(folder, choice, table, False)

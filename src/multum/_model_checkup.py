@@ -171,7 +171,7 @@ def _exports(model: Any, reader: Any, facts: Mapping[str, Any], limits: list[Lim
             yield from (f"{name} {precision}" for precision in module.PRECISIONS)
     if reader.task == "fill-mask":
         why = f"a {type(model.module).__name__} answers with a whole vocabulary, token by token"
-        limits.append(Limit("shrink and --runtime auto", why, "export it, and measure both; its steps work in multum run"))
+        limits.append(Limit("shrink", why, "its steps work in multum run; --runtime auto takes it"))
 
 
 def _export_obstacle(name: str, model: Any) -> tuple[str | None, str, bool]:

@@ -26,6 +26,11 @@ def writes(task: Any) -> bool:
     return task.auto_class in WRITERS
 
 
+def fills(task: Any) -> bool:
+    """Whether they are masked language models, which read one window at a time and answer with a whole vocabulary."""
+    return bool(task.name == "fill-mask")
+
+
 class Given:
     """Inputs without references, with what of a task an export asks for.
 
@@ -67,7 +72,12 @@ class Given:
         if writes(self):
             return []
         del seed  # none is drawn
-        encoded = self.reader.encode(model.tokenizer, self._inputs[:samples], self.length_limit(model), "pt")
+        if fills(self):
+            texts = [" ".join(words(one)) for one in self._inputs[:samples]]
+            most = {"truncation": True, "max_length": self.length_limit(model)}
+            encoded = model.tokenizer(texts, padding=True, return_tensors="pt", **most)
+        else:
+            encoded = self.reader.encode(model.tokenizer, self._inputs[:samples], self.length_limit(model), "pt")
         found = takes(model.module, {name: encoded[name] for name in COLUMNS if name in encoded})
         if not self.has_pairs:
             found.pop("token_type_ids", None)
@@ -85,8 +95,6 @@ def check(folder: Path, task: Any) -> None:
     if not (folder / "config.json").is_file():
         reason = "holds no model" if folder.is_dir() else "is not there"
         raise InputError(f"{folder} {reason}; a model folder has config.json")
-    if task.name == "fill-mask":
-        raise InputError("--runtime auto takes models of every other task, not for fill-mask; export those with multum export")
     if not (folder / "tokenizer.json").is_file():
         raise InputError(f"{folder} has no fast tokenizer (tokenizer.json), which exports need")
     if not task.inputs("validation"):
@@ -101,7 +109,7 @@ def lengths_of(folder: Path, inputs: Sequence[Any]) -> list[int]:
 
     read_json(folder / "tokenizer.json")  # tokenizers itself has no word for a damaged file but a bare Exception
     tokenizer, reader = FastTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), 0), reader_of(folder)
-    if reader.task == "text-generation":
+    if reader.task in ("text-generation", "fill-mask"):
         inputs = [" ".join(words(one)) for one in inputs]
     return [len(ids) for ids in reader.encode(tokenizer, inputs, limit_of(folder), None)["input_ids"]]
 

@@ -15,7 +15,7 @@ import numpy as np
 from . import runtimes
 from ._measure_process import Worker
 from ._pace import NEW
-from ._runtime_inputs import words, writes
+from ._runtime_inputs import fills, words, writes
 from ._runtime_table import EAGER, KNOWN_AS, PASS, READ, WRITE, Form
 from .core.folders import read_json
 from .errors import ParityError
@@ -23,6 +23,8 @@ from .runtimes._parity import compare, problem
 
 CHECKED = 32
 """Inputs on which answers are compared at most."""
+BRIEF = 8, 12
+"""Texts of a masked model that are compared, and words of each: every hidden token has a whole vocabulary of numbers."""
 SAME = {"max_difference": 0.0, "agreement": 1.0, "kl_nats": 0.0}
 
 
@@ -66,6 +68,14 @@ class Reads:
         return [worker.ask("pass", ids=ids, batch=batch, threads=threads, warm_up=warm_up)]
 
 
+class Fills(Reads):
+    """Masked language models: the same on the beginnings of a few texts. More was compared when they were exported."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        texts, count = BRIEF
+        super().__init__([" ".join(" ".join(words(one)).split()[:count]) for one in inputs[:texts]])
+
+
 class Writes(Reads):
     """Models that write: what was proved at export is believed; reading a text and writing a token are timed apart."""
 
@@ -85,20 +95,21 @@ class Writes(Reads):
 
 def kind_of(task: Any) -> Reads:
     """How the forms of a task's models are tried."""
-    return (Writes if writes(task) else Reads)(list(task.inputs("validation")))
+    kind = Writes if writes(task) else Fills if fills(task) else Reads
+    return kind(list(task.inputs("validation")))
 
 
 def candidates(precision: str = "", task: Any = None) -> list[Form]:
     """Every form that there is for the models of a task, of one precision or of all; torch eager is always among them.
 
     Of ways to calibrate the last one stands for all: they differ in where ranges end, and take the same time. torch compiles what
-    reads: what writes has another shape with every token.
+    reads: what writes has another shape with every token, and a masked model is asked for a few tokens of each window.
 
     Args:
         precision: as `Form.has` takes it.
         task: by default one whose models are encoders.
     """
-    found = [EAGER] if task and writes(task) else [EAGER, Form(EAGER.runtime, EAGER.precision, compiled=True)]
+    found = [EAGER] if task and (writes(task) or fills(task)) else [EAGER, Form(EAGER.runtime, EAGER.precision, compiled=True)]
     for name in runtimes.names():
         module = runtimes.find(name)
         taken = getattr(module, "TASKS", None)
