@@ -23,8 +23,8 @@ from .runtimes._parity import compare, problem
 
 CHECKED = 32
 """Inputs on which answers are compared at most."""
-BRIEF = 8, 12
-"""Texts of a masked model that are compared, and words of each: every hidden token has a whole vocabulary of numbers."""
+BRIEF = 8, 60
+"""Texts of a masked model that are compared, and characters of each: every hidden token has a whole vocabulary of numbers."""
 SAME = {"max_difference": 0.0, "agreement": 1.0, "kl_nats": 0.0}
 
 
@@ -73,7 +73,7 @@ class Fills(Reads):
 
     def __init__(self, inputs: Sequence[Any]) -> None:
         texts, count = BRIEF
-        super().__init__([" ".join(" ".join(words(one)).split()[:count]) for one in inputs[:texts]])
+        super().__init__([" ".join(words(one))[:count] for one in inputs[:texts]])
 
 
 class Writes(Reads):
