@@ -122,11 +122,14 @@ class Bench:
             write_json(kept, {"graph_ms": graphs, "metrics": made})
         saved, names = read_json(kept), ["whole", *(f"{speedup:g}x" for speedup in self.options.speedups)]
         lengths = tables[0].about["lengths"]
-        modules = [self.task.load(str(folder)).module for folder in folders]
-        blocks = [heads_and_neurons(module) for module in modules]
-        macs = [macs_per_example(profile(module)["macs"], lengths) for module in modules]
+        models = [self.task.load(str(folder)) for folder in folders]
+        blocks = [heads_and_neurons(model.module) for model in models]
+        macs = [macs_per_example(profile(model.module)["macs"], lengths) for model in models]
         every = zip(names, blocks, macs, saved["graph_ms"], saved["metrics"], strict=True)
-        return against_first([figures(tables, *one) for one in every])
+        found = against_first([figures(tables, *one) for one in every])
+        for one, model in zip(found[1:], models[1:], strict=True):
+            one["cut_s"] = model.history[-1]["seconds"]
+        return found
 
     def graphs(self, targets: list[Path], lengths: list[int]) -> list[float]:
         """Milliseconds of every target's graph, the mean over a validation text of each of these lengths."""
@@ -209,7 +212,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def words(found: dict[str, list[dict[str, Any]]], threads: int) -> str:
-    said = []
+    took = [one["cut_s"] for every in found.values() for one in every[1:]]
+    said = [f"Cuts took {min(took):.0f} to {max(took):.0f} s."]
     for precision, every in found.items():
         worst = max(abs(statistics.median(one["error_percent"])) for one in every[1:])
         least = min(one["speedup"] / one["macs_ratio"] for one in every[1:])
