@@ -11,11 +11,19 @@ import pytest
 import tiny
 import tiny_families
 import torch
-from transformers import AutoModelForSequenceClassification
+import translators
+from transformers import (
+    AutoModel,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BartForCausalLM,
+    T5EncoderModel,
+)
 
 from multum.core import shapes
-from multum.core.families import blocks_of, family_of
+from multum.core.families import base_of, blocks_of, family_of, stacks_of
 from multum.core.model import Model
+from multum.core.step import make
 from multum.core.surgery import head_size, heads_and_neurons, keep_blocks, keep_heads, keep_neurons
 
 TEXT = ["the wonderful story was gripping", "dull"]
@@ -52,6 +60,66 @@ def test_uneven_models_load_by_plain_from_pretrained(family: str, tmp_path: Path
     assert config(tmp_path / "again")["quantization_config"] == config(tmp_path / "model")["quantization_config"]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*tiny.FAMILIES, "xlm-roberta", *tiny_families.FAMILIES])
+def test_a_cut_model_loads_with_any_head_or_none(family: str, tmp_path: Path) -> None:
+    """The parts of a base model are called otherwise where a head stands before them."""
+    model = tiny.uneven(tiny.model(family, layers=3))
+    inputs = model.tokenizer(TEXT, padding=True, return_tensors="pt")
+    expected = base_of(model.module)(**inputs).last_hidden_state
+    model.save(tmp_path / "with")
+    base = AutoModel.from_pretrained(tmp_path / "with")
+    assert torch.equal(base(**inputs).last_hidden_state, expected)
+    Model(module=base, tokenizer=model.tokenizer, source="tiny").save(tmp_path / "without")
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        again = kind.from_pretrained(tmp_path / "without")
+        assert torch.equal(base_of(again)(**inputs).last_hidden_state, expected)
+
+
+@torch.no_grad()
+def test_one_stack_of_a_cut_encoder_decoder_loads_alone(tmp_path: Path) -> None:
+    for family, number, kind in (("t5", 0, T5EncoderModel), ("bart", 1, BartForCausalLM)):
+        model = translators.translator(family)
+        for stack in stacks_of(model.module):
+            keep_heads(stack.blocks[0], stack.family, [0, 2], head_size(model.module))
+            keep_neurons(stack.blocks[1], stack.family, [])
+        model.save(tmp_path / family)
+        alone, whole = kind.from_pretrained(tmp_path / family), AutoModelForSeq2SeqLM.from_pretrained(tmp_path / family)
+        blocks = [next(s.blocks for s in stacks_of(one) if s.name == stacks_of(whole)[number].name) for one in (alone, whole)]
+        left, right = (dict(each.named_parameters()) for each in blocks)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_without_multum_what_stock_transformers_cannot_build_is_an_error(tmp_path: Path) -> None:
+    """It would pass over the entry and give random weights to whole sublayers, factors and integers."""
+    whole, task = tiny.model(), tiny.task()
+    removed = whole.copy()
+    keep_heads(blocks_of(removed.module)[1], family_of(removed.module), [], head_size(removed.module))
+    keep_neurons(blocks_of(removed.module)[0], family_of(removed.module), [])
+    kinds = {"removed": removed, "factored": make("low_rank", {"samples": 16})(whole, task)}
+    kinds |= {step: make(step, {})(whole, task) for step in ("quantize", "quantize_embeddings")}
+    for name, model in kinds.items():
+        assert model.save(tmp_path / name) is False
+        again = Model.load(tmp_path / name, auto_class=task.auto_class)
+        assert again.new_weights == ()
+        assert again.fingerprint() == model.fingerprint()
+    code = f"""
+import sys
+from transformers import AutoModelForSequenceClassification
+for name in {list(kinds)!r}:
+    try:
+        AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r} + "/" + name)
+    except RuntimeError as error:
+        assert "mismatched" in str(error)
+    else:
+        sys.exit(name)
+assert "multum" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_hook_works_in_a_fresh_process_whatever_is_imported_first(tmp_path: Path) -> None:
     tiny.uneven(tiny.model(layers=3)).save(tmp_path / "model")
     use = f"AutoModelForSequenceClassification.from_pretrained({str(tmp_path / 'model')!r})"
@@ -82,6 +150,50 @@ assert "multum" not in sys.modules
 inputs = {{name: torch.tensor(value) for name, value in {inputs!r}.items()}}
 with torch.no_grad():
     assert torch.equal(module(**inputs).logits, torch.load({str(tmp_path / "expected.pt")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def fewer_everywhere(model: Model) -> Model:
+    for stack in stacks_of(model.module):
+        for block in stack.blocks:
+            keep_neurons(block, stack.family, range(4, 20))
+            if stack.family.free_heads:
+                keep_heads(block, stack.family, [1, 3], head_size(model.module))
+    return model
+
+
+def test_steps_whose_result_is_stock_load_without_multum(tmp_path: Path) -> None:
+    """One process for all: depth, width and neurons, of encoder-decoders and causal models."""
+    text, both = tiny.task(), translators.translating(16, 8)
+    drop, slice_ = make("drop_layers", {"which": (1,)}), make("slice_hidden", {"keep": 0.5, "samples": 16})
+    made = {f"drop-{family}": drop(tiny.model(family, layers=3), text) for family in ("gpt2", "opt", "qwen2", "deberta-v2")}
+    made |= {f"drop-{family}": drop(translators.translator(family), both) for family in ("t5", "mbart")}
+    made |= {f"slice-{family}": slice_(tiny.model(family), text) for family in ("gemma", "phi3")}
+    made |= {f"fewer-{family}": fewer_everywhere(translators.translator(family)) for family in ("t5", "marian")}
+    made |= {f"fewer-{family}": fewer_everywhere(tiny.model(family)) for family in ("qwen3", "mistral", "mpnet", "modernbert")}
+    asked = {"input_ids": [[5, 6, 7, 8, 9]], "attention_mask": [[1, 1, 1, 1, 1]]}
+    kinds = {}
+    for name, model in made.items():
+        task = both if model.module.config.is_encoder_decoder else text
+        inputs = {key: torch.tensor(value) for key, value in asked.items()}
+        more = {"decoder_input_ids": inputs["input_ids"]} if task is both else {}
+        with torch.no_grad():
+            torch.save(model.module(**inputs, **more).logits, tmp_path / f"{name}.pt")
+        assert model.save(tmp_path / name) is True
+        assert json.loads((tmp_path / name / "recipe.json").read_text())["loads_without_multum"] is True
+        kinds[name] = task.auto_class
+    code = f"""
+import sys, torch, transformers
+for name, kind in {kinds!r}.items():
+    module = getattr(transformers, kind).from_pretrained({str(tmp_path)!r} + "/" + name)
+    inputs = {{key: torch.tensor(value) for key, value in {asked!r}.items()}}
+    more = {{"decoder_input_ids": inputs["input_ids"]}} if "Seq2Seq" in kind else {{}}
+    with torch.no_grad():
+        found, expected = module(**inputs, **more).logits, torch.load({str(tmp_path)!r} + f"/{{name}}.pt")
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5), name  # where weights lie in memory decides how sums are rounded
+assert "multum" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -120,7 +120,7 @@ class Model:
         if processes.number() > 0:
             return stock
         with whole_folder(Path(folder)) as work:
-            self.module.save_pretrained(work)
+            self.module.save_pretrained(work, state_dict={**self.module.state_dict(), **shapes.guards(self.module)})
             self.tokenizer.save_pretrained(work)
             recipe = {
                 "schema": 1,

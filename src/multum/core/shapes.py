@@ -20,6 +20,7 @@ first block has none before its attention (ModernBERT), and the first is another
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -87,8 +88,10 @@ class ShapesLoader(HfQuantizer):
     def is_trainable(self) -> bool:
         return True
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        entry: Any = self.quantization_config
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> nn.Module:
+        self.quantization_config = model.config.quantization_config = entry = entry_for(model, cast(Any, self.quantization_config))
+        guards = {rf"{re.escape(name)}\.weight$" for name in (*entry.shapes, *entry.packed)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
         apply_shapes(model, entry.shapes)
         for name, kept in entry.heads.items():
             keep_own_heads(model.get_submodule(name), kept)
@@ -105,6 +108,29 @@ class ShapesLoader(HfQuantizer):
             if hasattr(model, name):
                 delattr(model, name)
         return model
+
+
+def entry_for(module: nn.Module, entry: ShapesConfig) -> ShapesConfig:
+    """The entry with the names that parts have in this class of the architecture. A model without a head calls them otherwise than
+    one with a head does, whichever of the two was saved; what a class has no place for, like the other's head, is left out."""
+    base, parts = getattr(module, "base_model_prefix", ""), dict(module.named_modules())
+
+    def here(name: str) -> str | None:
+        names = [name, name.removeprefix(f"{base}."), f"{base}.{name}"]
+        # What is not there yet (a factor), or nowhere, stays with the list of blocks or the part that it should stand in.
+        found = [each for each in names if each in parts] or [each for each in names if _home(each) in parts]
+        return found[0] if found else None
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {new: value for name, value in values.items() if (new := here(name)) is not None}
+
+    packed = {name: {**each, **({"of": here(each["of"])} if "of" in each else {})} for name, each in entry.packed.items()}
+    return ShapesConfig(renamed(entry.shapes), renamed(entry.heads), list(renamed(dict.fromkeys(entry.norms))), renamed(packed))
+
+
+def _home(name: str) -> str:
+    blocks = re.match(r"(.*?)\.\d+\.", name)
+    return blocks[1] if blocks else name.rpartition(".")[0] or name
 
 
 def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
@@ -199,6 +225,17 @@ def record(module: Any) -> bool:
     elif hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
     return not (changed or heads or norms or packed)
+
+
+def guards(module: Any) -> dict[str, torch.Tensor]:
+    """Empty tensors, to be saved in the places of weights that a model lacks and that stock transformers would look for.
+
+    Without multum transformers passes over the entry in config.json and gives random numbers to weights that it does not find, with
+    no more than a warning. Of a weight that has another shape it makes an error.
+    """
+    entry, there = getattr(module.config, "quantization_config", None), module.state_dict()
+    names = (*entry.shapes, *entry.packed) if isinstance(entry, ShapesConfig) else ()
+    return {key: torch.zeros(0, dtype=module.dtype) for name in names if (key := f"{name}.weight") not in there}
 
 
 def _is_norm_for_nothing(part: nn.Module, stock: nn.Module | None) -> bool:
