@@ -20,11 +20,13 @@ from typer.testing import CliRunner
 from multum import runtimes
 from multum._measure import measure
 from multum.cli import app
-from multum.core.families import family_of, stacks_of
+from multum.core.families import stacks_of
 from multum.core.generation import texts_of, write
 from multum.core.model import Model
 from multum.core.sentences import causal_sums, masked_sums
-from multum.core.surgery import head_size, keep_heads
+from multum.core.step import make
+from multum.core.sublayers import CROSS, HEADS, NEURONS, places_of
+from multum.core.surgery import head_size
 from multum.core.writing import Decoding, TorchWriter
 from multum.core.writing import write as continue_
 from multum.errors import InputError, ParityError
@@ -40,12 +42,26 @@ TEXTS = tiny.passages(6)
 
 
 def cut(model: Model) -> Model:
-    """The first block has lost its attention to what comes before, the second all heads but one."""
-    for stack in stacks_of(model.module):
-        family = family_of(model.module)
-        keep_heads(stack.blocks[0], family, [], head_size(model.module))
-        keep_heads(stack.blocks[1], family, [0], head_size(model.module))
+    """Every sublayer has lost units, other numbers in each. The first block of a stack lost its attention to what comes before, the
+    second of a decoder that to what was read, the second of an encoder its neurons."""
+    blocks = [block for stack in stacks_of(model.module) for block in stack.blocks]
+    for number, place in enumerate(places_of(model.module)):
+        of_stack = list(place.stack.blocks).index(blocks[place.number])
+        gone = (of_stack, place.sublayer.kind) in [(0, HEADS), (1, CROSS)]
+        gone |= (place.stack.name, of_stack, place.sublayer.kind) == ("encoder", 1, NEURONS)
+        kept = [] if gone else range(1, place.size - number % 2)
+        place.sublayer.keep(place.block, kept, head_size(model.module, place.stack.family))
     return model
+
+
+def smaller(family: str, task: TextGeneration) -> Model:
+    """A causal model after all that changes its shape: Llama's width too, which a config can state, and its matrices as factors."""
+    model = tiny.language_model(family, layers=3)
+    model = make("drop_layers", {"which": (1,)})(model, task)
+    if family == "llama":
+        model = make("slice_hidden", {"keep": 0.75, "samples": 8})(model, task)
+    model = cut(model)
+    return make("low_rank", {"rank": 6, "samples": 8})(model, task) if family == "llama" else model
 
 
 def translator(family: str, beams: int) -> Model:
@@ -100,9 +116,8 @@ def test_translators_write_what_torch_writes(runtime: str, precision: str, famil
 
 @pytest.mark.parametrize(("runtime", "precision", "family"), CAUSAL)
 def test_causal_models_continue_as_torch_does(runtime: str, precision: str, family: str, tmp_path: Path) -> None:
-    model = tiny.language_model(family, layers=2)
-    model = cut(model) if family == "llama" else model
     task = TextGeneration.from_splits(tiny.text_splits(8, 6, 4))
+    model = smaller(family, task)
     facts = export(runtime, model, task, tmp_path / "out", precision)
     predictor, decoding = runtimes.open(tmp_path / "out", threads=1), Decoding(max_new_tokens=16)
     sums, expected = predictor.predict(TEXTS), causal_sums(model.module, model.tokenizer, TEXTS)
