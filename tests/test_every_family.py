@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from multum.core import shapes
 from multum.core.blocks import walk_blocks
 from multum.core.families import base_of, blocks_of, family_of
+from multum.core.gates import gated, open_gates
 from multum.core.latency import LatencyTable
 from multum.core.linears import is_linear, matrix
 from multum.core.model import Model
@@ -41,6 +42,7 @@ from multum.runtimes import _encoder
 from multum.steps._price import Price
 from multum.steps._repair import repair
 from multum.steps._units import mac_table
+from multum.steps.fisher_masks import FisherMasks
 from multum.steps.prune_structured import PruneStructured
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,6 +118,20 @@ def test_removed_neurons_equal_zeroed_neurons(name: str, kept: list[int]) -> Non
 
 
 @every_family
+def test_a_gate_at_zero_is_a_unit_removed_and_one_at_one_changes_no_bit(name: str) -> None:
+    module, removed = whole(name), whole(name)
+    heads, neurons = ([gate.detach() for gate in gates] for gates in open_gates(module))
+    with torch.no_grad(), gated(module, heads, neurons):
+        found = logits(module)
+    assert torch.equal(found, logits(module))
+    heads[0][[1, 3]], neurons[0][:5], heads[2][:] = 0.0, 0.0, 0.0
+    cut(removed, 0, [0, 2], range(5, 32))
+    cut(removed, 2, [])
+    with torch.no_grad(), gated(module, heads, neurons):
+        torch.testing.assert_close(logits(module), logits(removed), rtol=1e-5, atol=1e-5)
+
+
+@every_family
 def test_heads_removed_one_after_the_other_are_those_removed_at_once(name: str) -> None:
     slowly, at_once = whole(name), whole(name)
     cut(slowly, 0, [0, 2, 3])
@@ -182,6 +198,22 @@ def test_dropped_blocks(name: str, kept: list[int], tmp_path: Path) -> None:
     if name in tiny_families.DECODERS:
         out = [module.generate(IDS[:1, :4], max_new_tokens=4, do_sample=False, use_cache=on) for on in (True, False)]
         assert torch.equal(*out)
+
+
+def test_emptied_blocks_stay_where_the_others_depend_on_their_place(tmp_path: Path) -> None:
+    module = whole("gpt2", scale_attn_by_inverse_layer_idx=True)
+    family, middle = family_of(module), blocks_of(module)[1]
+    with torch.no_grad():  # nothing is lost without it
+        for path in (family.attention_output, family.down):
+            matrix(middle.get_submodule(path)).zero_()
+    task: Any = SimpleNamespace(calibration=lambda *_, **__: batches())
+    table = mac_table(module, batches())
+    speedup = 1.02 * table.total([(4, 32)] * 3) / table.total([(4, 32), (0, 0), (4, 32)])  # all of it, and a little of the others
+    step = PruneStructured(speedup=speedup, samples=24, neuron_group=4)
+    result = step(Model(module=module, tokenizer=None, source="gpt2"), task)
+    assert heads_and_neurons(result.module)[1] == (0, 0)
+    assert result.history[-1]["kept_blocks"] == [0, 1, 2]
+    assert torch.equal(logits(saved_and_loaded(result.module, tmp_path)), logits(result.module))
 
 
 def test_blocks_that_depend_on_their_place_are_not_moved() -> None:
@@ -408,6 +440,9 @@ def test_a_convolution_between_blocks_is_refused() -> None:
     module = whole("deberta-v2", conv_kernel_size=3)
     with pytest.raises(InputError, match="a convolution"):
         next(walk_blocks(module, batches()))
+    for step in (PruneStructured(), FisherMasks()):
+        with pytest.raises(InputError, match="a convolution"):
+            step(Model(module=module, tokenizer=None, source="tiny"), cast(Any, None))  # no data is asked for
 
 
 @every_family

@@ -349,6 +349,26 @@ def test_without_examples_there_is_one_clear_error(name, task, tmp_path):
     assert model.fingerprint() == before
 
 
+class ShortText(NoExamples):
+    """A task whose calibration text has three tokens."""
+
+    def calibration(self, *given: Any, **more: Any) -> list[Any]:
+        return [{name: value[:1, :3] for name, value in self.task.calibration(*given, **more)[0].items()}]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in names() if name not in NEED_NONE and "samples" in {field.name for field in fields(find(name))}]
+)
+def test_a_short_text_is_refused_before_any_work(name, task, tmp_path):
+    family = families_for(name)[0]
+    model, step, passes = model_for(name, family), find(name)(**quick(name, tmp_path)), []
+    model.module.register_forward_pre_hook(lambda *_: passes.append(name))
+    with pytest.raises(InputError, match=rf"^{name}: the calibration texts (are too few, 1 with 3 tokens|have 3 tokens)") as caught:
+        step(model, ShortText(data_for(name, task, family)))
+    assert len(caught.value.problems) == 1
+    assert not passes
+
+
 @every_step
 def test_unknown_fields_are_all_listed(name, tmp_path):
     with pytest.raises(InputError) as caught:

@@ -82,6 +82,16 @@ def _stand_ins(module: nn.Module, stack: Stack, count: int, *, stop: bool = Fals
         swap(base_of(module), family.blocks, blocks)
 
 
+def refuse_convolution(module: Any) -> None:
+    """For what will walk, before it works.
+
+    Raises:
+        InputError: something stands between the blocks that a walk would miss.
+    """
+    if getattr(getattr(module, "config", None), "conv_kernel_size", 0):
+        raise InputError("this model has a convolution beside its first block, so that its blocks cannot be taken one by one")
+
+
 @torch.no_grad()
 def block_calls(
     module: nn.Module, batches: Sequence[Batch], stack: Stack | None = None
@@ -96,8 +106,7 @@ def block_calls(
     Raises:
         InputError: something stands between the blocks that a walk would miss.
     """
-    if getattr(getattr(module, "config", None), "conv_kernel_size", 0):
-        raise InputError("this model has a convolution beside its first block, so that its blocks cannot be taken one by one")
+    refuse_convolution(module)
     stack = stack or stacks_of(module)[0]
     with _stand_ins(module, stack, len(stack.blocks), stop=True) as made:
         for batch in batches:

@@ -100,6 +100,12 @@ def units_of(module: Any) -> list[tuple[int, ...]]:
     return [tuple(block) for block in counts.values()]
 
 
+def blocks_can_go(module: Any) -> bool:
+    """Whether a block that was emptied can be taken out. In a model with two stacks, or one that scales its attention by the number
+    of the block, it stays as the biases it has."""
+    return len(stacks_of(module)) == 1 and not getattr(module.config, "scale_attn_by_inverse_layer_idx", False)
+
+
 def unit_macs(module: Any, place: Place, read: float, written: float = 0) -> float:
     """MACs of one unit for one example, the products of queries, keys and values included.
 

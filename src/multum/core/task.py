@@ -118,7 +118,7 @@ class Task(Protocol):
         ...
 
 
-def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str, inputs: int = 0, least: int = 0) -> list[Batch]:
+def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str, inputs: int = 0) -> list[Batch]:
     """`Task.calibration`, of which there is enough.
 
     Args:
@@ -128,7 +128,6 @@ def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str,
         seed: of their choice.
         step: its name, for the errors.
         inputs: width of what is solved for from all tokens together: with fewer tokens than that it is not determined by them.
-        least: tokens that there must be, whatever is made of them.
 
     Raises:
         InputError: no texts, or too few and too short ones.
@@ -136,13 +135,13 @@ def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str,
     batches = task.calibration(model, samples, seed=seed)
     if not batches:
         raise InputError(f"{step}: there are no calibration texts; the training split is empty")
-    check_calibration(batches, step, least)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     if tokens < inputs:
         raise InputError(
             f"{step}: the calibration texts have {tokens} tokens, and {inputs} inputs of a matrix are not told apart by so few; "
             f"give more or longer texts, or raise samples (now {samples})"
         )
+    check_calibration(batches, step)
     return batches
 
 

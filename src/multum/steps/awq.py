@@ -35,7 +35,7 @@ from ..core.packed import PackedLinear
 from ..core.second_order import double, gram
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import ENOUGH, Task, calibration
+from ..core.task import Task, calibration
 from ._quantization import float_matrices, grid_problems, grouped, output_error, rounded, summary, walk
 from ._scaling import every_place, fold, unfit
 
@@ -142,7 +142,7 @@ class Awq(Step):
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         linears, skipped = float_matrices(model, self.name, self.keep)
-        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, least=ENOUGH)
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name)
         families = {id(block): stack.family for stack in stacks_of(model.module) for block in stack.blocks}
         packing, packed = Packing(self.bits, self.group, not self.symmetric), {}
         notes: dict[str, dict[str, Any]] = {"alphas": {}, "not_scaled": {}, "relative_errors": {}}

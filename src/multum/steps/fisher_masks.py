@@ -35,7 +35,7 @@ import torch
 from scipy.sparse.linalg import lsmr
 from torch import nn
 
-from ..core.blocks import Block, walk_blocks
+from ..core.blocks import Block, refuse_convolution, walk_blocks
 from ..core.factored import refuse_factored
 from ..core.families import every_block, family_of, one_stack, stacks_of
 from ..core.gates import place_gradients
@@ -45,7 +45,7 @@ from ..core.model import Model
 from ..core.padding import pad
 from ..core.second_order import double
 from ..core.step import Step
-from ..core.sublayers import HEADS, NEURONS, places_of, units_of
+from ..core.sublayers import HEADS, NEURONS, blocks_can_go, places_of, units_of
 from ..core.surgery import head_size, keep_blocks
 from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
@@ -72,12 +72,12 @@ def scales(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def cut(model: Model, kept: Sequence[Sequence[list[int]]]) -> tuple[Model, list[int]]:
-    """A copy with only these heads and neurons, and the numbers of the blocks that are left: of an encoder-decoder all."""
+    """A copy with only these heads and neurons, and the numbers of the blocks that are left: all, where none can go."""
     result = model.copy()
     for place, units in zip(places_of(result.module), (units for block in kept for units in block), strict=True):
         if len(units) < place.size:
             place.sublayer.keep(place.block, units, head_size(result.module, place.stack.family))
-    if len(stacks_of(result.module)) > 1:
+    if not blocks_can_go(result.module):
         return result, list(range(len(kept)))
     left = [i for i, block in enumerate(kept) if any(block)]
     keep_blocks(result.module, left)
@@ -227,6 +227,8 @@ class FisherMasks(Step):
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module.eval()
         refuse_factored(module, self.name)
+        if self.tune:
+            refuse_convolution(module)
         two = len(stacks_of(module)) > 1
         if not two:
             one_stack(module, self.name)

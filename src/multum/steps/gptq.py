@@ -31,7 +31,7 @@ from ..core.packed import PackedLinear
 from ..core.second_order import double, gram, inverse_factor
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import ENOUGH, Task, calibration
+from ..core.task import Task, calibration
 from ._quantization import float_matrices, grid, grid_problems, output_error, summary, walk
 
 COLUMNS = 128
@@ -108,7 +108,7 @@ class Gptq(Step):
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         linears, skipped = float_matrices(model, self.name, self.keep)
-        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, least=ENOUGH)
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name)
         skipped |= dict.fromkeys(linears, "no text reaches it")
         packed: dict[str, PackedLinear] = {}
         errors: dict[str, float] = {}

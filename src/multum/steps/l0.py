@@ -32,7 +32,7 @@ from ..core.linears import is_linear, matrix, shape_of
 from ..core.model import Model
 from ..core.sparse_logits import Thinning
 from ..core.step import Step
-from ..core.sublayers import CROSS, HEADS, NEURONS, Place, places_of, units_of
+from ..core.sublayers import CROSS, HEADS, NEURONS, Place, blocks_can_go, places_of, units_of
 from ..core.surgery import has, head_size, keep_blocks, queries_per_head, rows_of_one
 from ..core.task import Task, examples
 from ..core.teacher import cache_folder
@@ -114,8 +114,8 @@ def _readers(places: Sequence[Place]) -> list[set[int]]:
 
 @torch.no_grad()
 def cut(module: Any, kept: Sequence[Sequence[int]], scales: Sequence[torch.Tensor]) -> list[int]:
-    """Fold the gates into the output matrices, take out all other units, return the numbers of the blocks that are left (of an
-    encoder-decoder all)."""
+    """Fold the gates into the output matrices, take out all other units, return the numbers of the blocks that are left (all,
+    where none can go)."""
     places = places_of(module)
     blocks = sorted({place.number for place in places})
     left = {place.number for place, units in zip(places, kept, strict=True) if units}
@@ -125,7 +125,7 @@ def cut(module: Any, kept: Sequence[Sequence[int]], scales: Sequence[torch.Tenso
             matrix(linear).mul_(scale.repeat_interleave(place.sublayer.width).to(linear.weight))
         if len(units) < place.size:
             place.sublayer.keep(place.block, units, head_size(module, place.stack.family))
-    if len(stacks_of(module)) > 1:
+    if not blocks_can_go(module):
         return blocks
     keep_blocks(module, sorted(left))
     return sorted(left)

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.blocks import walk_blocks
+from ..core.blocks import refuse_convolution, walk_blocks
 from ..core.factored import refuse_factored
 from ..core.families import every_block, one_stack, stacks_of
 from ..core.latency import LatencyTable
@@ -42,7 +42,7 @@ from ..core.linears import Linear, is_linear, matrix
 from ..core.model import Model
 from ..core.second_order import Order, adapted, gram, removal_order
 from ..core.step import Step
-from ..core.sublayers import NEURONS, places_of, units_of
+from ..core.sublayers import NEURONS, blocks_can_go, places_of, units_of
 from ..core.surgery import head_size, keep_blocks
 from ..core.task import Batch, Task, calibration
 from ..core.training import autocast, on_accelerator
@@ -154,6 +154,7 @@ class PruneStructured(Step):
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module.eval()
         refuse_factored(module, self.name)
+        refuse_convolution(module)
         two = len(stacks_of(module)) > 1
         if not two:
             one_stack(module, self.name)
@@ -218,12 +219,12 @@ def price_sublayers(module: nn.Module, batches: Sequence[Batch], neuron_group: i
 
 
 def cut(module: Any, sublayers: Sequence[Sequence[Sublayer]], blocks: Sequence[Sequence[int]]) -> list[int]:
-    """Cut every block to its counts, drop those with nothing left (not of an encoder-decoder), return the numbers of the others."""
+    """Cut every block to its counts, drop those with nothing left if they can go, return the numbers of the others."""
     orders = [sublayer.order for block in sublayers for sublayer in block]
     for place, order, count in zip(places_of(module), orders, (n for counts in blocks for n in counts), strict=True):
         if count < order.units:
             place.sublayer.keep(place.block, order.kept(count), head_size(module, place.stack.family))
-    if len(stacks_of(module)) > 1:
+    if not blocks_can_go(module):
         return list(range(len(blocks)))
     kept = [i for i, counts in enumerate(blocks) if any(counts)]
     keep_blocks(module, kept)

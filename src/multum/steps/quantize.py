@@ -38,7 +38,7 @@ from ..core.packed import PackedLinear
 from ..core.reporting import report
 from ..core.step import Step
 from ..core.surgery import swap
-from ..core.task import ENOUGH, Task, calibration
+from ..core.task import Task, calibration
 from ..core.training import on_accelerator
 from ._price import Price
 from ._quantization import encode, float_matrices, grid, grid_problems, grouped, rounded, summary
@@ -135,7 +135,7 @@ class Quantize(Step):
 
     def _costs(self, model: Model, task: Task, linears: Mapping[str, Linear]) -> dict[str, float]:
         """What every layer's rounding alone costs, in nats."""
-        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, least=ENOUGH)
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name)
         chosen, costs = {id(linear): name for name, linear in linears.items()}, {}
         with on_accelerator(model.module.eval()):
             price = Price(model.module, batches)

@@ -22,7 +22,7 @@ from ..core.families import stacks_of
 from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.step import Step
-from ..core.task import ENOUGH, Task, calibration
+from ..core.task import Task, calibration
 from ..errors import InputError
 from ._quantization import float_matrices, walk
 from ._scaling import Place, every_place, fold, unfit
@@ -76,7 +76,7 @@ class Smoothquant(Step):
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         linears, _ = float_matrices(model, self.name, ())
-        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name, least=ENOUGH)
+        batches = calibration(task, model, self.samples, seed=self.seed, step=self.name)
         families = {id(block): stack.family for stack in stacks_of(model.module) for block in stack.blocks}
         factors: dict[str, list[float]] = {}
         skipped = dict.fromkeys(model.linears().keys() - linears.keys(), "only what is read inside the blocks is smoothed")
