@@ -32,7 +32,7 @@ from multum.targets import export_model
 from multum.tasks._multi_label import MultiLabelClassification
 from multum.tasks._regression import Regression
 
-EXPORTED: dict[str, tuple[str, ...]] = {"onnxruntime": tiny.FAMILIES, "openvino": ("bert", "roberta")}
+EXPORTED: dict[str, tuple[str, ...]] = {"onnxruntime": (*tiny.FAMILIES, "xlm-roberta"), "openvino": ("bert", "roberta")}
 """Runtimes with an export, and the families to try it on: all where it takes no time."""
 CASES = [
     (runtime, precision, family) for runtime, families in EXPORTED.items() for precision in ("fp32", "int8") for family in families
