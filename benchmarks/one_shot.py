@@ -1,11 +1,14 @@
-"""Accuracy kept without any training: `prune_structured`, `drop_layers` and Fisher masks at the same latency.
+"""Accuracy kept without any training: `prune_structured`, `drop_layers`, Fisher masks and random units at the same latency.
 
     python benchmarks/one_shot.py [--seeds 0 1 2] [-o runs/one_shot]
 
-All three cut the same fine-tuned MiniLM to about 1.5x and 2x, the first and the last under the same latency table.
-`prune_structured` sees 1,024 training texts without labels; `drop_layers` the same ones for `importance`, and none for `top` and
-`alternate` layers; Fisher masks 2,048 training examples, their paper's number, with labels for the gradients and without for the
-tuning. Each result is exported to onnxruntime int8 and measured on one thread, in turns with the whole model, on the test split.
+All cut the same fine-tuned MiniLM to about 1.5x and 2x, all but `drop_layers` under the same latency table. `prune_structured` sees
+1,024 training texts without labels; `drop_layers` the same ones for `importance`, and none for `top` and `alternate` layers; Fisher
+masks 2,048 training examples, their paper's number, with labels for the gradients and without for the tuning. The control is
+searched for as Fisher masks are, with random numbers in the place of what heads and neurons are worth, and nothing is rearranged,
+tuned or repaired.
+
+Each result is exported to onnxruntime int8 and measured on one thread, in turns with the whole model, on the test split.
 The model is fine-tuned anew for every seed. Differences are text by text; their intervals are over texts, averaged over seeds. A
 table adds up what was timed apart, which is some per cent more than it costs together, so that a little more is asked for than is
 wanted (`ASKED`). Seconds are the processor's, on one thread, of the cut alone. A run that was stopped goes on where it was.
@@ -27,11 +30,15 @@ from common import difference, median_with_range, publish
 from multum._measure import measure
 from multum.bench import measured_table
 from multum.core.folders import read_json, write_json
+from multum.core.latency import LatencyTable
 from multum.core.model import Model
 from multum.core.step import make
+from multum.core.surgery import heads_and_neurons
 from multum.data import open_task
 from multum.example import fetch
 from multum.runtimes import find
+from multum.steps._masks import search_under
+from multum.steps.fisher_masks import cut
 from multum.targets import export_model
 
 ASKED = {1.5: 1.57, 2.0: 2.15}
@@ -39,7 +46,7 @@ ASKED = {1.5: 1.57, 2.0: 2.15}
 SAMPLES = 1024
 THREADS = 1
 LAYERS = {1.5: 4, 2.0: 3}
-OURS = "prune_structured"
+OURS, RANDOM = "prune_structured", "random"
 FIGURES = ("speedup", "accuracy", "seconds")
 
 
@@ -54,10 +61,12 @@ def main() -> None:
 
 
 def of_seed(seed: int, folder: Path) -> dict[str, Any]:
-    """What every way keeps of the model of one seed."""
+    """What every way keeps of the model of one seed; ways that are not in the folder yet are taken, beside the whole model."""
     path = folder / "found.json"
-    if path.exists():
-        return dict(read_json(path))
+    found: dict[str, Any] = dict(read_json(path)) if path.exists() else {}
+    left = {name: way for wanted in ASKED for name, way in ways(wanted, folder / "latency.json", seed).items() if name not in found}
+    if not left:
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     task = open_task("text-classification", str(fetch("reviews-en")), seed=seed)
     if not (folder / "whole").exists():
@@ -66,29 +75,26 @@ def of_seed(seed: int, folder: Path) -> dict[str, Any]:
         )
     model, exports = task.load(str(folder / "whole")), folder / "exports"
     shutil.rmtree(exports, ignore_errors=True)
-    table = measured_table(model, task, precision="int8", threads=THREADS, rounds=12)
     export_model(find("onnxruntime"), model, exports / "whole", "int8", task, 0)
-    (whole,) = measure([exports / "whole"], task, split="validation", threads=THREADS, rounds=5)
-    replace(table, base=table.base + whole["speed"]["tokenize_p50_ms"]).save(folder / "latency.json")
+    if not found:
+        table = measured_table(model, task, precision="int8", threads=THREADS, rounds=12)
+        (whole,) = measure([exports / "whole"], task, split="validation", threads=THREADS, rounds=5)
+        replace(table, base=table.base + whole["speed"]["tokenize_p50_ms"]).save(folder / "latency.json")
     targets, seconds = {"whole": exports / "whole"}, {"whole": 0.0}
-    for wanted in ASKED:
-        for name, (step, fields) in ways(wanted, folder / "latency.json", seed).items():
-            started = time.process_time()
-            made: Model = make(step, fields)(model, task)
-            seconds[name] = time.process_time() - started
-            targets[name] = exports / f"{len(targets):02d}"
-            export_model(find("onnxruntime"), made, targets[name], "int8", task, 0)
+    for name, (step, fields) in left.items():
+        started = time.process_time()
+        made: Model = at_random(model, **fields) if step == RANDOM else make(step, fields)(model, task)
+        seconds[name] = time.process_time() - started
+        targets[name] = exports / f"{len(targets):02d}"
+        export_model(find("onnxruntime"), made, targets[name], "int8", task, 0)
     figures = dict(zip(targets, measure(list(targets.values()), task, split="test", threads=THREADS), strict=True))
     truth = np.asarray(task.targets["test"])
-    result = {
-        name: {
-            "speedup": one["speed"]["ratio_to_first"]["value"],
-            "accuracy": one["quality"]["value"],
-            "seconds": seconds[name],
-            "correct": [int(x) for x in np.load(targets[name] / "predictions" / "test.npy").argmax(1) == truth],
-        }
-        for name, one in figures.items()
-    }
+    for name, one in figures.items():
+        correct = [int(x) for x in np.load(targets[name] / "predictions" / "test.npy").argmax(1) == truth]
+        speedup = one["speed"]["ratio_to_first"]["value"]
+        row = {"speedup": speedup, "accuracy": one["quality"]["value"], "seconds": seconds[name], "correct": correct}
+        found.setdefault(name, row)
+    result = {name: found[name] for name in ("whole", *(name for wanted in ASKED for name in ways(wanted, path, seed)))}
     write_json(path, result)
     print(seed, {name: (round(one["speedup"], 2), one["accuracy"]) for name, one in result.items()}, flush=True)
     return result
@@ -103,11 +109,19 @@ def ways(wanted: float, table: Path, seed: int) -> dict[str, tuple[str, dict[str
         f"{OURS}, no repair": ("prune_structured", {**ours, "repair": False}),
         "Fisher masks": ("fisher_masks", shared),
         "Fisher masks, no tuning": ("fisher_masks", {**shared, "tune": False}),
+        "random heads and neurons": (RANDOM, shared),
         "drop_layers importance": ("drop_layers", {**layers, "which": "importance", "samples": SAMPLES, "seed": seed}),
         "drop_layers top": ("drop_layers", {**layers, "which": "top"}),
         "drop_layers alternate": ("drop_layers", {**layers, "which": "alternate"}),
     }
     return {f"{name} {wanted:g}x": way for name, way in found.items()}
+
+
+def at_random(model: Model, *, speedup: float, latency_table: str, seed: int) -> Model:
+    """Heads and neurons that are drawn, as many of each as fit."""
+    drawn, table, counts = np.random.default_rng(seed), LatencyTable.load(Path(latency_table)), heads_and_neurons(model.module)
+    worth = [(drawn.random(heads), drawn.random(neurons)) for heads, neurons in counts]
+    return cut(model, search_under(table, worth, table.room(counts, speedup, RANDOM)))[0]
 
 
 def report(found: dict[int, dict[str, Any]]) -> None:

@@ -369,6 +369,22 @@ def test_a_short_text_is_refused_before_any_work(name, task, tmp_path):
     assert not passes
 
 
+class Untouched:
+    """A task that nothing may be asked of."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"work began: {name}")
+
+
+@pytest.mark.parametrize("name", [*BOTH, "slice_hidden", "awq", "gptq", "smoothquant"])
+def test_an_architecture_without_a_row_is_refused_before_any_work(name, tmp_path):
+    sizes = {"vocab_size": 50, "embedding_size": 16, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
+    module = transformers.AlbertForSequenceClassification(transformers.AlbertConfig(**sizes)).eval()
+    with pytest.raises(InputError, match="models of type 'albert' cannot be changed in structure yet; known: bart, bert") as caught:
+        find(name)(**quick(name, tmp_path))(Model(module=module, tokenizer=None, source="tiny"), Untouched())
+    assert len(caught.value.problems) == 1
+
+
 @every_step
 def test_unknown_fields_are_all_listed(name, tmp_path):
     with pytest.raises(InputError) as caught:

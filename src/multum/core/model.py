@@ -120,7 +120,8 @@ class Model:
         if processes.number() > 0:
             return stock
         with whole_folder(Path(folder)) as work:
-            self.module.save_pretrained(work, state_dict={**self.module.state_dict(), **shapes.guards(self.module)})
+            guards = shapes.guards(self.module)
+            self.module.save_pretrained(work, state_dict={**self.module.state_dict(), **guards} if guards else None)
             self.tokenizer.save_pretrained(work)
             recipe = {
                 "schema": 1,
