@@ -54,7 +54,8 @@ def main() -> None:
 def of(name: str, data: str, texts: int) -> dict[str, Any]:
     """The figures of one model on one set of reviews."""
     task = open_task("text-classification", str(fetch(data)))
-    model = task.load(str(fetch(name))).copy()  # weights in a file lie otherwise than copies in memory, and sums are rounded otherwise
+    # A copy, as the trimmed one is: weights lie otherwise in memory that is a file's, and sums are rounded otherwise.
+    model = task.load(str(fetch(name))).copy()
     trimmed, alike, equal = make("trim_vocabulary", {})(model, task), {}, {}
     for split in ("train", "test"):
         pairs = zip(*(tokens(one, list(task.inputs(split))) for one in (model, trimmed)), strict=True)
