@@ -4,9 +4,8 @@
 
 All cut the same fine-tuned MiniLM to about 1.5x and 2x, all but `drop_layers` under the same latency table. `prune_structured` sees
 1,024 training texts without labels; `drop_layers` the same ones for `importance`, and none for `top` and `alternate` layers; Fisher
-masks 2,048 training examples, their paper's number, with labels for the gradients and without for the tuning. The control is
-searched for as Fisher masks are, with random numbers in the place of what heads and neurons are worth, and nothing is rearranged,
-tuned or repaired.
+masks 2,048 training examples, their paper's number, with labels for the gradients and without for the tuning. The control
+keeps the same share of every block's heads and neurons, drawn at random, and nothing is tuned or repaired.
 
 Each result is exported to onnxruntime int8 and measured on one thread, in turns with the whole model, on the test split.
 The model is fine-tuned anew for every seed. Differences are text by text; their intervals are over texts, averaged over seeds. A
@@ -37,7 +36,6 @@ from multum.core.surgery import heads_and_neurons
 from multum.data import open_task
 from multum.example import fetch
 from multum.runtimes import find
-from multum.steps._masks import search_under
 from multum.steps.fisher_masks import cut
 from multum.targets import export_model
 
@@ -118,10 +116,13 @@ def ways(wanted: float, table: Path, seed: int) -> dict[str, tuple[str, dict[str
 
 
 def at_random(model: Model, *, speedup: float, latency_table: str, seed: int) -> Model:
-    """Heads and neurons that are drawn, as many of each as fit."""
+    """The same share of every block's heads and neurons, as large as fits, and which is drawn."""
     drawn, table, counts = np.random.default_rng(seed), LatencyTable.load(Path(latency_table)), heads_and_neurons(model.module)
-    worth = [(drawn.random(heads), drawn.random(neurons)) for heads, neurons in counts]
-    return cut(model, search_under(table, worth, table.room(counts, speedup, RANDOM)))[0]
+    room = table.room(counts, speedup, RANDOM)
+    shares = ([tuple(max(1, int(share * count)) for count in block) for block in counts] for share in np.linspace(1, 0, 1001))
+    sizes = next(each for each in shares if table.total(each) <= room)
+    pairs = [list(zip(block, left, strict=True)) for block, left in zip(counts, sizes, strict=True)]
+    return cut(model, [[sorted(drawn.choice(have, keep, replace=False).tolist()) for have, keep in block] for block in pairs])[0]
 
 
 def report(found: dict[int, dict[str, Any]]) -> None:
