@@ -41,6 +41,12 @@ class LossTrainer(Trainer):
         counts = torch.tensor(parts, device=device).reshape(-1, 2).sum(0)
         return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As Trainer's, but a warm-up does not take the only step there is: it begins at a rate of 0, so nothing would be learnt."""
+        if num_training_steps == 1:
+            self.args.warmup_steps = 0
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Gradients of every part, one after the other, and the sum of their losses."""
         losses = [super(LossTrainer, self).training_step(model, part, num_items_in_batch) for part in inputs]

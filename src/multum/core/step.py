@@ -151,14 +151,29 @@ def make(name: str, values: Mapping[str, Any]) -> Step:
     try:
         step = TypeAdapter(cls).validate_python({key: value for key, value in values.items() if key in known})
     except ValidationError as error:
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"]) or "fields"
-            problems.append(f"{name}: {where}: {item['msg'].lower()} (got {item['input']!r})")
+        problems += [f"{name}: {problem}" for problem in _misfits(error, values)]
     except InputError as error:
         problems.extend(error.problems)
     if problems:
         raise InputError(*problems)
     return step
+
+
+def _misfits(error: ValidationError, values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the values, in one sentence each. Of a field that may be of several types pydantic has an error for each
+    of them, at an address that ends with the type: they are one mistake, and any of the types would be right."""
+    by_field: dict[str, list[Any]] = {}
+    for item in error.errors():
+        by_field.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(item)
+    said = []
+    for field, items in by_field.items():
+        if any(len(item["loc"]) > 1 and item["input"] is values[field] for item in items):
+            right = dict.fromkeys(item["msg"].lower().removeprefix("input should be ") for item in items)
+            said.append(f"{field}: input should be {', or '.join(right)} (got {values[field]!r})")
+        else:
+            where = [".".join(str(part) for part in item["loc"]) or "fields" for item in items]
+            said += [f"{at}: {item['msg'].lower()} (got {item['input']!r})" for at, item in zip(where, items, strict=True)]
+    return said
 
 
 def from_history(entry: Mapping[str, Any]) -> Step:

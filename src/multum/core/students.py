@@ -46,6 +46,8 @@ def alternate(blocks: int, keep: int) -> list[int]:
 def student_problems(spec: Spec) -> list[str]:
     """What is wrong with a student whatever model it is to be made of, each in one sentence."""
     if isinstance(spec, str):
+        if spec.isdigit() or spec.startswith("{"):  # what is meant, but not what YAML reads in it
+            return [f"student: a number of layers is {{layers: 3}}, anything else a folder or Hub id (got {spec!r})"]
         return [] if spec else ["student names no folder or Hub id"]
     known = (LAYERS, *SIZES)
     problems = [f"student: no entry named {key!r}; there are: {', '.join(known)}" for key in spec if key not in known]
@@ -90,11 +92,11 @@ def make_student(model: Model, spec: Spec, task: Task, *, seed: int = 0) -> tupl
             f"student: {', '.join(ambiguous)} would not say of which stack, and models of type {model.module.config.model_type!r} "
             "have an encoder and a decoder; shorten one with drop_layers, or name a folder or Hub id"
         )
+    kept = _blocks(len(blocks_of(model.module)), spec[LAYERS]) if LAYERS in spec else []
+    if not kept and (LAYERS in spec or spec.get("num_hidden_layers") == 0):
+        logger.warning("a student without layers mixes no tokens: a head that reads the first one gives all texts the same answer")
     if LAYERS not in spec:
         return _fresh(model, spec, seed), {"student": dict(spec)}
-    kept = _blocks(len(blocks_of(model.module)), spec[LAYERS])
-    if not kept:
-        logger.warning("a student without layers mixes no tokens: a head that reads the first one gives all texts the same answer")
     student = model.copy()
     keep_blocks(student.module, kept)
     return student, {"kept_blocks": kept}
