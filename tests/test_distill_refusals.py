@@ -72,6 +72,9 @@ def test_layers_out_of_range_and_heads_that_do_not_divide(tmp_path: Path) -> Non
         DistillLayers, *pair, task, tmp_path, hidden=1.0, layer_map=(1, 3)
     )
     assert "relation_heads must divide the widths" in refused(DistillLayers, *pair, task, tmp_path, relation_heads=5)
+    with pytest.raises(InputError) as caught:
+        DistillLayers(teacher=str(tmp_path / "teacher"), hidden=1.0, layer_map=(1, 3), relation_heads=5)(pair[1], task)
+    assert len(caught.value.problems) == 2
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -18,6 +18,7 @@ from multum.core.model import Model
 from multum.core.training import fit
 from multum.errors import InputError
 from multum.steps.distill_generation import DistillGeneration
+from multum.steps.drop_layers import DropLayers
 from multum.tasks.text_generation import TextGeneration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +73,18 @@ def test_at_sequence_level_it_is_training_on_what_the_teacher_writes(causal: tup
     assert found.history[-1]["texts"] == {"sources": len(prompts), "references": 0, "empty": 0}
     drawn = [taught("causal", causal, tmp_path, alpha=0.0, mix=0.0, sample=True) for _ in range(2)]
     assert difference(*drawn) == 0.0
+
+
+def test_the_model_may_teach_a_student_of_its_own(causal: tuple[Any, str], tmp_path: Path) -> None:
+    task, folder = causal
+    fields, model = {**SHORT, "cache": str(tmp_path), "prompts": 8}, task.load(folder)
+    made = DistillGeneration(student={"layers": 1}, **fields)(model, task)
+    assert made.history[-1]["kept_blocks"] == [0]
+    assert made.history[-1]["teacher_fingerprint"] == model.fingerprint()
+    apart = DistillGeneration(teacher=folder, **fields)(DropLayers(which=(1,))(model, task), task)
+    assert difference(made, apart) == 0.0
+    with pytest.raises(InputError, match="takes a teacher"):
+        DistillGeneration()
 
 
 def test_an_encoder_decoders_texts_may_be_drawn_too(pairs: tuple[Any, str], tmp_path: Path) -> None:

@@ -33,9 +33,10 @@ from transformers import (
 from two_processes import BATCH, EPOCHS, EXAMPLES, LESSONS
 
 import multum
+from multum._projections import PROJECTIONS
 from multum._teaching import OFFSET, Reader
 from multum.core.capture import capture, shape_of
-from multum.distillation_trainer import PROJECTIONS, DistillationTrainer
+from multum.distillation_trainer import DistillationTrainer
 from multum.errors import InputError
 from multum.steps._divergences import divergence_of
 from multum.steps._layers import LayerLosses, LayerMatcher

@@ -76,6 +76,23 @@ def test_every_mistake_is_named_at_once() -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value", "right"),
+    [
+        ("distill", "student", 3, "a valid string, or a valid dictionary"),
+        ("distill_layers", "layer_map", "middle", "'uniform', 'last' or 'dynamic', or a valid tuple"),
+        ("drop_layers", "which", [0, "b"], "'importance' or 'angular', or a valid integer"),
+    ],
+)
+def test_a_field_that_may_be_of_several_types_is_one_mistake(name: str, field: str, value: Any, right: str) -> None:
+    with pytest.raises(InputError) as caught:
+        make(name, {"teacher": "t", field: value} if name != "drop_layers" else {field: value})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{name}: {field}: input should be ")
+    assert right in problem
+    assert problem.endswith(f"(got {value!r})")
+
+
 def test_unknown_steps_are_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"no step named 'melt'.*distill.*finetune"):
         make("melt", {})

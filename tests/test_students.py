@@ -73,12 +73,13 @@ def test_every_student_loads_plainly_and_is_exported(family: str, spec: dict[str
     np.testing.assert_allclose(runtimes.open(tmp_path / "student", threads=1).predict(task.inputs("test")), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("spec", [{LAYERS: 0}, {"num_hidden_layers": 0}])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_without_layers_a_head_on_the_first_token_gives_one_answer_and_that_is_said(
-    family: str, caplog: pytest.LogCaptureFixture
+    family: str, spec: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        student = student_of(tiny.model(family), {LAYERS: 0})
+        student = student_of(tiny.model(family), spec)
     assert "same answer" in caplog.text
     assert heads_and_neurons(student.module) == []
     found = answers(student, tiny.task())
@@ -101,6 +102,14 @@ def test_sizes_make_a_new_model_with_the_tokenizer_and_the_labels(family: str) -
     assert torch.equal(torch.random.get_rng_state(), state)
     # What is not named is as in the model.
     assert heads_and_neurons(student_of(model, {"num_hidden_layers": 2}).module) == [(4, 32)] * 2
+
+
+def test_a_new_model_that_writes_ends_its_texts_as_the_old_one() -> None:
+    model = tiny.language_model("llama")
+    model.module.generation_config.update(eos_token_id=[2, 7], max_new_tokens=9)
+    config = student_of(model, SMALL).module.generation_config
+    assert (config.eos_token_id, config.max_new_tokens) == ([2, 7], 9)
+    assert config is not model.module.generation_config
 
 
 @pytest.mark.parametrize("family", tiny_families.FAMILIES)
@@ -133,6 +142,8 @@ def test_a_pruned_model_lends_its_architecture_and_its_blocks() -> None:
         ({LAYERS: [0, -2]}, ["from 0 on"]),
         ({}, ["layers", "hidden_size"]),
         ("", ["no folder"]),
+        ("3", ["a number of layers is {layers: 3}", "(got '3')"]),
+        ("{layers: 3", ["a number of layers is {layers: 3}"]),
         ({LAYERS: 2, "hidden_size": 16}, ["one or the other"]),
         ({"hidden_size": 0, "depth": 2, "num_hidden_layers": 1.5}, ["'depth'", "hidden_size must", "num_hidden_layers must"]),
     ],

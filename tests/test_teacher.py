@@ -15,6 +15,7 @@ from multum.core import teacher as module
 from multum.core import teacher_states
 from multum.core.capture import Captured, Wanted, capture
 from multum.core.model import Model
+from multum.core.reporting import listening
 from multum.core.teacher import cached_logits, key_of, logits, model_inputs
 from multum.core.teacher_states import CachedStates, cached_states, states
 from multum.core.training import pad
@@ -302,9 +303,13 @@ def test_what_would_not_fit_the_disk_is_refused_before_anything_is_written(
         kept(teacher, rows, folder)
     assert not folder.parent.exists()
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=size))
-    with caplog.at_level(logging.INFO):
+    remarks: list[str] = []
+    monkeypatch.setattr(module, "WORTH_SAYING", size - 1)
+    with caplog.at_level(logging.INFO), listening(lambda _: None, remarks.append):
         assert kept(teacher, rows, folder).values.nbytes == size
+        assert cached_logits(teacher, rows, folder).nbytes < size
     assert f"take {size / 1e6:.1f} MB" in caplog.text
+    assert [f"take {size / 1e6:.1f} MB" in line for line in remarks] == [True]
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=0))
     kept(teacher, rows, folder)  # it is there already
     with pytest.raises(InputError, match="would take"):

@@ -14,7 +14,7 @@ from datasets import Dataset
 from lessons import arguments, difference, examples, of_kind, other_words, reviews, uld_by_loops, without_dropout
 from tokenizers import normalizers
 from torch import nn
-from transformers import BertForMultipleChoice, DataCollatorForSeq2Seq, DataCollatorWithPadding
+from transformers import BertForMultipleChoice, DataCollatorForSeq2Seq, DataCollatorWithPadding, Seq2SeqTrainingArguments
 
 from multum.distillation_trainer import DistillationTrainer
 from multum.errors import InputError, MultumError
@@ -163,6 +163,37 @@ def test_multiple_choice_has_no_cache_and_no_layers(tmp_path: Path) -> None:
 def test_layers_out_of_range(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"layer_losses: layer_map: the teacher has the layers 1 to 3, no 4"):
         DistillationTrainer(*of_kind("single_label"), arguments(tmp_path), layer_losses={"hidden": 1.0, "layer_map": (1, 4)})
+
+
+def test_layers_of_two_stacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"layer_losses: \w+ has two stacks of layers"):
+        DistillationTrainer(*of_kind("seq2seq"), arguments(tmp_path), layer_losses={"hidden": 1.0})
+
+
+def test_texts_are_not_predicted(tmp_path: Path) -> None:
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), predict_with_generate=True, use_cpu=True)
+    with pytest.raises(InputError, match="predict_with_generate: logits are predicted here"):
+        DistillationTrainer(*of_kind("seq2seq"), args)
+
+
+def test_with_the_best_student_come_its_projections(tmp_path: Path) -> None:
+    """The last one is worse: its rate is so high that it has run away."""
+    (teacher, student), data = of_kind("single_label"), examples("single_label", 8)
+    args = arguments(
+        tmp_path,
+        num_train_epochs=3,
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        load_best_model_at_end=True,
+    )
+    trainer = DistillationTrainer(
+        teacher, student, args, train_dataset=data, eval_dataset=data, layer_losses={"hidden": 1.0, "project": True}
+    )
+    trainer.train()
+    assert trainer.state.best_global_step < trainer.state.global_step
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own

@@ -64,6 +64,18 @@ def test_it_is_adamw_with_linear_warm_up_decay_and_clipping() -> None:
         assert name.endswith("key.bias") or torch.allclose(value, expected[name], rtol=0, atol=2e-5), name
 
 
+def test_a_single_step_is_not_all_warm_up() -> None:
+    """A warm-up begins at a rate of 0."""
+    results = []
+    for warm in (0.1, 0.0):
+        model = tiny.model()
+        rows = rows_of(model)
+        fit(model, rows, label_loss, epochs=1, batch_size=len(rows), warmup=warm, **QUICK)
+        results.append(model.module)
+    assert same(*results)
+    assert not same(results[0], tiny.model().module)
+
+
 def test_every_example_is_seen_once_an_epoch() -> None:
     model, seen = tiny.model(), []
     rows = [{**row, "index": index} for index, row in enumerate(rows_of(model, 21))]

@@ -114,6 +114,8 @@ def _unfit(args: Any, trainer: Mapping[str, Any]) -> Iterator[str]:
         yield f"args must be TrainingArguments (got {type(args).__name__})"
     if "model" in trainer:
         yield "model: the model to train is student_model here"
+    if getattr(args, "predict_with_generate", False):
+        yield "predict_with_generate: logits are predicted here; leave it out, and let a Seq2SeqTrainer of the student write"
     data = trainer.get("train_dataset")
     if isinstance(data, Mapping):
         yield f"train_dataset holds several data sets ({', '.join(map(str, data))}); pass one of them"

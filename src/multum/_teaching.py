@@ -29,7 +29,7 @@ from .core.model import Model
 from .core.teacher import answering, cached_logits, refuse_nan
 from .core.teacher_states import CachedStates, cached_states
 from .core.training import Precision
-from .errors import InputError
+from .errors import InputError, MultumError
 from .steps._layers import LayerLosses, LayerMatcher
 from .steps._outputs import items, kind_of
 
@@ -154,8 +154,8 @@ def matching(losses: LayerLosses, student: nn.Module, teacher: nn.Module, args: 
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(args.seed)
             return LayerMatcher(losses, *shapes).to(args.device)
-    except InputError as error:
-        raise InputError(*(f"layer_losses: {problem}" for problem in error.problems)) from None
+    except MultumError as error:
+        raise InputError(*(f"layer_losses: {problem}" for problem in getattr(error, "problems", (str(error),)))) from None
 
 
 def as_asked(outputs: Any, config: Any) -> Any:

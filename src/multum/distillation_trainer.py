@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ._language_reader import padding_labels
 from ._pair import agreement, both_loaded, columns_of, data_sets, inner
+from ._projections import load_projections, save_projections
 from ._settings import WRITERS, settings_of
 from ._sparse_answers import SparsePlan
 from ._teaching import TEACHER_INPUTS, TEACHER_ROW, AnyReader, Collator, Teacher, as_asked, capturing, matching, numbered, readers
@@ -30,9 +30,6 @@ from .steps._divergences import uld
 from .steps._layers import LayerLosses
 from .steps._on_policy import ON_POLICY, some_sampled
 from .steps._outputs import LANGUAGE_MODELS, aligned, items, kind_of, labelled, output_loss, refuse_missing
-
-PROJECTIONS = "layer_projections.safetensors"
-"""In a checkpoint: what layer losses learn beside the student, which going on needs and the student does not."""
 
 
 class DistillationTrainer(Trainer):
@@ -290,10 +287,13 @@ class DistillationTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if (matcher := self._teacher.matcher) and self._projections and self.args.should_save:
-            save_file(matcher.state_dict(), Path(output_dir) / PROJECTIONS)
+        if self.args.should_save:
+            save_projections(self._teacher.matcher, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and (matcher := self._teacher.matcher) and (path := Path(checkpoint) / PROJECTIONS).is_file():
-            matcher.load_state_dict(load_file(path))
+        load_projections(self._teacher.matcher, checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_projections(self._teacher.matcher, self.state.best_model_checkpoint)

@@ -42,7 +42,7 @@ class LossTrainer(Trainer):
         return batches, self.accelerator.reduce(counts, "sum") if self.args.world_size > 1 else counts
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """As Trainer's, but a warm-up does not take the only step there is: it begins at a rate of 0, so nothing would be learnt."""
+        """As Trainer's, but a warm-up, which begins at a rate of 0, does not take the only step there is."""
         if num_training_steps == 1:
             self.args.warmup_steps = 0
         return super().create_scheduler(num_training_steps, optimizer)

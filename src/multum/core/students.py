@@ -139,6 +139,8 @@ def _fresh(model: Model, sizes: Mapping[str, Any], seed: int) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = type(model.module)(config)
+    if getattr(model.module, "generation_config", None) is not None:  # how texts end and how long they become
+        module.generation_config = copy.deepcopy(model.module.generation_config)
     return Model(
         module=module.eval(),
         tokenizer=copy.deepcopy(model.tokenizer),

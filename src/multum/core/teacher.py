@@ -25,13 +25,15 @@ from ..errors import InputError, MultumError
 from .folders import cache_home, check_writable, digest, read_json, write_json
 from .model import Model
 from .processes import main_first
-from .reporting import report
+from .reporting import remark, report
 from .training import FEW_SHAPES, Precision, Rows, autocast, on_accelerator, pad, resolve_precision
 
 CHUNK = 2048
 """Examples between two writes, at most."""
 CHUNK_BYTES = 2**26
 """Bytes between two writes, at most, unless one example alone has more."""
+WORTH_SAYING = 10**8
+"""Bytes above which it is not only logged how much room the outputs will take."""
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +226,10 @@ def _make_room(path: Path, size: int) -> None:
             f"the teacher's outputs would take {size / 1e6:,.0f} MB in {path.parent}, which has {free / 1e6:,.0f} MB free; keep "
             "fewer layers or tokens, choose a folder with more room (cache), or run the teacher beside the student"
         )
-    logger.info("the teacher's outputs take %.1f MB in %s", size / 1e6, path.parent)
+    line = f"the teacher's outputs take {size / 1e6:,.1f} MB in {path.parent}"
+    logger.info(line)
+    if size > WORTH_SAYING:
+        remark(line)
     path.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -172,8 +172,9 @@ class LayerMatcher(nn.Module):
             )
         if not problems and losses.attention:
             problems += attention_problems(self.pairs, student, teacher)
-        if not problems and losses.relations:
-            self.related, self.relation_heads, problems = related(student, teacher, losses.teacher_layer, losses.relation_heads)
+        if losses.relations and not losses.problems() and student.layers and (losses.teacher_layer or 1) <= teacher.layers:
+            self.related, self.relation_heads, found = related(student, teacher, losses.teacher_layer, losses.relation_heads)
+            problems += found
         if losses.pkd and (student.causal or teacher.causal):
             problems.append("pkd compares the first token, which sees only itself in a causal model; take hidden or relations")
         if problems:

@@ -35,6 +35,7 @@ from ..core.continuations import Continuation
 from ..core.model import Model
 from ..core.sparse_logits import thinning_of, thinning_problems
 from ..core.step import Step
+from ..core.students import make_student, student_problems, turn_into
 from ..core.task import UNKNOWN, Task, examples
 from ..core.teacher import cache_folder
 from ..core.training import Precision, fit, on_accelerator, training_problems
@@ -46,6 +47,7 @@ from ._lessons import Lessons, Pairs, Prompts, Writing, mixed
 from ._on_policy import ON_POLICY, some_sampled
 from ._outputs import IGNORED, kind_of, untrained
 
+EXAMPLE = "--teacher ..."
 Said = Callable[[torch.Tensor, Mapping[str, torch.Tensor], bool], Any]
 """(numbers of rows, batch, whether the student wrote it) -> what the teacher answers."""
 
@@ -54,8 +56,11 @@ Said = Callable[[torch.Tensor, Mapping[str, torch.Tensor], bool], Any]
 class DistillGeneration(Step):
     """Train an encoder-decoder or a causal language model to write as its teacher does."""
 
-    teacher: str
-    """Folder or Hub id of a trained model for the same task."""
+    teacher: str | None = None
+    """Folder or Hub id of a trained model for the same task. Not needed with `student`: the model itself then teaches."""
+    student: str | dict[str, Any] | None = None
+    """What is taught in place of the model that the step is given, as in `distill`: `{layers: 3}`, so many of its layers, evenly
+    spaced; the sizes of a new one; or a folder or Hub id, which is all that an encoder-decoder takes."""
     beams: int = 5
     """Hypotheses of the teacher's beam search; 1 is greedy."""
     sample: bool = False
@@ -97,14 +102,17 @@ class DistillGeneration(Step):
     precision: Precision = "auto"
     """`fp32`, `bf16` (autocast), or `auto`: bf16 where the processor has instructions for it."""
     seed: int = 0
-    """Seeds the prompts, the mixture, all that is drawn, the order of the sources and the dropout."""
+    """Seeds a new student's weights, the prompts, the mixture, all that is drawn, the order of the sources and the dropout."""
     cache: str | None = None
     """Folder that keeps what the teacher writes and says; by default one of multum's own, shared by all runs."""
 
     def check(self) -> list[str]:
         problems = training_problems(self.epochs, self.learning_rate, self.batch_size, self.warmup)
-        if not self.teacher:
+        if self.teacher == "":
             problems.append("teacher names no folder or Hub id")
+        if self.teacher is None and self.student is None:
+            problems.append("it takes a teacher (folder or Hub id of a trained model), or a student that the model itself teaches")
+        problems += student_problems(self.student) if self.student is not None else []
         counts = ("beams", "max_new_tokens", "prompt_tokens", "prompts")
         problems += [
             f"{name} must be at least 1 (got {value})"
@@ -140,9 +148,14 @@ class DistillGeneration(Step):
                 f"distill_generation: no texts are written in {task.name}; it takes translation, summarization or text-generation"
             )
         folder = cache_folder(self.cache)
-        teacher = task.load(self.teacher)
+        teacher, name = task.load(self.teacher) if self.teacher else replace(model), self.teacher or model.source
         if not task.is_trained(teacher):
-            raise InputError(f"distill_generation: the teacher {self.teacher} {untrained(teacher.module)}")
+            raise InputError(f"distill_generation: the teacher {name} {untrained(teacher.module)}")
+        teacher.module.eval()
+        made: dict[str, Any] = {}
+        if self.student is not None:
+            student, made = make_student(model, self.student, task, seed=self.seed)
+            turn_into(model, student)
         drawn = self.seed if self.sample else None
         how = Writing(folder, self.precision, self.beams, self.length_penalty, self.max_new_tokens, drawn)
         lessons: Lessons
@@ -153,7 +166,7 @@ class DistillGeneration(Step):
         examples(lessons.sources, self.name)
         numbers, texts, references = mixed(lessons, self.mix, self.seed)
         if not numbers:
-            raise InputError(f"distill_generation: the teacher {self.teacher} writes nothing for any source; it cannot teach")
+            raise InputError(f"distill_generation: the teacher {name} writes nothing for any source; it cannot teach")
         rows = lessons.rows(model, numbers, texts)
         said, live = self._answers(model, teacher, lessons, numbers, texts, rows, folder) if self.alpha > 0 else (None, False)
         training = {field.name: getattr(self, field.name) for field in fields(self) if field.name in _TRAINING}
@@ -166,6 +179,7 @@ class DistillGeneration(Step):
             "teacher_fingerprint": teacher.fingerprint(),
             "generation": lessons.notes,
             "texts": {"sources": len(lessons.sources), "references": references, "empty": len(lessons.sources) - len(numbers)},
+            **made,
         }
 
     def _answers(
