@@ -97,6 +97,22 @@ def test_nor_do_batches_matter_there(tmp_path: Path) -> None:
     assert difference(*made) < 2e-5
 
 
+@pytest.mark.parametrize("kind", ["text", "single_label"])
+def test_a_text_that_is_none_is_refused(kind: str, tmp_path: Path) -> None:
+    """A language model would have learnt the word None."""
+    if kind == "text":
+        trainer, _, student = trainer_of(kind, tmp_path)
+    else:
+        teacher, student = tiny.model("roberta"), tiny.model()
+        both = {"processing_class": student.tokenizer, "teacher_processing_class": teacher.tokenizer}
+        data = reviews(student, 4, text=True)
+        trainer = DistillationTrainer(teacher.module, student.module, arguments(tmp_path), train_dataset=data, **both)
+    rows = [{"text": "a film"}, {"text": None}]
+    for reader in (trainer._reader, trainer._teacher.reader):
+        with pytest.raises(InputError, match="None in the column text, where a text belongs"):
+            reader(rows)
+
+
 def test_uld_is_refused_where_it_means_nothing(tmp_path: Path) -> None:
     def refused(*pair: nn.Module, **options: Any) -> str:
         with pytest.raises(InputError) as caught:

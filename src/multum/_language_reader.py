@@ -18,11 +18,24 @@ from .core.likelihood import specials
 from .core.padding import pad
 from .core.reading import token_limit
 from .core.task import IGNORED
+from .errors import InputError
 
 
 def padding_labels(reader: Any) -> Any:
     """A collator for what a `LanguageReader` reads: Trainer's own does not pad labels. None for another reader."""
     return DataCollatorForSeq2Seq(reader.tokenizer) if isinstance(reader, LanguageReader) else None
+
+
+def texts_in(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[list[str]]:
+    """The texts of examples, column by column.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    for column in columns:
+        if odd := [row[column] for row in rows if not isinstance(row[column], str)]:
+            raise InputError(f"the data has {odd[0]!r} in the column {column}, where a text belongs; mend it, or leave it out")
+    return [[row[column] for row in rows] for column in columns]
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,7 @@ class LanguageReader:
 
         With `padding` as tensors, of an encoder-decoder `decoder_input_ids` too.
         """
-        texts = [[str(row[column]) for row in rows] for column in self.columns]
+        texts = texts_in(rows, self.columns)
         made = self._pairs(*texts) if self.model.config.is_encoder_decoder else self._texts(*texts)
         if options.get("padding"):
             return pad(made, self.tokenizer.pad_token_id)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._language_reader import LanguageReader
+from ._language_reader import LanguageReader, texts_in
 from ._pair import columns_of, inner
 from ._settings import WRITERS
 from ._sparse_answers import SparseAnswers, SparsePlan, check_unchanged, said
@@ -184,7 +184,7 @@ class Reader:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         """Texts as ids, cut to what the model reads."""
-        texts = [[row[column] for row in rows] for column in self.columns]
+        texts = texts_in(rows, self.columns)
         return self.tokenizer(*texts, truncation=True, max_length=self.length_limit, **options)
 
 
