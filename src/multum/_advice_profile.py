@@ -196,8 +196,8 @@ def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> P
 
 def int8_bytes(p: Profile, max_length: int) -> int:
     """Of the weights of an int8 export: a byte for every weight of a matrix and of the word embeddings, a scale for every output of
-    the one and every row of the other; positions up to the longest text, biases, norms' scales and the last layer in fp32. Of a
-    traced model a byte for every weight of a matrix or a table, the rest in fp32.
+    the one and every row of the other; positions up to the longest text in 16 bits; biases, norms' scales, the last layer in fp32.
+    Of a traced model a byte for every weight of a matrix or a table, the rest in fp32.
     """
     module, family = p.module, FAMILIES.get(p.module.config.model_type)
     if not family or not family.word_embeddings:
@@ -217,7 +217,7 @@ def int8_bytes(p: Profile, max_length: int) -> int:
             total += part.weight.numel() + 4 * part.num_embeddings
         elif family.position_embeddings and name.endswith(family.position_embeddings):
             rows, width = part.weight.shape
-            total += 4 * (width + 2) * min(max_length, rows - family.position_offset)
+            total += (2 * width + 8) * min(max_length, rows - family.position_offset)  # norms have a scale and a shift for each
     return total
 
 
