@@ -25,6 +25,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"min_new_tokens": 6, "repetition_penalty": 1.7, "no_repeat_ngram_size": 3},
     {"forced_bos_token_id": 5, "forced_eos_token_id": [1, 2], "eos_token_id": [1, 2, 9], "bad_words_ids": [[1], [8]]},
     {"num_beams": 3, "eos_token_id": [1, 4, 9], "repetition_penalty": 1.3},
+    {"num_beams": 3, "bad_words_ids": [[4], [7], [11], [12]], "renormalize_logits": True},
     {"num_beams": 5, "max_new_tokens": 1},
 ]
 
@@ -91,3 +92,10 @@ def test_settings_that_only_torch_knows_are_named(model: Model) -> None:
     module.generation_config.bad_words_ids = [[3, 4]]
     with pytest.raises(InputError, match=r"suppress_tokens, bad_words_ids of several tokens, which only torch knows"):
         search_of(module)
+
+
+def test_a_search_that_transformers_has_not_is_refused(model: Model) -> None:
+    module = model.copy().module
+    module.generation_config.num_beams, module.generation_config.num_beam_groups = 4, 2
+    with pytest.raises(InputError, match=r"group beam search.*take them out of its generation_config\.json"):
+        settle(module)

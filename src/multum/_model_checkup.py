@@ -183,11 +183,12 @@ def _export_obstacle(name: str, model: Any) -> tuple[str | None, str, bool]:
         rows = model.module.get_input_embeddings().num_embeddings
         reason = _refused(lambda: read(model.module)) or _refused(lambda: tokenizer_fields(model.tokenizer, rows))
         return reason, "predict and measure in torch; quantize makes its folder smaller", reason is None
+    from .core.generation import settle
     from .runtimes import _traced, _written
 
     module = runtimes.find(name)
     if getattr(model.module.config, "is_encoder_decoder", False) and (reason := _refused(lambda: _written.facts_of(model, 1))):
-        return reason, "predict and measure in torch", False
+        return reason, "other settings" if _refused(lambda: settle(model.module)) else "predict and measure in torch", False
     if hasattr(module, "obstacle") and (reason := module.obstacle(model.module)):
         why, _, install = reason.partition("; ")
         return why, install or "predict and measure in torch", False

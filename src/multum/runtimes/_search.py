@@ -34,6 +34,7 @@ KNOWN = {
     "forced_bos_token_id": "forced_first",
     "repetition_penalty": "repetition_penalty",
     "no_repeat_ngram_size": "no_repeat",
+    "renormalize_logits": "renormalize",
 }
 """What transformers calls a setting -> what it is called here."""
 BESIDE = (
@@ -69,6 +70,8 @@ class Search:
     """No run of so many tokens comes twice."""
     repetition_penalty: float = 1.0
     """Log-probabilities of tokens that are there already are multiplied with it."""
+    renormalize: bool = False
+    """What all else leaves of the probabilities sums to 1 again."""
 
     def of(self, new: int) -> Search:
         """The same search for texts of exactly so many tokens: to be timed."""
@@ -90,7 +93,7 @@ class Search:
             scores = _only(scores, [self.forced_first])
         if self.forced_last and length == self.most:
             scores = _only(scores, self.forced_last)
-        return scores
+        return log_softmax(scores) if self.renormalize else scores
 
 
 def search_of(module: Any) -> Search:
