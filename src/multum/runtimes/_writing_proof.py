@@ -218,16 +218,23 @@ def _as_probable(
     tally: Tally, ours: Sequence[int], theirs: Sequence[int], logits: Callable[[Sequence[int]], np.ndarray], how: Any
 ) -> None:
     """Two texts may differ where one search step had two next to equal: of greedy ones a token, of beams the whole text's score."""
+
+    def rows(text: Sequence[int]) -> list[np.ndarray]:
+        """What the search makes of the logits behind every token."""
+        ids, found = np.array([[how.start, *text]]), logits([how.start, *text[:-1]]).astype(np.float64)
+        found = found if how.beams == 1 else log_softmax(found)
+        return [how.adjusted(found[at : at + 1], ids[:, : at + 1])[0] for at in range(len(text))]
+
     if how.beams == 1:
         at = next(place for place, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other)
-        row = logits([how.start, *ours[:at]])[-1]
+        row = rows(ours)[at]
         gap = abs(float(row[ours[at]] - row[theirs[at]]))
     else:
-        scores = []
-        for text in (ours, theirs):
-            logs = log_softmax(logits([how.start, *text[:-1]]).astype(np.float64))
-            scores.append(logs[np.arange(len(text)), list(text)].sum() / len(text) ** how.length_penalty)
-        gap = abs(scores[0] - scores[1])
+        one, other = (
+            sum(float(row[token]) for row, token in zip(rows(text), text, strict=True)) / len(text) ** how.length_penalty
+            for text in (ours, theirs)
+        )
+        gap = abs(one - other)
     if gap > 2 * tally.largest + EXACT:
         raise ParityError(f"{tally.what}: it writes another text than torch, and {gap:.2g} is more than rounding")
 
