@@ -666,6 +666,9 @@ def test_export_then_measure_and_predict(places, work):
     again = call("export", places[0], "--to", "onnxruntime", "-o", "out", *data)
     assert again.exit_code == 2
     assert "out exists already" in again.stderr
+    again = call("export", "out", "--to", "onnxruntime", "-o", "more", *data)
+    assert again.exit_code == 2
+    assert "out is an export already; give the model folder" in again.stderr
 
 
 def test_steps_are_all_listed_and_described():

@@ -219,3 +219,8 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="llamacpp takes models for text-generation, not for text-classification"):
         export_to(llamacpp, tmp_path / "m", tmp_path / "out", "f16", tiny.task(), 0)
+    with pytest.raises(InputError, match="llamacpp takes models for text-generation, not for text-classification"):
+        exporter("llamacpp", "q4_0", tmp_path / "m", "text-classification")  # installed or not
+    with pytest.raises(InputError) as caught:
+        exporter("onnxruntime", "int4", tmp_path / "m", "text-classification")
+    assert "llamacpp" not in str(caught.value)

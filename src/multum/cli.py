@@ -216,7 +216,7 @@ def export(
         terminal.print_facts(f"{output}: {found.pop('form')}", found)
         return
     to, precision = named(to, precision or "int8")
-    parsed = together([], exporter=lambda: exporter(to, precision))
+    parsed = together([], exporter=lambda: exporter(to, precision, folder, task))
     opened = open_for(folder, data=data, task=task, columns=columns, seed=seed)
     with progress().stage(f"export to {to} {precision}"):
         parity = export_to(parsed["exporter"], folder, output, precision, opened, seed or 0)

@@ -107,7 +107,9 @@ def _run_of(folder: Path) -> Mapping[str, Any]:
 
 
 def shipped_by(folder: Path) -> str:
-    """How an error goes on that was met by the folder of a whole run: with what it ships. Empty for other folders."""
+    """How an error goes on that was met by the folder of a whole run, or by an export. Empty for other folders."""
+    if (folder / "runtime.json").is_file():
+        return "; it is an export: give the model folder that it was made from"
     inside = [folder / name for name in ("chosen", "model") if (folder / name / "config.json").is_file()]
     return f"; it is a run, which ships {inside[0]}" if inside and (folder / RUN).is_file() else ""
 
@@ -150,7 +152,9 @@ def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:
             problems.append(f"{folder} {reason}; a model folder has config.json, an export runtime.json{shipped_by(folder)}")
             continue
         targets = _targets_in(folder, wanted, precision)
-        if not targets:
+        if not targets and (folder / "runtime.json").is_file():
+            problems.append(f"{folder} is an export already, and not for {runtime}; give the model folder")
+        elif not targets:
             problems.append(f"{folder} has no export for {runtime}; make one: multum export {folder} --to {wanted} -o DIR")
         found += targets
     if problems:
@@ -196,21 +200,29 @@ def named(runtime: str, precision: str) -> tuple[str, str]:
     return name, also.get(precision, precision)
 
 
-def exporter(runtime: str, precision: str) -> Any:
+def exporter(runtime: str, precision: str, folder: Path | None = None, task: str = "") -> Any:
     """The module of a runtime that can export to this precision on this machine.
 
+    Args:
+        runtime, precision: by their names here.
+        folder: what is to be exported, if it is to be looked at too.
+        task: of that; by default what the folder says.
+
     Raises:
-        InputError: no such runtime or precision.
-        MissingExtra: a package it takes is not installed.
+        InputError: no such runtime or precision, a package it takes is not installed, the folder is none of a model that it takes.
     """
     others = [name for name in runtimes.names() if name != "pytorch"]
     if runtime not in others:
         raise InputError(f"--to: cannot export to {runtime!r}; there are: {', '.join(others)}")
     module = runtimes.find(runtime)
-    problems = [reason] if (reason := module.unavailable()) else []
+    kind, problems = task or (task_of(folder) if folder else ""), []
+    if folder and (folder / "runtime.json").is_file():
+        problems.append(f"{folder} is an export already; give the model folder")
+    if reason := _not_for(module, kind) or module.unavailable():
+        problems.append(reason)
     taken = {name: (*runtimes.find(name).PRECISIONS, *getattr(runtimes.find(name), "CALIBRATED", ())) for name in others}
     if precision not in taken[runtime]:
-        beside = [name for name in others if named(name, precision)[1] in taken[name]]
+        beside = [name for name in others if named(name, precision)[1] in taken[name] and not _not_for(runtimes.find(name), kind)]
         problems.append(
             f"--precision: {runtime} has no {precision!r}; it has: {', '.join(taken[runtime])}"
             + (f". {' and '.join(beside)} has it" if beside else "")
@@ -220,12 +232,16 @@ def exporter(runtime: str, precision: str) -> Any:
     return module
 
 
+def _not_for(module: Any, task: str) -> str | None:
+    """Why a runtime takes no models for a task, if it is known which; None if it does."""
+    taken, name = getattr(module, "TASKS", None), module.__name__.rpartition(".")[2]
+    return f"{name} takes models for {', '.join(taken)}, not for {task}" if task and taken and task not in taken else None
+
+
 def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
     """Export a model folder; calibrated on training texts, checked on validation texts. An export elsewhere says of what it is."""
-    taken = getattr(module, "TASKS", None)
-    if taken and task.name not in taken:
-        name = module.__name__.rpartition(".")[2]
-        raise InputError(f"{name} takes models for {', '.join(taken)}, not for {task.name}")
+    if reason := _not_for(module, task.name):
+        raise InputError(reason)
     model = task.load(str(folder))
     parity = export_model(module, model, output, precision, task, seed)
     if output.resolve().parent != folder.resolve():
