@@ -21,6 +21,8 @@ Temperature = Annotated[
 ]
 TopP = Annotated[float | None, typer.Option("--top-p", metavar="P", help="Draw from the most probable tokens of this share only.")]
 
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Of what is drawn; runtimes draw from numbers of their own.")]
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command of this file."""
@@ -36,7 +38,7 @@ def add_to(app: typer.Typer) -> None:
         max_new_tokens: NewTokens = None,
         temperature: Temperature = None,
         top_p: TopP = None,
-        seed: opt.OptionalSeed = None,
+        seed: Seed = None,
         runtime: opt.Runtime = "",
         threads: opt.Threads = None,
         as_json: opt.Json = False,
@@ -44,7 +46,8 @@ def add_to(app: typer.Typer) -> None:
         """What the model says of every text: labels with probabilities, entities, answers to questions, a translation.
 
         A language model continues the text, or answers it with --chat, and is shown writing; greedily, unless a temperature is
-        given. 'multum score' tells how probable it finds a text.
+        given. 'multum score' tells how probable it finds a text. What translates or summarizes searches as the model's own
+        generation settings say, greedily or by beams; nothing is drawn.
         """
         from pathlib import Path
 

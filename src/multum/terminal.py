@@ -166,7 +166,14 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     console.print(Text(title, style="bold"))
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        console.print(Text(f"  {name:<{width}}  ", style="dim") + Text(str(value)), soft_wrap=True)
+        console.print(Text(f"  {name:<{width}}  ", style="dim") + Text(_short(value)), soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    """A value as people read it."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_short(one)!r}" for name, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_checkup(facts: Mapping[str, Any]) -> None:

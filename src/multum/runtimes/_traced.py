@@ -71,7 +71,7 @@ def onnx_of(part: Part, *, int8: bool = False, fuse: bool = True) -> Any:
         MissingExtra: onnxscript is not installed.
     """
     if not installed():
-        raise MissingExtra(f"{needed(part.module)},", EXTRA)
+        raise MissingExtra(needed(getattr(part.module, "model", part.module)), EXTRA)
     import onnx_ir
     import transformers.exporters
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
@@ -105,7 +105,7 @@ def installed() -> bool:
 def needed(module: Any) -> str:
     """What it takes, in words."""
     kind = getattr(getattr(module, "config", None), "model_type", type(module).__name__)
-    return f"onnxscript, by which models of type {kind!r} are exported"
+    return f"onnxscript, by which models of type {kind!r} are exported,"
 
 
 def wrong_head(module: Any) -> str | None:
