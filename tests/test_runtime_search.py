@@ -27,6 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"num_beams": 3, "eos_token_id": [1, 4, 9], "repetition_penalty": 1.3},
     {"num_beams": 3, "bad_words_ids": [[4], [7], [11], [12]], "renormalize_logits": True},
     {"num_beams": 5, "max_new_tokens": 1},
+    {"do_sample": True, "temperature": 0.7, "top_k": 5, "typical_p": 0.9},
 ]
 
 

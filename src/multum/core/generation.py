@@ -27,6 +27,8 @@ NUMBERS = 2**26
 """Logits at a time, at most, unless one text alone has more."""
 SETTINGS = {"num_beams": 1, "max_new_tokens": NEW_TOKENS, "length_penalty": 1.0}
 """Always told, with what holds if nobody said."""
+DRAWING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""What is for drawing tokens alone."""
 SEARCHES = ("greedy_search", "beam_search", "assisted_generation")
 """What transformers calls the searches that it has itself."""
 FURTHER = ("min_length", "no_repeat_ngram_size", "repetition_penalty", "early_stopping", "forced_bos_token_id")
@@ -54,7 +56,8 @@ def settle(module: Any) -> None:
     most = config.max_new_tokens or (config.max_length - 1 if config.max_length else NEW_TOKENS)  # max_length counts the start
     config.max_new_tokens = min(most, getattr(module.config, "max_position_embeddings", None) or most)
     config.max_length = None
-    config.do_sample = config.temperature = config.top_k = config.top_p = None
+    for name in DRAWING:
+        setattr(config, name, None)
     if (mode := config.get_generation_mode().value) not in SEARCHES:
         raise InputError(
             f"{type(module).__name__}: its generation settings ask for {mode.replace('_', ' ')}, which transformers runs by code "
