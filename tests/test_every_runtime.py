@@ -17,7 +17,7 @@ import tiny
 import torch
 from marked import marked, task_of
 from onnx import numpy_helper
-from transformers import BertForNextSentencePrediction
+from transformers import BertForNextSentencePrediction, CanineTokenizer
 
 from multum import runtimes
 from multum._measure import measure
@@ -296,6 +296,14 @@ def test_unknown_precisions_and_missing_extras(tmp_path: Path, monkeypatch: pyte
     assert "pip install 'multum[openvino]'" in openvino.unavailable()
     with pytest.raises(MissingExtra, match="multum\\[openvino\\]"):
         export("openvino", tiny.model(), tmp_path / "out")
+
+
+def test_a_tokenizer_that_no_export_can_run_is_named(tmp_path: Path) -> None:
+    slow = Model(module=tiny.model().module, tokenizer=CanineTokenizer(), source="spelled")
+    options: dict[str, Any] = {"precision": "fp32", "inputs": ["a film"], "max_length": 64, "pairs": False}
+    with pytest.raises(InputError, match="spelled has no fast tokenizer .*: CanineTokenizer is none"):
+        runtimes.find("onnxruntime").export(slow, tmp_path / "out", **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_probes_of_more_blocks_hold_more(monkeypatch: pytest.MonkeyPatch) -> None:

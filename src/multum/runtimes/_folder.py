@@ -47,9 +47,18 @@ def config_of(module: Any) -> dict[str, Any]:
 
 @contextmanager
 def export_folder(model: Model, folder: Path, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """Yields a folder with `runtime.json` and `tokenizer.json`; renamed to `folder` when the block ends well."""
+    """Yields a folder with `runtime.json` and `tokenizer.json`; renamed to `folder` when the block ends well.
+
+    Raises:
+        InputError: the model's tokenizer is none that `tokenizers` runs.
+    """
     from ..core.profile import profile
 
+    if not getattr(model.tokenizer, "is_fast", False):
+        raise InputError(
+            f"{model.source} has no fast tokenizer (tokenizer.json), which exports need: {type(model.tokenizer).__name__} is none; "
+            "measure and predict in torch"
+        )
     config = model.module.config
     with whole_folder(folder) as work:
         values = {
