@@ -54,7 +54,7 @@ OtherUnlabelled = Annotated[
     str, typer.Option("--unlabelled", metavar="FILE", help="As for shrink; takes the place of the recipe's unlabelled texts.")
 ]
 StepName = Annotated[str, typer.Argument(metavar="STEP", help="As 'multum steps' lists them.")]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Model or export folder.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Model folder.")]
 Folders = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Model or export folders, compared with the first of them.")]
 Split = Annotated[str, typer.Option("--split", metavar="NAME", help="train, validation or test.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=3, help="Rounds of timing.")]

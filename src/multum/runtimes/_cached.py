@@ -117,15 +117,17 @@ def export_writer(
     """
     both = bool(getattr(model.module.config, "is_encoder_decoder", False))
     facts = (_written if both else _continuing).facts_of(model, max_length)
-    with following(model, str(manifest["runtime"]), raised) as traced:
-        parts = parts_of(traced, facts["search"]["start"] if both else None)
-        facts |= {"graphs": list(parts), "cache": cache_shapes(parts[DECODER])}
-        with export_folder(model, folder, {**manifest, **facts}) as work:
+    with export_folder(model, folder, {**manifest, **facts}) as work:
+        with following(model, str(manifest["runtime"]), raised) as traced:
+            parts = parts_of(traced, facts["search"]["start"] if both else None)
             for name, part in parts.items():
                 save(part, work / name)
-            parity = proof(model, work, open, inputs)
-            write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
-            return parity
+        graphs = {"graphs": list(parts), "cache": cache_shapes(parts[DECODER])}
+        del parts, part, traced  # a copy of the model, which the proof needs no more
+        write_json(work / MANIFEST, {**read_json(work / MANIFEST), **graphs})
+        parity = proof(model, work, open, inputs)
+        write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
+        return parity
 
 
 def proof(model: Model, folder: Path, open: Callable[[Path], Any], inputs: Sequence[Any]) -> dict[str, Any]:
