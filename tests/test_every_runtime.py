@@ -301,7 +301,7 @@ def test_unknown_precisions_and_missing_extras(tmp_path: Path, monkeypatch: pyte
 def test_a_tokenizer_that_no_export_can_run_is_named(tmp_path: Path) -> None:
     slow = Model(module=tiny.model().module, tokenizer=CanineTokenizer(), source="spelled")
     options: dict[str, Any] = {"precision": "fp32", "inputs": ["a film"], "max_length": 64, "pairs": False}
-    with pytest.raises(InputError, match="spelled has no fast tokenizer .*: CanineTokenizer is none"):
+    with pytest.raises(InputError, match=r"spelled has no fast tokenizer .*: CanineTokenizer is none"):
         runtimes.find("onnxruntime").export(slow, tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
