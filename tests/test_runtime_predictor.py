@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+from onnx import TensorProto, helper
 
 from multum.core.folders import read_json
-from multum.runtimes import _predictor, onnxruntime
+from multum.errors import InputError
+from multum.runtimes import _predictor, onnxruntime, openvino
 from multum.runtimes._predictor import GraphPredictor, choose_threads
 
 
@@ -76,3 +79,24 @@ def test_no_more_threads_than_openmp_is_given(said: str | None, taken: int, monk
     if said:
         monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert _predictor.cores() == taken
+
+
+def test_what_a_graph_stumbles_over_when_it_runs_is_one_clear_error(tmp_path: Path) -> None:
+    """onnxruntime's own errors have no base but Exception, so that a walk, which leaves out what cannot be exported, would end."""
+    x, y, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [f"{name}0", f"{name}1"]) for name in "xyz")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "y"], ["z"])], "product", [x, y], [z])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    (tmp_path / "product.onnx").write_bytes(model.SerializeToString())
+    product, row = onnxruntime._Graph(tmp_path / "product.onnx", 1), np.ones((1, 3), np.float32)
+    assert product.array(product({"x": row, "y": row.T})[0]).tolist() == [[3.0]]
+    with pytest.raises(InputError, match="the graph cannot be executed"):
+        product({"x": row, "y": row})
+
+
+def test_nor_is_what_openvino_says_put_down_to_multum() -> None:
+    def infer(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Exception from src/cpu:\nshapes do not fit")
+
+    compiled = SimpleNamespace(create_infer_request=lambda: SimpleNamespace(infer=infer), outputs=[])
+    with pytest.raises(InputError, match="the graph cannot be executed: shapes do not fit"):
+        openvino._Graph(compiled)({})

@@ -29,7 +29,7 @@ CALIBRATED = ("int8-minmax", "int8-percentile", "int8-mse")
 EXTRA: str | None = None
 SUFFIX = ".onnx"
 GRAPH = "model.onnx"
-OPENING_ERRORS: tuple[type[Exception], ...] = (
+ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
     OSError,
     *(value for value in vars(onnxruntime_pybind11_state).values() if isinstance(value, type) and issubclass(value, Exception)),
@@ -166,8 +166,8 @@ def open(folder: str | Path, *, threads: int | None = None) -> Any:
     def load(threads: int) -> Run:
         session = _session(folder / GRAPH, threads)
         if len(names) == 1:
-            return lambda columns: np.asarray(session.run(names, columns)[0])
-        return lambda columns: np.stack(session.run(names, columns), axis=-1)
+            return lambda columns: np.asarray(_run(session.run, names, columns)[0])
+        return lambda columns: np.stack(_run(session.run, names, columns), axis=-1)
 
     files = [folder / name for name in (GRAPH, "tokenizer.json", "runtime.json")]
     return open_graph(folder, manifest, load, files, threads or cores())
@@ -185,7 +185,7 @@ class _Graph:
             name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
             for name, value in inputs.items()
         }
-        return list(self._session.run_with_ort_values(self._outputs, kept))
+        return list(_run(self._session.run_with_ort_values, self._outputs, kept))
 
     def array(self, value: Any) -> np.ndarray:
         found: np.ndarray = value.numpy()
@@ -250,6 +250,18 @@ def stacks(
     return timer, every_token
 
 
+def _run(run: Callable[..., Any], names: Sequence[str], inputs: Mapping[str, Any]) -> Any:
+    """What a session answers. A graph that was traced may stumble over shapes that come later.
+
+    Raises:
+        InputError: it does.
+    """
+    try:
+        return run(names, inputs)
+    except ERRORS as error:
+        raise InputError(f"the graph cannot be executed: {str(error).splitlines()[0]}") from error
+
+
 def _serialized(graph: Any) -> bytes:
     from google.protobuf.message import EncodeError
 
@@ -269,7 +281,7 @@ def _session(graph: Path | bytes, threads: int, *, quiet: bool = False) -> onnxr
         return onnxruntime.InferenceSession(
             str(graph) if isinstance(graph, Path) else graph, options, providers=["CPUExecutionProvider"]
         )
-    except OPENING_ERRORS as error:
+    except ERRORS as error:
         raise InputError(
             f"{graph if isinstance(graph, Path) else 'graph'} cannot be opened: {str(error).splitlines()[0]}"
         ) from error

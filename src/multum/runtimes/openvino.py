@@ -184,7 +184,10 @@ class _Graph:
 
     def __call__(self, inputs: Mapping[str, Any]) -> list[Any]:
         request = next(self._requests)
-        request.infer(dict(inputs), share_inputs=True)
+        try:
+            request.infer(dict(inputs), share_inputs=True)
+        except RuntimeError as error:  # it was traced, and may stumble over shapes that come later
+            raise InputError(f"the graph cannot be executed: {str(error).strip().splitlines()[-1]}") from error
         return [request.get_output_tensor(number) for number in self._outputs]
 
     def array(self, value: Any) -> np.ndarray:
