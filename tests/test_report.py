@@ -561,6 +561,18 @@ def test_the_original_s_form_is_the_one_that_rungs_were_compared_with() -> None:
     assert min(forms, key=lambda entry: entry["validation"]["speed"]["p50_ms"]) is not forms[-1]
 
 
+@pytest.mark.parametrize(("drops", "found"), [((0.1, 0.0), 1), ((0.1, 0.2), None)])
+def test_no_form_that_drops_too_much_is_what_rungs_were_compared_with(drops: tuple[float, float], found: int | None) -> None:
+    """Nothing at all was allowed here; where no form keeps to that it was the original in torch."""
+    run = sample_run(finished=False)
+    run["budget"]["max_drop"] = 0.0
+    original, *forms = [entry for entry in run["candidates"] if entry["folder"] == "original"][:3]
+    for entry, drop, ms in zip(forms, drops, (1.0, 2.0), strict=True):
+        entry["first_p50_ms"], entry["drop"], entry["test"] = ms, drop, None
+    strongest = parse(run | {"candidates": [original, *forms]}).strongest
+    assert (strongest.name if strongest else None) == (None if found is None else forms[found]["name"])
+
+
 def test_a_speed_that_was_disturbed_is_no_headline(tmp_path: Path) -> None:
     page = Page(made(tmp_path, sample_run() | {"warnings": [DISTURBED]}))
     assert "Of unknown speed, " in page.text

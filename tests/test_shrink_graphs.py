@@ -123,6 +123,15 @@ def test_where_8_bits_lose_too_much_what_is_exact_is_tried(graphs: None, tmp_pat
     assert kept == found.run.candidates[0]["validation"]
 
 
+def test_where_every_form_loses_too_much_torch_runs_it(graphs: None, tmp_path: Path) -> None:
+    """A rung in such a form would lose more yet; in torch weights are packed at least. An fp32 graph may be too large to be had."""
+    found = Tried(tmp_path / "run", dict.fromkeys(INT8S, 3.0))
+    assert found.try_() == "pytorch fp32"
+    again = Tried(tmp_path / "run", found.drops)
+    assert again.try_() == "pytorch fp32"
+    assert again.measured == []
+
+
 def test_where_llama_cpp_takes_the_model_no_graph_is_tried(graphs: None, tmp_path: Path) -> None:
     files = {("llamacpp", "f16"): 0.0, ("llamacpp", "q8_0"): 0.2, ("llamacpp", "q4_0"): 9.0}
     found = Tried(tmp_path / "run", {**files, **dict.fromkeys(GRAPHS, 0.0)}, CausalDescent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +115,8 @@ class Run:
     def strongest(self) -> Candidate | None:
         """The unchanged original in the form that the rungs are compared with."""
         forms = [c for c in self.candidates[1:] if c.is_original]
-        tested = [c for c in forms if c.test]
-        holding = tested or [c for c in forms if c.drop <= (self.budget["max_drop"] or math.inf)] or forms
+        tested, most = [c for c in forms if c.test], self.budget["max_drop"]
+        holding = tested or [c for c in forms if most is None or c.drop <= most]
         return min(holding, key=lambda c: c.first_p50, default=None)
 
     def path(self) -> list[Candidate]:

@@ -72,7 +72,7 @@ class Ladder(Landing):
         self.descent.begin(self.bench, model)
 
     def _measure_forms(self, model: Model, folder: Path) -> None:
-        """The original in torch, and as the exports of the first group of which one keeps the drop; alone where none can be had."""
+        """The original in torch, and as the exports of every group up to the first of which one keeps the drop."""
         known = [(c["runtime"], c["precision"]) for c in self.run.candidates if c["folder"] == "original"]
         if len(known) == 1:
             return
@@ -83,7 +83,7 @@ class Ladder(Landing):
             targets = self.bench.export(model, folder, before or forms)
             if targets and not before:
                 self._add_originals(model, folder, targets)
-            if self.run.candidates and self._holds(self.run.strongest()["name"]):
+            if self.run.candidates and self.run.strongest()["target"] != "original":
                 return
         if not self.run.candidates:
             if self.descent.exports:

@@ -108,12 +108,11 @@ class RunFolder:
     def strongest(self) -> dict[str, Any]:
         """The fastest form of the unchanged original that keeps the quality: what every rung is compared with.
 
-        The original in torch where there is no other form.
+        The original in torch where no other form does.
         """
         originals = [c for c in self.candidates if c["folder"] == "original"]
-        forms = [c for c in originals if c["target"] != "original"] or originals
-        holding = [c for c in forms if c["drop"] <= self.budget.max_drop] or forms
-        return min(holding, key=first_p50_ms)
+        holding = [c for c in originals if c["target"] != "original" and c["drop"] <= self.budget.max_drop]
+        return min(holding or originals[:1], key=first_p50_ms)
 
     def best(self) -> dict[str, Any]:
         """The fastest within all limits; if there is none, that within the allowed drop which comes nearest to the other limits.
