@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from transformers import BertConfig, BertModel, ConvBertConfig, ConvBertForSeque
 from typer.testing import CliRunner
 
 from multum import doctor, runtimes, terminal
-from multum._model_checkup import BYTES_TO_TRAIN, check_up
+from multum._model_checkup import BYTES_TO_TRAIN, _of_the_model, check_up
 from multum.cli import app
 from multum.core.model import Model
 from multum.core.step import make
@@ -103,6 +105,13 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
     assert "--student" in instead
     assert "traced instead" in limits["export to onnxruntime as a graph of fused operators"][1]
     assert "onnxruntime int8" in found["works"]
+
+
+def test_without_a_fast_tokenizer_what_writes_can_be_shrunk_in_torch() -> None:
+    reads, both = "exports, shrink and trim_vocabulary", "exports and trim_vocabulary"
+    for model, what in ((tiny.model(), reads), (translators.translator("marian"), both)):
+        slow = dataclasses.replace(model, tokenizer=SimpleNamespace(is_fast=False))
+        assert what in [limit.what for limit in _of_the_model(slow)]
 
 
 def test_traced_models_without_the_exporter(tmp_path: Path, monkeypatch: Any) -> None:

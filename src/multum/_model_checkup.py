@@ -116,6 +116,7 @@ def _of_the_model(model: Any) -> Iterator[Limit]:
     """What its architecture, weights and tokenizer rule out."""
     from .core.families import family_of, one_stack
     from .core.packed import refuse_packed
+    from .runtimes._traced import writes
 
     module = model.module
     if reason := _refused(lambda: refuse_packed(module, "further steps")):
@@ -133,9 +134,11 @@ def _of_the_model(model: Any) -> Iterator[Limit]:
         instead = "multum apply finetune, or multum shrink, which begins with it"
         yield Limit("answers that mean something", f"some weights were never trained ({names})", instead)
     if not getattr(model.tokenizer, "is_fast", False):
-        yield Limit(
-            "exports, shrink and trim_vocabulary", "it has no fast tokenizer (tokenizer.json)", "measure and predict in torch"
-        )
+        reason = "it has no fast tokenizer (tokenizer.json)"
+        if writes(module):
+            yield Limit("exports and trim_vocabulary", reason, "measure, predict and shrink in torch")
+        else:
+            yield Limit("exports, shrink and trim_vocabulary", reason, "measure and predict in torch")
         return
     from .steps.trim_vocabulary import obstacle
 
