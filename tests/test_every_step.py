@@ -366,6 +366,7 @@ def test_a_short_text_is_refused_before_any_work(name, task, tmp_path):
     with pytest.raises(InputError, match=rf"^{name}: the calibration texts (are too few, 1 with 3 tokens|have 3 tokens)") as caught:
         step(model, ShortText(data_for(name, task, family)))
     assert len(caught.value.problems) == 1
+    assert "or raise samples (now " in str(caught.value)
     assert not passes
 
 

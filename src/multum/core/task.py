@@ -141,27 +141,27 @@ def calibration(task: Task, model: Model, samples: int, *, seed: int, step: str,
             f"{step}: the calibration texts have {tokens} tokens, and {inputs} inputs of a matrix are not told apart by so few; "
             f"give more or longer texts, or raise samples (now {samples})"
         )
-    check_calibration(batches, step)
+    check_calibration(batches, step, f"; or raise samples (now {samples})")
     return batches
 
 
-def check_calibration(batches: Sequence[Batch], what: str, least: int = ENOUGH) -> None:
+def check_calibration(batches: Sequence[Batch], what: str, instead: str = "") -> None:
     """Refuse calibration batches with too little in them.
 
     Args:
         batches: padded, (texts, tokens) each.
         what: is made of them, for the error.
-        least: tokens that there must be.
+        instead: what else would help, for the error.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are fewer tokens than `ENOUGH`.
     """
     masks = [batch["attention_mask"] for batch in batches]
     texts, tokens = sum(map(len, masks)), sum(int(mask.sum()) for mask in masks)
-    if tokens < least:
+    if tokens < ENOUGH:
         raise InputError(
-            f"{what}: the calibration texts are too few, {texts} with {tokens} tokens in all; give {least} tokens of training "
-            "texts or more, better some dozens of texts"
+            f"{what}: the calibration texts are too few, {texts} with {tokens} tokens in all; give {ENOUGH} tokens of training "
+            f"texts or more, better some dozens of texts{instead}"
         )
 
 
