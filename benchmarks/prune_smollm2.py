@@ -154,6 +154,7 @@ def taken(way: str, folder: Path, windows: list[list[int]], python: str) -> dict
     macs = profile(made.module)["macs"]
     result = {
         **read_json(work / "cost.json"),
+        "threads": torch.get_num_threads(),
         "losses": [float(-each.sum()) for each in scored],
         "zeros": sum(int((weight == 0).sum()) for weight in inside) / sum(weight.numel() for weight in inside),
         "macs": 256 * macs["per_token"] + 256**2 * macs["per_token_squared"],
@@ -214,7 +215,7 @@ def randomly(model: Model, what: str) -> Model:
 
 def table(found: dict[str, Any], count: int) -> tuple[list[list[str]], dict[str, Any]]:
     """The rows, and the figures behind them."""
-    rows = [["way", "zeros", "MACs", "perplexity", "ratio", "95 %", "seconds", "peak MB", "on top of the model, MB"]]
+    rows = [["way", "zeros", "MACs", "perplexity", "ratio", "95 %", "threads", "seconds", "peak MB", "on top of the model, MB"]]
     first, values = found.get("as it is"), {}
     for way, one in found.items():
         losses = np.array(one["losses"])
@@ -223,18 +224,18 @@ def table(found: dict[str, Any], count: int) -> tuple[list[list[str]], dict[str,
         if first:
             middle, low, high = values[way]["ratio"] = ratio(losses, np.array(first["losses"]), count)
             cells = [f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
-        cost = [f"{one['seconds']:.1f}", f"{one['peak_mb']:.0f}", f"{one['peak_mb'] - one['before_mb']:.0f}"]
+        cost = [str(one["threads"]), f"{one['seconds']:.1f}", f"{one['peak_mb']:.0f}", f"{one['peak_mb'] - one['before_mb']:.0f}"]
         smaller = "blocks" in WAYS[way]
         written = ["", "", ""] if smaller else [f"{values[way]['perplexity']:.2f}", *cells]
         macs = f"{one['macs'] / first['macs']:.3f}" if first else ""
-        rows.append([way, f"{one['zeros']:.0%}", macs, *written, *(["", "", ""] if way == "as it is" else cost)])
+        rows.append([way, f"{one['zeros']:.0%}", macs, *written, *([""] * len(cost) if way == "as it is" else cost)])
     return rows, values
 
 
 def words(settings: dict[str, Any], missing: dict[str, str], left: list[str]) -> str:
     lines = [
         f"SmolLM2-135M-Instruct, {settings['held_out']} held-out tokens in windows of 256, calibrated on {settings['samples']} "
-        f"blocks of {settings['length']} tokens, {torch.get_num_threads()} thread(s). Zeros are a share of the blocks' weights; "
+        f"blocks of {settings['length']} tokens. Zeros are a share of the blocks' weights; "
         "they make no dense kernel faster. "
         "Its fp32 weights had 4 bits before (Q4_1)."
     ]
