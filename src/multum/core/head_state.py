@@ -23,6 +23,8 @@ from .families import Family
 
 BIAS = "position_bias"
 """The argument of an attention with one column for every head of the unpruned block."""
+SIZE = "attention_head_size"
+"""The attribute of an attention of BERT's kind that stock transformers sets to hidden width / heads."""
 TABLE = "relative_attention_bias"
 """The attribute of a T5 attention with the table that it looks the bias up in."""
 
@@ -40,7 +42,7 @@ class OwnConfig:
 
 
 def settle(block: nn.Module, family: Family, heads: int, queries: int, size: int) -> None:
-    """Write the head counts of a block where its attention code reads them.
+    """Write the head counts of a block, and the size of a head, where its attention code reads them.
 
     Args:
         block: changed in place.
@@ -56,6 +58,11 @@ def settle(block: nn.Module, family: Family, heads: int, queries: int, size: int
     ):
         for path in paths:
             _set(block, path, value)
+    attention: Any = block.get_submodule(family.query.rpartition(".")[0])
+    if hasattr(attention, SIZE):  # else told by the matrices, or by `head_dim` in the config
+        setattr(attention, SIZE, size)
+        if hasattr(attention, "scaling"):
+            attention.scaling = size**-0.5
 
 
 def _set(block: nn.Module, path: str, value: int) -> None:

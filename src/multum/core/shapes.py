@@ -252,6 +252,11 @@ def _use_uniform_counts(module: Any) -> None:
         if len(found) == 1 and 0 not in found:
             setattr(config, field, found.pop())
     heads = {count for count, _ in heads_and_neurons(module)}
+    own = vars(config).get("head_dim")
+    if not family.free_heads and not family.head_bias and own and {count * own for count in heads} == {config.hidden_size}:
+        config.num_attention_heads = heads.pop()  # as many as a stock model of this width has of this size
+        del config.head_dim
+        return
     if family.free_heads and len(heads) == 1 and 0 not in heads:
         count, queries = heads.pop(), queries_per_head(module)
         if count * queries == config.num_attention_heads:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .channels import TAKEN
 from .families import blocks_of
 from .model import Model
 from .packed import refuse_packed
@@ -133,6 +134,8 @@ def _fresh(model: Model, sizes: Mapping[str, Any], seed: int) -> Model:
     if width % heads:
         raise InputError(f"student: {heads} heads do not divide the width: num_attention_heads {heads}, hidden_size {width}")
     values = without_shapes(old.to_dict()) | _that_follow(old, width, heads)
+    if old.model_type in TAKEN:  # what the config says there is for matrices that were cut
+        values.pop("head_dim", None)
     if "num_hidden_layers" in sizes:
         values = {name: value for name, value in values.items() if name not in PER_BLOCK}
     config = type(old).from_dict(values | {old.attribute_map.get(names[name], names[name]): value for name, value in sizes.items()})
