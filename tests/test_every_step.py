@@ -23,6 +23,7 @@ from multum.tasks.text_generation import TextGeneration
 FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "electra")
 FURTHER = {
     **dict.fromkeys(("distill", "distill_layers", "finetune", "qat"), ("llama", "gpt2")),
+    "prune_hidden": ("mpnet",),
     **dict.fromkeys(
         (
             "awq",
@@ -83,6 +84,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "low_rank": {"keep": 0.5, "samples": 16},
     "pretrain": {"text": TEXT, "steps": 2, "batch_size": 4, "block": 16},
     "movement": {"sparsity": 0.5, "epochs": 1, "batch_size": 16},
+    "prune_hidden": {"keep": 0.75, "samples": 16},
     "prune_structured": {"speedup": 1.5, "samples": 16, "neuron_group": 4},
     "prune_weights": {"sparsity": 0.5},
     "qat": {"bits": 4, "group": 24, "epochs": 1, "batch_size": 16, "cache": FOLDER},
@@ -128,6 +130,7 @@ BAD: dict[str, list[dict[str, Any]]] = {
     "low_rank": [{"keep": 1.0}, {"rank": 0}, {"samples": 0}],
     "pretrain": [{"steps": 0}, {"block": 7}, {"start": "anew"}, {"start": {"layers": 2}}, {"tokenizer": "bpe"}, {"shuffle": -1}],
     "movement": [{"sparsity": 1.5}, {"block": 0}, {"begin": 0.9}, {"epochs": 0}, {"learning_rate": -1.0}],
+    "prune_hidden": [{"keep": 0.0}, {"keep": 1.5}, {"samples": 0}],
     "prune_structured": [{"speedup": 0.5}, {"samples": 0}, {"neuron_group": 0}],
     "prune_weights": [{"sparsity": 1.5}, {"scope": "rows"}, {"pattern": "4:2"}],
     "qat": [{"bits": 5}, {"group": 1}, {"alpha": 1.5}, {"temperature": 0.0}, {"epochs": 0}],
@@ -377,7 +380,7 @@ class Untouched:
         raise AssertionError(f"work began: {name}")
 
 
-@pytest.mark.parametrize("name", [*BOTH, "slice_hidden", "awq", "gptq", "smoothquant"])
+@pytest.mark.parametrize("name", [*BOTH, "prune_hidden", "slice_hidden", "awq", "gptq", "smoothquant"])
 def test_an_architecture_without_a_row_is_refused_before_any_work(name, tmp_path):
     sizes = {"vocab_size": 50, "embedding_size": 16, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 32}
     module = transformers.AlbertForSequenceClassification(transformers.AlbertConfig(**sizes)).eval()

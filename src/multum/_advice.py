@@ -31,6 +31,7 @@ from ._advice_estimates import (
     teach,
     told,
     trim,
+    with_channels,
     zeros,
 )
 from ._advice_profile import Profile
@@ -176,6 +177,14 @@ TECHNIQUES: Mapping[str, Technique] = {
         risk="takes tens of epochs; with few steps the masks cannot tell units apart",
         obstacle=lambda p: one_stack(p) or not_factored(p),
         otherwise="prune_structured and then distill take a small part of the time; it is for long runs",
+    ),
+    "prune_hidden": Technique(
+        does="remove channels of the residual stream, the same everywhere",
+        used_for=(),
+        needs="128 training texts, no labels",
+        risk="costs more quality than heads and neurons do; made to be repaired (reconstruct) and distilled afterwards",
+        obstacle=with_channels,
+        otherwise="prune_structured costs less quality for the same speed; take prune_hidden where the embeddings are to shrink too",
     ),
     "slice_hidden": Technique(
         does="rotate the hidden width to its principal directions and delete the last",

@@ -70,6 +70,12 @@ def not_factored(p: Profile) -> str | None:
     return blocks_known(p) or ("its matrices are factored already (low_rank)" if p.factored else None)
 
 
+def with_channels(p: Profile) -> str | None:
+    from .core.channels import obstacle
+
+    return not_factored(p) or obstacle(p.module)
+
+
 def sliceable(p: Profile) -> str | None:
     from .steps.slice_hidden import obstacle
 

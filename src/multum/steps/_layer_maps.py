@@ -92,6 +92,19 @@ def descent(student: Model, teacher: Model) -> list[int] | None:
     return blocks if len(blocks) == student.module.config.num_hidden_layers else None
 
 
+def channel_descent(student: Model, teacher: Model) -> list[int] | None:
+    """Which channel of the teacher's residual stream each of the student's was; None: as `descent` says, or one of another kind."""
+    past, since = student.history[: len(teacher.history)], student.history[len(teacher.history) :]
+    if student.source != teacher.source or json.dumps(past) != json.dumps(teacher.history):
+        return None
+    channels = list(range(teacher.module.config.hidden_size))
+    for kept in [entry["kept_hidden"] for entry in since if isinstance(entry.get("kept_hidden"), list)]:
+        if kept and max(kept) >= len(channels):
+            return None
+        channels = [channels[channel] for channel in kept]
+    return channels if len(channels) == student.module.config.hidden_size else None
+
+
 def monotone_match(costs: Sequence[Sequence[float]]) -> list[int]:
     """For each row a column, columns ascending, so that the chosen costs have the least sum.
 

@@ -32,17 +32,19 @@ def repair(
     whole_batches: Sequence[Batch] | None = None,
     damping: float = 0.01,
     keep_zeros: bool = False,
+    channels: Sequence[int] | None = None,
 ) -> None:
     """Solve every output matrix of the cut model again, from the bottom up, towards the whole model's flow.
 
     Args:
-        whole: the model before the cut, of the same family and width.
+        whole: the model before the cut, of the same family.
         module: the cut model, changed in place.
         batches: calibration texts.
         kept: for every block of `module`, its number in `whole`, ascending; a decoder's blocks go on from its encoder's.
         whole_batches: the same texts as `whole` reads them; None: in the same ids.
         damping: ε as a share of the mean of diag(C Cᵀ).
         keep_zeros: leave weights that are zero at zero: each row is solved on the features that it still has.
+        channels: which of the whole model's residual stream the cut model has; None: all.
     """
     places, cut_walk = places_of(module), walk_blocks(module, batches)
     for reference in walk_blocks(whole, batches if whole_batches is None else whole_batches):
@@ -50,11 +52,19 @@ def repair(
             block = next(cut_walk)
             for place in (place for place in places if place.block is block.module):
                 part = place.sublayer
-                _repair_sublayer(reference, block, part.path, part.seen, damping=damping, keep_zeros=keep_zeros)
+                more: dict[str, Any] = {"damping": damping, "keep_zeros": keep_zeros, "channels": channels}
+                _repair_sublayer(reference, block, part.path, part.seen, **more)
 
 
 def _repair_sublayer(
-    reference: Block, block: Block, path: str, norm: str, *, damping: float = 0.01, keep_zeros: bool = False
+    reference: Block,
+    block: Block,
+    path: str,
+    norm: str,
+    *,
+    damping: float = 0.01,
+    keep_zeros: bool = False,
+    channels: Sequence[int] | None = None,
 ) -> None:
     linear = cast(Any, block.module.get_submodule(path))
     columns = shape_of(linear)[1]
@@ -64,7 +74,8 @@ def _repair_sublayer(
         theirs = reference.flows(batch, (norm,))
         # The norm reads the sublayer's output plus the residual stream, so this is what both lack together.
         features = ours[path].input if columns else ours[path].input[:, :0]
-        sums.add(features, _stream(theirs, norm) - _stream(ours, norm))
+        target = _stream(theirs, norm)
+        sums.add(features, (target if channels is None else target[:, list(channels)]) - _stream(ours, norm))
     support = matrix(linear) != 0 if keep_zeros and columns else None
     support = None if support is None or bool(torch.all(support)) else support
     weight, bias = sums.solve(damping, support, centred=linear.bias is not None)

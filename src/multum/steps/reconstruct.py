@@ -7,7 +7,8 @@ into it, R is what its output and the residual stream together lack of what the 
 times the mean of diag(C Cᵀ). A matrix without a bias gets none, and nothing is centred. From the bottom up, each with what really
 flows below it now. No gradient and no label.
 
-Use it after any cut: heads, neurons, whole blocks, single weights. Weights that are zero stay zero: where a matrix has some, every
+Use it after any cut: heads, neurons, whole blocks, channels (`prune_hidden`; the whole model is compared on those that are left),
+single weights. Weights that are zero stay zero: where a matrix has some, every
 row is solved on the features that it still has, a system for each row instead of one for all. With nothing cut nothing changes.
 """
 
@@ -28,7 +29,7 @@ from ..core.sublayers import places_of
 from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
-from ._layer_maps import descent
+from ._layer_maps import channel_descent, descent
 from ._repair import repair
 from ._sparsity import block_linears
 
@@ -50,9 +51,10 @@ def teacher_blocks(model: Model, teacher: Model) -> list[int]:
         problems.append(
             f"the model is of type {ours.model_type!r}, the teacher of type {theirs.model_type!r}; they must be the same"
         )
-    if ours.hidden_size != theirs.hidden_size:
+    if ours.hidden_size != theirs.hidden_size and channel_descent(model, teacher) is None:
         problems.append(
-            f"the model's hidden width is {ours.hidden_size}, the teacher's {theirs.hidden_size}; they must be the same"
+            f"the model's hidden width is {ours.hidden_size}, the teacher's {theirs.hidden_size}; they must be the same, or the "
+            "teacher the model that prune_hidden cut"
         )
     if blocks is None or blocks != sorted(set(blocks)):
         problems.append(
@@ -114,13 +116,16 @@ class Reconstruct(Step):
         linears, skipped = block_linears(model, self.name)
         teacher = task.load(self.teacher)
         blocks = teacher_blocks(model, teacher)
+        narrower = model.module.config.hidden_size < teacher.module.config.hidden_size
+        channels = channel_descent(model, teacher) if narrower else None
         ours, theirs = (calibration(task, each, self.samples, seed=self.seed, step=self.name) for each in (model, teacher))
         _check_texts(ours, theirs)
         solved = [place.block.get_submodule(place.sublayer.path) for place in places_of(model.module)]
         outputs = {name: linear for name, linear in linears.items() if linear in solved}
         sparse = {name: linear.weight == 0 for name, linear in outputs.items() if bool((linear.weight == 0).any())}
         with on_accelerator(model.module.eval()), on_accelerator(teacher.module):
-            repair(teacher.module, model.module, ours, blocks, whole_batches=theirs, damping=self.damping, keep_zeros=True)
+            more: dict[str, Any] = {"whole_batches": theirs, "channels": channels, "keep_zeros": True}
+            repair(teacher.module, model.module, ours, blocks, damping=self.damping, **more)
         skipped = dict.fromkeys(skipped, "only output matrices of the blocks are repaired")
         skipped |= dict.fromkeys(linears, "only output matrices are repaired") | dict.fromkeys(outputs, "nothing was lacking")
         return {
