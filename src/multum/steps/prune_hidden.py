@@ -97,6 +97,7 @@ def _flows(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) ->
             seen.clear()
 
 
+@torch.no_grad()
 def input_moments(module: nn.Module, readers: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
     """Mean and variance of what these matrices read."""
     moments = {name: Moments() for name in readers}
@@ -112,6 +113,7 @@ def fluctuation(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     return lost / lost.sum().clamp_min(torch.finfo(lost.dtype).tiny)
 
 
+@torch.no_grad()
 def scores(module: nn.Module, moments: Mapping[str, Moments]) -> torch.Tensor:
     """S, (channels,): the sum over matrices of the shares."""
     shares = [fluctuation(matrix(module.get_submodule(name)), each.variance) for name, each in moments.items()]
@@ -132,6 +134,7 @@ def compensate(linear: Any, mean: torch.Tensor, kept: Sequence[int]) -> None:
         linear.bias += (double(matrix(linear)).to(gone.device) @ gone).to(linear.bias)
 
 
+@torch.no_grad()
 def fitted_norms(
     module: nn.Module, norms: Sequence[str], kept: Sequence[int], batches: Sequence[Batch]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
