@@ -184,7 +184,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         needs="128 training texts, no labels",
         risk="costs more quality than heads and neurons do; made to be repaired (reconstruct) and distilled afterwards",
         obstacle=with_channels,
-        otherwise="prune_structured costs less quality for the same speed; take prune_hidden where the embeddings are to shrink too",
+        otherwise="prune_structured costs less quality; take prune_hidden where the embeddings are to shrink as well",
     ),
     "slice_hidden": Technique(
         does="rotate the hidden width to its principal directions and delete the last",

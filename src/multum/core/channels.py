@@ -4,10 +4,10 @@ Inside the blocks the table of architectures says it. Outside them (embeddings, 
 `hidden_size` makes smaller there has the channels on that axis. So every head is covered, one over the vocabulary as well, whose
 output shares its table with the embeddings and therefore its channels with the stream.
 
-The hidden layer of a classification head has as many features as the stream and none of its channels; it keeps features of its own.
+The hidden layer of a classification head has as many features as the stream and none of its channels; it keeps some of its own.
 
-The size of a head stays what it was. A stock config of these architectures states it as `hidden_size / num_attention_heads`, which it
-is no longer: it stands in the config as `head_dim`, which `surgery.head_size` reads, and the matrices in `shapes`.
+The size of a head stays what it was. A stock config of these architectures states it as hidden_size / num_attention_heads, which
+it is no longer: it stands in the config as `head_dim`, which `surgery.head_size` reads, and the matrices in `shapes`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 r"""Prune channels of the residual stream, the same everywhere: the hidden width of a post-norm encoder.
 
-    S_c = Σ_W Var(X_c) ‖W_c‖² / Σ_c' Var(X_c') ‖W_c'‖²               (fluctuation: FLAP, An et al. 2024, arXiv:2312.11983, eq. 5)
-    b <- b + Σ_c removed W_c mean(X_c)                              (bias compensation, FLAP eq. 4)
-    γ_c <- cov(n_c, y_c) / var(n_c)     β_c <- mean(y_c) - γ_c mean(n_c)               (norms over fewer channels, see below)
+    S_c = Σ_W Var(X_c) ‖W_c‖² / Σ_c' Var(X_c') ‖W_c'‖²        (fluctuation: FLAP, An et al. 2024, arXiv:2312.11983)
+    b <- b + Σ_c W_c mean(X_c)  over the removed c            (its bias compensation)
+    γ_c <- cov(n_c, y_c) / var(n_c)     β_c <- mean(y_c) - γ_c mean(n_c)      (norms over fewer channels, see below)
 
-One mask over the channels for embeddings, norms, all matrices and the head is CoFi's z_hidden (Xia et al. 2022, arXiv:2204.00408) and
-Minitron's embedding channels (Muralidharan et al. 2024, arXiv:2407.14679). W is every matrix that reads the stream, X (tokens, hidden)
-its inputs, W_c its column: S_c sums over the matrices what share of the fluctuation of their outputs is lost with the channel.
+One mask over the channels for embeddings, norms, all matrices and the head is CoFi's z_hidden (Xia et al. 2022, arXiv:2204.00408)
+and Minitron's embedding channels (Muralidharan et al. 2024, arXiv:2407.14679). W is every matrix that reads the stream, X (tokens,
+hidden) its inputs, W_c its column: S_c sums over the matrices what share of the fluctuation of their outputs goes with the channel.
 Minitron ranks by the mean magnitude of what the norms give; behind the sublayers (BERT) much of that is β, the same for every token,
 which a bias replaces without loss. So only what varies counts here, as far as a matrix listens to it, and the mean goes into the
 bias: all readers of these architectures have one. No gradient and no label.
@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -37,13 +37,16 @@ from torch.nn import functional as F
 from ..core.blocks import beside
 from ..core.channels import Channels, channels_of, keep_channels, nearest_width, obstacle
 from ..core.factored import refuse_factored
-from ..core.linears import matrix
+from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.second_order import double
 from ..core.step import Step
 from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
 from ..errors import InputError
+
+FLAT = 1e-12
+"""A channel whose variance behind a norm is less has no line through it; its gain stays what it was."""
 
 
 class Moments:
@@ -116,7 +119,8 @@ def fluctuation(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def scores(module: nn.Module, moments: Mapping[str, Moments]) -> torch.Tensor:
     """S, (channels,): the sum over matrices of the shares."""
-    shares = [fluctuation(matrix(module.get_submodule(name)), each.variance) for name, each in moments.items()]
+    parts = {name: cast(Linear, module.get_submodule(name)) for name in moments}
+    shares = [fluctuation(matrix(parts[name]), each.variance) for name, each in moments.items()]
     return torch.stack(shares).sum(0)
 
 
@@ -151,10 +155,10 @@ def fitted_norms(
             both[name] = both.get(name, 0.0) + (n * y).sum(0)
     found = {}
     for name in norms:
-        n, y = of_n[name], of_y[name]
-        covariance, flat = both[name] / n.count - n.mean * y.mean, n.variance < 1e-12
-        gamma = torch.where(flat, module.get_submodule(name).weight[index].to(covariance), covariance / n.variance.clamp_min(1e-12))
-        found[name] = (gamma, y.mean - gamma * n.mean)
+        of, to = of_n[name], of_y[name]
+        covariance, old = both[name] / of.count - of.mean * to.mean, cast(Any, module.get_submodule(name)).weight[index]
+        gamma = torch.where(of.variance < FLAT, old.to(covariance), covariance / of.variance.clamp_min(FLAT))
+        found[name] = (gamma, to.mean - gamma * of.mean)
     return found
 
 

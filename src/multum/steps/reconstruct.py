@@ -7,9 +7,9 @@ into it, R is what its output and the residual stream together lack of what the 
 times the mean of diag(C Cᵀ). A matrix without a bias gets none, and nothing is centred. From the bottom up, each with what really
 flows below it now. No gradient and no label.
 
-Use it after any cut: heads, neurons, whole blocks, channels (`prune_hidden`; the whole model is compared on those that are left),
-single weights. Weights that are zero stay zero: where a matrix has some, every
-row is solved on the features that it still has, a system for each row instead of one for all. With nothing cut nothing changes.
+Use it after any cut: heads, neurons, whole blocks, single weights, channels (`prune_hidden`: the whole model is looked at on those
+that are left). Weights that are zero stay zero: where a matrix has some, every row is solved on the features that it still has, a
+system for each row instead of one for all. With nothing cut nothing changes.
 """
 
 from __future__ import annotations
