@@ -7,7 +7,7 @@ r"""Prune channels of the residual stream, the same everywhere: the hidden width
 One mask over the channels for embeddings, norms, all matrices and the head is CoFi's z_hidden (Xia et al. 2022, arXiv:2204.00408)
 and Minitron's embedding channels (Muralidharan et al. 2024, arXiv:2407.14679). W is every matrix that reads the stream, X (tokens,
 hidden) its inputs, W_c its column: S_c sums over the matrices what share of the fluctuation of their outputs goes with the channel.
-Minitron ranks by the mean magnitude of what the norms give; behind the sublayers (BERT) much of that is β, the same for every token,
+Minitron ranks by the mean magnitude of what the norms give; behind the sublayers (BERT) much of that is β, alike for every token,
 which a bias replaces without loss. So only what varies counts here, as far as a matrix listens to it, and the mean goes into the
 bias: all readers of these architectures have one. No gradient and no label.
 
