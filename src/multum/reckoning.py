@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ GRAPH = 1 / 3
 """What measuring an export of a model that writes may take against torch, before any was measured."""
 
 
-class Reckoning:
+class Reckoning(ABC):
     """The part of a walk that looks ahead."""
 
     run: RunFolder
@@ -100,9 +101,9 @@ class Reckoning:
         stages = [(f"export to {form.name}", self.export[1]) for form in there]
         return [stage for stage in stages if stage[0] != self.export[0]]
 
+    @abstractmethod
     def _forms(self) -> list[Form]:
         """What is tried of what ships."""
-        raise NotImplementedError
 
     def _say_limit(self) -> None:
         """Say it beforehand where the time limit ends before the first rung could."""

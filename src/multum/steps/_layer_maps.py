@@ -81,28 +81,25 @@ def descent(student: Model, teacher: Model) -> list[int] | None:
 
     It was if both began as the same model and the student's history goes on from the teacher's.
     """
-    past, since = student.history[: len(teacher.history)], student.history[len(teacher.history) :]
-    if student.source != teacher.source or json.dumps(past) != json.dumps(teacher.history):
-        return None
-    blocks = list(range(teacher.module.config.num_hidden_layers))
-    for kept in [entry["kept_blocks"] for entry in since if isinstance(entry.get("kept_blocks"), list)]:
-        if kept and max(kept) >= len(blocks):
-            return None
-        blocks = [blocks[block] for block in kept]
-    return blocks if len(blocks) == student.module.config.num_hidden_layers else None
+    return _descent(student, teacher, "num_hidden_layers", "kept_blocks")
 
 
 def channel_descent(student: Model, teacher: Model) -> list[int] | None:
-    """Which channel of the teacher's residual stream each of the student's was; None: as `descent` says, or one of another kind."""
+    """The same for the channels of the residual stream."""
+    return _descent(student, teacher, "hidden_size", "kept_hidden")
+
+
+def _descent(student: Model, teacher: Model, count: str, kept_in: str) -> list[int] | None:
+    """Of what a field of the config counts, and an entry of the history says which were kept."""
     past, since = student.history[: len(teacher.history)], student.history[len(teacher.history) :]
     if student.source != teacher.source or json.dumps(past) != json.dumps(teacher.history):
         return None
-    channels = list(range(teacher.module.config.hidden_size))
-    for kept in [entry["kept_hidden"] for entry in since if isinstance(entry.get("kept_hidden"), list)]:
-        if kept and max(kept) >= len(channels):
+    found = list(range(getattr(teacher.module.config, count)))
+    for kept in [entry[kept_in] for entry in since if isinstance(entry.get(kept_in), list)]:
+        if kept and max(kept) >= len(found):
             return None
-        channels = [channels[channel] for channel in kept]
-    return channels if len(channels) == student.module.config.hidden_size else None
+        found = [found[number] for number in kept]
+    return found if len(found) == getattr(student.module.config, count) else None
 
 
 def monotone_match(costs: Sequence[Sequence[float]]) -> list[int]:
