@@ -1,11 +1,13 @@
-"""Accuracy kept without any training: `prune_structured`, `drop_layers`, Fisher masks and random units at the same latency.
+"""Accuracy kept without any training: `prune_structured`, Fisher masks, `drop_layers`, torch-pruning, random units, equally fast.
 
     python benchmarks/one_shot.py [--seeds 0 1 2] [-o runs/one_shot]
 
 All cut the same fine-tuned MiniLM to about 1.5x and 2x, all but `drop_layers` under the same latency table. `prune_structured` sees
 1,024 training texts without labels; `drop_layers` the same ones for `importance`, and none for `top` and `alternate` layers; Fisher
 masks 2,048 training examples, their paper's number, with labels for the gradients and without for the tuning. The control
-keeps the same share of every block's heads and neurons, drawn at random, and nothing is tuned or repaired.
+keeps the same share of every block's heads and neurons, drawn at random, and nothing is tuned or repaired. torch-pruning is asked
+for these shares too, by its two usual measures: the magnitude of weights, and their product with the gradient of 1,024 labelled
+texts. It says which heads and neurons are to go, and they are removed as all others are. Without it its rows are left out.
 
 Each result is exported to onnxruntime int8 and measured on one thread, in turns with the whole model, on the test split.
 The model is fine-tuned anew for every seed. Differences are text by text; their intervals are over texts, averaged over seeds. A
@@ -18,7 +20,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +32,13 @@ from common import difference, median_with_range, publish
 
 from multum._measure import measure
 from multum.bench import measured_table
+from multum.core.families import blocks_of, family_of
 from multum.core.folders import read_json, write_json
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
+from multum.core.padding import pad
 from multum.core.step import make
-from multum.core.surgery import heads_and_neurons
+from multum.core.surgery import head_size, heads_and_neurons
 from multum.data import open_task
 from multum.example import fetch
 from multum.runtimes import find
@@ -44,7 +50,7 @@ ASKED = {1.5: 1.57, 2.0: 2.15}
 SAMPLES = 1024
 THREADS = 1
 LAYERS = {1.5: 4, 2.0: 3}
-OURS, RANDOM = "prune_structured", "random"
+OURS, RANDOM, ELSEWHERE = "prune_structured", "random", "torch-pruning"
 FIGURES = ("speedup", "accuracy", "seconds")
 
 
@@ -81,7 +87,7 @@ def of_seed(seed: int, folder: Path) -> dict[str, Any]:
     targets, seconds = {"whole": exports / "whole"}, {"whole": 0.0}
     for name, (step, fields) in left.items():
         started = time.process_time()
-        made: Model = at_random(model, **fields) if step == RANDOM else make(step, fields)(model, task)
+        made = cut_otherwise(step, model, task, **fields) if step in (RANDOM, ELSEWHERE) else make(step, fields)(model, task)
         seconds[name] = time.process_time() - started
         targets[name] = exports / f"{len(targets):02d}"
         export_model(find("onnxruntime"), made, targets[name], "int8", task, 0)
@@ -107,22 +113,76 @@ def ways(wanted: float, table: Path, seed: int) -> dict[str, tuple[str, dict[str
         f"{OURS}, no repair": ("prune_structured", {**ours, "repair": False}),
         "Fisher masks": ("fisher_masks", shared),
         "Fisher masks, no tuning": ("fisher_masks", {**shared, "tune": False}),
+        "torch-pruning, magnitude": (ELSEWHERE, {**shared, "measure": "magnitude"}),
+        "torch-pruning, Taylor": (ELSEWHERE, {**shared, "measure": "Taylor"}),
         "random heads and neurons": (RANDOM, shared),
         "drop_layers importance": ("drop_layers", {**layers, "which": "importance", "samples": SAMPLES, "seed": seed}),
         "drop_layers top": ("drop_layers", {**layers, "which": "top"}),
         "drop_layers alternate": ("drop_layers", {**layers, "which": "alternate"}),
     }
-    return {f"{name} {wanted:g}x": way for name, way in found.items()}
+    here = bool(find_spec("torch_pruning"))
+    return {f"{name} {wanted:g}x": way for name, way in found.items() if here or way[0] != ELSEWHERE}
 
 
-def at_random(model: Model, *, speedup: float, latency_table: str, seed: int) -> Model:
-    """The same share of every block's heads and neurons, as large as fits, and which is drawn."""
-    drawn, table, counts = np.random.default_rng(seed), LatencyTable.load(Path(latency_table)), heads_and_neurons(model.module)
-    room = table.room(counts, speedup, RANDOM)
+def cut_otherwise(step: str, model: Model, task: Any, *, speedup: float, latency_table: str, seed: int, measure: str = "") -> Model:
+    """The same share of every block's heads and neurons, as large as fits; which is drawn, or told by torch-pruning."""
+    table, counts = LatencyTable.load(Path(latency_table)), heads_and_neurons(model.module)
+    room = table.room(counts, speedup, step)
     shares = ([tuple(max(1, int(share * count)) for count in block) for block in counts] for share in np.linspace(1, 0, 1001))
     sizes = next(each for each in shares if table.total(each) <= room)
+    return cut(model, drawn(counts, sizes, seed) if step == RANDOM else told(model, task, counts, sizes, measure, seed))[0]
+
+
+Counts = Sequence[tuple[int, ...]]
+
+
+def drawn(counts: Counts, sizes: Counts, seed: int) -> list[list[list[int]]]:
+    """Per block the heads and the neurons that stay, at random."""
+    rng = np.random.default_rng(seed)
     pairs = [list(zip(block, left, strict=True)) for block, left in zip(counts, sizes, strict=True)]
-    return cut(model, [[sorted(drawn.choice(have, keep, replace=False).tolist()) for have, keep in block] for block in pairs])[0]
+    return [[sorted(rng.choice(have, keep, replace=False).tolist()) for have, keep in block] for block in pairs]
+
+
+def told(model: Model, task: Any, counts: Counts, sizes: Counts, measure: str, seed: int) -> list[list[list[int]]]:
+    """Those that torch-pruning keeps, all of its choices made before any is carried out."""
+    import torch_pruning as tp
+
+    module, size = model.copy().module.eval(), head_size(model.module)
+    family, blocks = family_of(module), blocks_of(module)
+    rows = task.encode(model, "train")
+    chosen = np.random.default_rng(seed).choice(len(rows), SAMPLES, replace=False).tolist()
+    batches = [pad([rows[i] for i in chosen[start : start + 32]], model.tokenizer.pad_token_id) for start in range(0, SAMPLES, 32)]
+    if measure == "Taylor":
+        for batch in batches:
+            task.loss(module(**{name: value for name, value in batch.items() if name != "labels"}), batch).backward()
+    of = {path: [block.get_submodule(getattr(family, path)) for block in blocks] for path in ("query", "key", "value", "up")}
+    attentions = [part for path in ("query", "key", "value") for part in of[path]]
+    heads, neurons = sizes[0]
+    pruner = tp.pruner.BasePruner(
+        module,
+        {name: value for name, value in batches[0].items() if name != "labels"},
+        importance=(tp.importance.GroupTaylorImportance if measure == "Taylor" else tp.importance.GroupMagnitudeImportance)(),
+        pruning_ratio=0.0,
+        pruning_ratio_dict=dict.fromkeys(of["up"], 1 - neurons / counts[0][1]),
+        num_heads=dict.fromkeys(attentions, counts[0][0]),
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=1 - heads / counts[0][0],
+        ignored_layers=[module.get_submodule(family.head_output)],
+        output_transform=lambda output: output.logits,
+    )
+    places = [[block.get_submodule(path) for path in (family.attention_output, family.down)] for block in blocks]
+    gone: dict[Any, set[int]] = {part: set() for pair in places for part in pair}
+    for group in pruner.step(interactive=True):
+        for dependency, numbers in group:
+            if dependency.target.module in gone and pruner.DG.is_in_channel_pruning_fn(dependency.handler):
+                gone[dependency.target.module] |= set(numbers)
+    kept = [
+        [[i for i in range(have) if i * wide not in gone[part]] for part, have, wide in zip(pair, block, (size, 1), strict=True)]
+        for pair, block in zip(places, counts, strict=True)
+    ]
+    assert [tuple(map(len, block)) for block in kept] == [tuple(block) for block in sizes], "torch-pruning kept another number"
+    return kept
 
 
 def report(found: dict[int, dict[str, Any]]) -> None:

@@ -289,6 +289,8 @@ def test_models_that_write(tmp_path: Path) -> None:
     found = multum.advise(str(tmp_path / "gpt2"), task="text-generation", data=str(tmp_path / "texts.txt"))
     assert [one["name"] for one in found["use"]] == ["prune_structured", "distill"]
     assert "not of models for text-generation" in entry(found, "int8")["why"]
+    assert "--task text-generation" in found["shrink"]
+    assert "--max-drop 10%" in found["shrink"]
     rows = ["source,target", *(",".join(pair) for pair in translators.sentences(60))]
     (tmp_path / "pairs.csv").write_text("\n".join(rows), encoding="utf-8")
     translator = translators.translator("t5", layers=3)
@@ -296,6 +298,8 @@ def test_models_that_write(tmp_path: Path) -> None:
     found = multum.advise(str(tmp_path / "t5"), task="translation", data=str(tmp_path / "pairs.csv"))
     assert [next(iter(step)) for step in found["recipe"]["steps"]] == ["drop_layers", "distill_generation"]
     assert "written" in entry(found, "trim_vocabulary")["why"]
+    assert "--task translation" in found["shrink"]
+    assert "--max-drop 1 " in found["shrink"]
     shorter = find("drop_layers")(keep=1, which="alternate")(translator, translators.translating())
     assert estimate(found, "drop_layers", "bytes")["after"] == sum(part.bytes for part in parts_of(shorter.module).values())
     factored = find("low_rank")(samples=16)(translator, translators.translating())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -18,6 +19,7 @@ from transformers import (
 from multum.core.blocks import walk_blocks
 from multum.core.families import blocks_of
 from multum.core.model import Model
+from multum.steps import _price
 from multum.steps._outputs import output_loss
 from multum.steps._price import Price
 from multum.steps.prune_structured import PruneStructured
@@ -33,7 +35,7 @@ KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 
 def model(kind: str) -> Any:
-    made, options = KINDS[kind]
+    made, options = KINDS.get(kind, (BertForMaskedLM, {}))
     torch.manual_seed(0)
     module = made(BertConfig(**SIZES, **options)).eval()
     with torch.no_grad():
@@ -66,6 +68,25 @@ def test_the_price_is_the_distance_of_the_outputs(kind: str) -> None:
         found.append(float(output_loss(kind, other, one, batch, 1.0)))
         weights.append(float(batch["attention_mask"].sum()) if kind == "token_labels" else len(batch["input_ids"]))
     expected = sum(loss * weight for loss, weight in zip(found, weights, strict=True)) / sum(weights)
+    assert expected > 1e-3
+    assert price(block) == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_of_many_tokens_a_language_models_price_takes_some_evenly_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_price, "TOKENS", 7)
+    module, data = model("tokens"), batches()
+    price, block = Price(module, data), list(walk_blocks(module, data))[1]
+
+    def answers() -> torch.Tensor:  # 33 and 60 real tokens, so that every 14th counts
+        logits = [module(**batch).logits.double()[batch["attention_mask"].bool()][::14] for batch in data[::2]]
+        return torch.cat(logits).log_softmax(-1)
+
+    before = answers()
+    blocks_of(module)[1].output.dense.weight.mul_(0.3)
+    after = answers()
+    assert len(before) == 3 + 5
+    expected = float((before.exp() * (before - after)).sum(-1).mean())
     assert expected > 1e-3
     assert price(block) == pytest.approx(expected, rel=1e-4)
 

@@ -21,6 +21,7 @@ from .core.padding import pad
 from .core.parts import ATTENTION, FEED_FORWARD, Part, is_known, outline, parts_of, tensors, time_parts
 from .core.surgery import BiasOnly, heads_and_neurons, keep_blocks
 from .core.words import text_of
+from .descent import KINDS, can_shrink
 from .plan import pace
 from .runtimes import find as find_runtime
 from .steps.trim_vocabulary import count_tokens, fixed, needed, obstacle, token_ids
@@ -65,7 +66,9 @@ class Profile:
     zeros: float
     """Share of the weights of all matrices."""
     exportable: str | None
-    """Why the model cannot be exported to int8; None where it can."""
+    """Why what int8 brings is not foretold; None where it is."""
+    walks: bool
+    """`shrink` takes it."""
     lengths: Sequence[int]
     """Tokens of every validation text, or one assumed length."""
     texts: int | None = None
@@ -162,30 +165,31 @@ class Profile:
         }
 
 
-def profile_of(model: Model, name: str, task: Any | None, *, shrinks: bool) -> Profile:
+def profile_of(model: Model, kind: Any, task: Any | None) -> Profile:
     """Look at a model.
 
     Args:
         model: not changed.
-        name: the task's.
+        kind: the task's class.
         task: the task on its data; None without data.
-        shrinks: whether models of this task can be exported.
     """
     module, known = model.module.eval(), is_known(model.module)
     counts = [(int(torch.count_nonzero(w)), w.numel()) for w in (part.weight for part in module.modules() if is_matrix(part))]
     zeros = 1 - sum(nonzero for nonzero, _ in counts) / max(1, sum(size for _, size in counts))
     rows = list(task.encode(model, "validation")) if task else []
     timed = bool(rows) and not getattr(module.config, "is_encoder_decoder", False)
+    exportable = _not_exportable(module, kind)
     return Profile(
         module=module,
-        task=name,
+        task=kind.name,
         parts=parts_of(module),
         vocabulary=_vocabulary(model, task),
         known=known,
         trained=task.is_trained(model) if task else not model.new_weights,
         blocks=heads_and_neurons(module) if known else (),
         zeros=zeros,
-        exportable=_not_exportable(module, name, shrinks),
+        exportable=exportable,
+        walks=can_shrink(kind) and (exportable is None or kind.auto_class in KINDS),
         lengths=[len(row["input_ids"]) for row in rows] or [TOKENS],
         texts=len(task.inputs("train")) if task else None,
         history=[entry["step"] for entry in model.history],
@@ -233,9 +237,9 @@ def _traced_bytes(module: Any) -> int:
     return whole + sum(5 * rows + (-3 if floats else 1) * entries for rows, entries, floats in tables.values())
 
 
-def _not_exportable(module: Any, task: str, shrinks: bool) -> str | None:
-    if not shrinks:
-        return f"what an export gains is known of models that label texts, words or spans, not of models for {task}"
+def _not_exportable(module: Any, kind: Any) -> str | None:
+    if not getattr(kind, "shrinks", False):
+        return f"what an export gains is known of models that label texts, words or spans, not of models for {kind.name}"
     reason: str | None = find_runtime("onnxruntime").obstacle(module)
     return reason
 

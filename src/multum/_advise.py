@@ -19,6 +19,7 @@ from ._advice_sources import BOTH, FASTER, GOALS, SMALLER
 from .core.step import find, names
 from .errors import InputError, ParityError
 from .targets import DataOf, data_of
+from .tasks import PER_CENT
 
 FEW_ROUNDS, FEW_TEXTS = 6, 25
 """Of a quick measurement."""
@@ -192,13 +193,13 @@ def _look(
     if not known.source:
         kind = tasks.find(name)
         loaded = Model.load(source, auto_class=kind.auto_class, trust_remote_code=trust_remote_code)
-        return profile_of(loaded, name, None, shrinks=getattr(kind, "shrinks", False)), []
+        return profile_of(loaded, kind, None), []
     more = recipes.locate(unlabelled) if unlabelled else None
     task = open_task(
         name, recipes.locate(known.source), columns=known.columns, unlabelled=more, seed=known.seed, options=known.options
     )
     loaded = task.load(source, trust_remote_code=trust_remote_code)
-    profile = profile_of(loaded, name, task, shrinks=getattr(task, "shrinks", False))
+    profile = profile_of(loaded, type(task), task)
     notes = list(task.notes)
     if measured:
         forms = _forms(loaded, task, profile, threads, notes)
@@ -249,14 +250,14 @@ def _entry(p: Profile, goal: str, name: str) -> dict[str, Any]:
 
 
 def _shrink(sources: Mapping[str, Any], columns: Mapping[str, str], goal: str, p: Profile) -> str | None:
-    """The search finds by measuring how far a model can go; it takes one label a text, and an export."""
-    if p.exportable or not p.known or p.factored or p.packed or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
+    """The search finds by measuring how far a model can go."""
+    if not p.walks or not p.known or p.factored or p.packed or not sources["data"] or goal not in (SMALLER, FASTER, BOTH):
         return None
     more = {name: sources[name] for name in ("unlabelled", "seed") if sources[name]}
     more |= {"columns": ",".join(f"{name}={own}" for name, own in columns.items())} if columns else {}
     words = ["multum", "shrink", sources["model"], "--task", sources["task"], "--data", sources["data"]]
     words += [word for name, value in more.items() for word in (f"--{name}", str(value))]
-    return shlex.join([*words, "--max-drop", "1", "-o", f"runs/{goal}"])
+    return shlex.join([*words, "--max-drop", "10%" if p.task in PER_CENT else "1", "-o", f"runs/{goal}"])
 
 
 def _notes(p: Profile) -> list[str]:

@@ -23,7 +23,7 @@ from .runtimes._predictor import thread_counts
 from .targets import Way, export_model
 
 TRIED, LEAST = 3, 5
-"""Rounds of all forms; of those that are left, at least."""
+"""Rounds of all forms, fewer where these take all the time there is; of those that are left, at least."""
 FAR_SLOWER = 1.5
 """Times the fastest in every cell: forms slower than that are not timed to the end."""
 WARM_UP = 2
@@ -128,7 +128,10 @@ def timed(
                 for what, ms in zip(kind.timed, found, strict=True):
                     took.setdefault((form, threads), {}).setdefault((length, batch, what), []).append(ms)
 
-    for _ in range(TRIED):
+    started = time.monotonic()
+    for number in range(TRIED):
+        if number and time.monotonic() - started > seconds:
+            break
         round_of((form, most) for form in workers)
     tried = {form: {cell: statistics.median(ms) for cell, ms in took[form, most].items()} for form in workers}
     least = {cell: min(one[cell] for one in tried.values()) for cell in tried[EAGER]}

@@ -244,8 +244,8 @@ def kind_of(task: Any) -> type[Descent]:
     Raises:
         InputError: nothing does it.
     """
-    if not _shrinks(task):
-        taken = ", ".join(name for name in tasks.names() if _shrinks(tasks.find(name)))
+    if not can_shrink(task):
+        taken = ", ".join(name for name in tasks.names() if can_shrink(tasks.find(name)))
         raise InputError(
             f"shrink takes models for {taken}, not for {task.name}; such models can be trained, distilled and pruned with "
             "'multum apply' and 'multum run', and are measured and used in torch: 'multum measure', 'multum predict'"
@@ -253,7 +253,8 @@ def kind_of(task: Any) -> type[Descent]:
     return KINDS.get(task.auto_class, Descent)
 
 
-def _shrinks(task: Any) -> bool:
+def can_shrink(task: Any) -> bool:
+    """Whether something does it."""
     return task.auto_class in KINDS or bool(getattr(task, "shrinks", False))
 
 

@@ -3,8 +3,8 @@ r"""What a change inside a model costs in quality, told by its own answers: no l
     KL(whole ‖ reduced) = E Σ_i p_i (log p_i - log q_i)
 
 p are the whole model's output probabilities, q those of the model as it is now, E runs over texts, of a model that answers for
-every token over tokens. Where several labels can hold it is the sum over labels, of a number its squared error, of a span the mean
-of the divergences of its start and its end.
+every token over tokens, of a language model over `TOKENS` of them, evenly spaced. Where several labels can hold it is the sum over
+labels, of a number its squared error, of a span the mean of the divergences of its start and its end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ..core.second_order import double
 from ..core.task import Batch
 from ._outputs import binary_kl, kind_of, squared_error
 
-ROWS = 512
-"""Tokens of a language model whose logits are computed at once."""
+TOKENS = 512
+"""Of a language model: its logits of one token take as long as some eight blocks of a small one, and these tokens tell enough."""
 
 
 def kl(whole: torch.Tensor, reduced: torch.Tensor) -> float:
@@ -49,7 +49,12 @@ class Price:
         self.module, self.batches, self.numbers = module, batches, range(0, len(batches), 2)
         self.head = module.get_output_embeddings()
         self.bias = getattr(module, "final_logits_bias", 0.0)  # BART adds it behind its head
-        self.whole = [] if self.head is None else list(self._states(None))
+        self.whole: list[torch.Tensor] = []
+        self.stride = 1
+        if self.head is not None:
+            states = list(self._states(None))
+            self.stride = max(-(-sum(map(len, states)) // TOKENS), 1)
+            self.whole = [each[:: self.stride].clone() for each in states]
         self.distance = distance(kind_of(module)) if self.head is None else kl
         self.outputs = outputs_from(module, None, batches, self.numbers) if self.head is None else torch.empty(0)
 
@@ -58,10 +63,9 @@ class Price:
         if self.head is None:
             return self.distance(self.outputs, outputs_from(self.module, block, self.batches, self.numbers))
         total = 0.0
-        for whole, reduced in zip(self.whole, self._states(block), strict=True):
-            for p, q in zip(whole.split(ROWS), reduced.split(ROWS), strict=True):
-                log_p, log_q = (F.log_softmax(self.head(states).float() + self.bias, -1) for states in (p, q))
-                total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        for p, states in zip(self.whole, self._states(block), strict=True):
+            log_p, log_q = (F.log_softmax(self.head(x).float() + self.bias, -1) for x in (p, states[:: self.stride]))
+            total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
         return total / sum(map(len, self.whole))
 
     def _states(self, block: Block | None) -> Iterator[torch.Tensor]:
