@@ -148,6 +148,7 @@ def told(model: Model, task: Any, counts: Counts, sizes: Counts, measure: str, s
     import torch_pruning as tp
 
     module, size = model.copy().module.eval(), head_size(model.module)
+    module.set_attn_implementation("eager")  # it cannot follow channels through a fused attention
     family, blocks = family_of(module), blocks_of(module)
     rows = task.encode(model, "train")
     chosen = np.random.default_rng(seed).choice(len(rows), SAMPLES, replace=False).tolist()
@@ -157,17 +158,18 @@ def told(model: Model, task: Any, counts: Counts, sizes: Counts, measure: str, s
             task.loss(module(**{name: value for name, value in batch.items() if name != "labels"}), batch).backward()
     of = {path: [block.get_submodule(getattr(family, path)) for block in blocks] for path in ("query", "key", "value", "up")}
     attentions = [part for path in ("query", "key", "value") for part in of[path]]
-    heads, neurons = sizes[0]
+    (have, width), (heads, neurons) = counts[0], sizes[0]
+    gone_heads, gone_neurons = 1 - (heads + 0.5) / have, 1 - (neurons + 0.5) / width  # it rounds towards fewer of both
     pruner = tp.pruner.BasePruner(
         module,
         {name: value for name, value in batches[0].items() if name != "labels"},
         importance=(tp.importance.GroupTaylorImportance if measure == "Taylor" else tp.importance.GroupMagnitudeImportance)(),
         pruning_ratio=0.0,
-        pruning_ratio_dict=dict.fromkeys(of["up"], 1 - neurons / counts[0][1]),
-        num_heads=dict.fromkeys(attentions, counts[0][0]),
+        pruning_ratio_dict=dict.fromkeys(of["up"], gone_neurons) | dict.fromkeys(attentions, gone_heads),
+        num_heads=dict.fromkeys(attentions, have),
         prune_num_heads=True,
         prune_head_dims=False,
-        head_pruning_ratio=1 - heads / counts[0][0],
+        head_pruning_ratio=gone_heads,
         ignored_layers=[module.get_submodule(family.head_output)],
         output_transform=lambda output: output.logits,
     )
