@@ -128,12 +128,15 @@ def cut_otherwise(step: str, model: Model, task: Any, *, speedup: float, latency
     """The same share of every block's heads and neurons, as large as fits; which is drawn, or told by torch-pruning."""
     table, counts = LatencyTable.load(Path(latency_table)), heads_and_neurons(model.module)
     room = table.room(counts, speedup, step)
-    shares = ([tuple(max(1, int(share * count)) for count in block) for block in counts] for share in np.linspace(1, 0, 1001))
+    shares = (
+        [(max(1, int(share * heads)), max(1, int(share * neurons))) for heads, neurons in counts]
+        for share in np.linspace(1, 0, 1001)
+    )
     sizes = next(each for each in shares if table.total(each) <= room)
     return cut(model, drawn(counts, sizes, seed) if step == RANDOM else told(model, task, counts, sizes, measure, seed))[0]
 
 
-Counts = Sequence[tuple[int, ...]]
+Counts = Sequence[tuple[int, int]]
 
 
 def drawn(counts: Counts, sizes: Counts, seed: int) -> list[list[list[int]]]:
