@@ -1,8 +1,12 @@
-"""The channels of the residual stream of a post-norm encoder: who reads them, who writes them, and what is left of a few of them.
+"""The channels of the residual stream: who reads them, who writes them, and what is left of a few of them.
 
-Inside the blocks the table of architectures says it. Outside them (embeddings, heads) it is told by the stock model: what a smaller
-`hidden_size` makes smaller there has the channels on that axis. So every head is covered, one over the vocabulary as well, whose
-output shares its table with the embeddings and therefore its channels with the stream.
+Inside the blocks the table of architectures says it. Outside them (embeddings, last norms, heads) it is told by the stock model:
+what a smaller hidden width makes smaller there has the channels on that axis. So every head is covered, one over the vocabulary as
+well, whose output shares its table with the embeddings and therefore its channels with the stream. Where the norms stand makes no
+difference: in front of the sublayers or behind them, embeddings and sublayers add up in one stream.
+
+A table of positions is added to the stream like one of words. DeBERTa's is read beside it, by matrices of its own or by the very
+ones that read the stream (`share_att_key`): its channels are those of the stream, either way.
 
 The hidden layer of a classification head has as many features as the stream and none of its channels; it keeps some of its own.
 
@@ -13,23 +17,35 @@ it is no longer: it stands in the config as `head_dim`, which `surgery.head_size
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from ..errors import InputError
-from .families import blocks_of, family_of
+from .families import base_of, every_block, family_of, stacks_of
+from .family import Family
 from .linears import is_linear
 from .shapes import stock_model, without_shapes
 from .surgery import BiasOnly, has, head_size, keep_columns, keep_rows, swap
 
 TAKEN = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
-"""Architectures with norms behind their sublayers, a bias in every matrix, and a size of their heads that can be set."""
+"""Architectures whose heads can have a size that does not follow from the hidden width."""
 KERNEL = 8
 """A width is a multiple of it, which kernels like, and of the number of heads, which the configs ask for."""
+FOLLOWING = ("embedding_size", "word_embed_proj_dim", "pooler_hidden_size")
+"""Further widths of configs. Where one is that of the stream, it is the stream's: there is no projection between them."""
+
+
+class Head(NamedTuple):
+    """A classification head with a hidden layer."""
+
+    dense: str
+    output: str
+    norm: str | None = None
+    """Between the two."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +59,48 @@ class Channels:
     norms: tuple[str, ...]
     tables: tuple[str, ...]
     """Embeddings."""
-    head: tuple[str, str] | None
-    """The two layers of a classification head, with features of its own between them."""
+    head: Head | None
+    """The classification head with features of its own."""
+    shifts: Mapping[str, str]
+    """Reader without a bias -> the norm that it alone reads, whose shift can stand in for one."""
 
 
 def obstacle(module: Any) -> str | None:
     """Why the channels of this model cannot be cut, or None."""
-    name = family_of(module).model_type
-    if name in TAKEN:
-        return None
-    return f"models of type {name!r} cannot be cut in their hidden width by it yet; it takes {', '.join(TAKEN)}"
+    config, name = module.config, family_of(module).model_type
+    if name not in TAKEN:
+        return f"models of type {name!r} cannot be cut in their hidden width by it yet; it takes {', '.join(TAKEN)}"
+    if getattr(config, "conv_kernel_size", 0):
+        return "this model has a convolution beside its first block, whose channels it cannot cut"
+    if getattr(config, "add_cross_attention", False):
+        return "the blocks of this model have a second attention (add_cross_attention), whose channels it cannot cut"
+    if not getattr(config, "layer_norm_elementwise_affine", True):
+        return "the norms of this model have no gain (layer_norm_elementwise_affine), which is fitted again where channels go"
+    return None
 
 
 def nearest_width(module: Any, keep: float) -> int:
     """The width nearest to this share of the present one that the config can state: a multiple of 8 and of the number of heads.
 
     Raises:
-        InputError: there is none, or ELECTRA would lose its projection by it.
+        InputError: there is none, or a projection from embeddings of another width would be lost by it.
     """
     config = module.config
-    old, unit = int(config.hidden_size), math.lcm(KERNEL, int(config.num_attention_heads))
+    old, unit = int(config.hidden_size), math.lcm(KERNEL, *_head_counts(module))
     new = old if keep == 1 else max(round(keep * old / unit), 1) * unit
     if new > old:
         raise InputError(f"the width must be a multiple of {unit}, and that of this model is only {old}")
-    if new != old and new == getattr(config, "embedding_size", old) != old:
+    if new != old and any(new == getattr(config, name, old) != old for name in FOLLOWING):
         raise InputError(
             f"{new} is the width of this model's embeddings, and where both are alike transformers has no projection between them; "
             "take another keep"
         )
     return new
+
+
+def _head_counts(module: Any) -> set[int]:
+    """How many heads the config gives the blocks of each stack."""
+    return {int(getattr(module.config, stack.family.heads_field)) for stack in stacks_of(module)}
 
 
 def channels_of(module: Any, width: int) -> Channels:
@@ -81,8 +110,8 @@ def channels_of(module: Any, width: int) -> Channels:
         module: as it is.
         width: a smaller one, to compare with.
     """
-    family, names = family_of(module), {part: name for name, part in module.named_modules()}
-    inside = {part for block in blocks_of(module) for part in block.modules()}
+    family, of = family_of(module), module.get_submodule
+    inside = {part for block in every_block(module) for part in block.modules()}
     rows, columns, norms, tables = [], [], [], []
     for name, part, old, new in _beside_stock(module, width):
         if part in inside:
@@ -94,26 +123,42 @@ def channels_of(module: Any, width: int) -> Channels:
         else:
             rows += [name] if old[0] != new[0] else []
             columns += [name] if old[1] != new[1] else []
-    for block in blocks_of(module):
-        of = {path: names[block.get_submodule(path)] for path in _paths(family) if has(block, path)}
-        columns += [of[path] for path in (family.query, family.key, family.value, family.up)]
-        rows += [of[path] for path in (family.attention_output, family.down)]
-        norms += [of[path] for path in (family.attention_norm, family.feed_forward_norm)]
-    readers = [name for name in columns if is_linear(module.get_submodule(name))]
-    own = (family.head_dense or "", family.head_output)
-    head = own if type(module).__name__.endswith("ForSequenceClassification") and own[0] in rows and own[1] in readers else None
-    if head:
-        rows.remove(head[0])
-        readers.remove(head[1])
-    return Channels(tuple(readers), tuple(rows), tuple(norms), tuple(tables), head)
+    head = Head(family.head_dense or "", family.head_output, family.head_norm if family.head_norm in norms else None)
+    own = head if head.dense in rows and head.output in columns else None
+    if own:
+        rows.remove(own.dense)
+        columns.remove(own.output)
+        norms = [name for name in norms if name != own.norm]
+    shifts = _shifts(module, columns)
+    for prefix, row in _attentions(module):
+        columns += [prefix + path for path in (row.query, row.key, row.value, row.gate, row.up, *row.head_matrices) if path]
+        rows += [prefix + path for path in (row.attention_output, row.down)]
+        norms += [prefix + path for path in (row.attention_norm, row.feed_forward_norm)]
+    columns = [name for name in dict.fromkeys(columns) if has(module, name) and is_linear(of(name))]
+    norms = [name for name in dict.fromkeys(norms) if getattr(of(name), "weight", None) is not None]  # ModernBERT's first is none
+    return Channels(tuple(columns), tuple(dict.fromkeys(rows)), tuple(norms), tuple(tables), own, shifts)
 
 
-def _paths(family: Any) -> tuple[str, ...]:
-    fields = ("query", "key", "value", "up", "attention_output", "down", "attention_norm", "feed_forward_norm")
-    return tuple(getattr(family, field) for field in fields)
+def _attentions(module: nn.Module) -> Iterator[tuple[str, Family]]:
+    """Where the parts of a block begin, with the row of its attention; one of a decoder that reads an encoder comes twice."""
+    names = {part: name for name, part in module.named_modules()}
+    for stack in stacks_of(module):
+        for block in stack.blocks:
+            yield from ((f"{names[block]}.", row) for row in (stack.family, stack.family.cross) if row)
 
 
-def _beside_stock(module: Any, width: int) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
+def _shifts(module: Any, outside: Sequence[str]) -> dict[str, str]:
+    """`Channels.shifts`, of the readers that stand behind the blocks."""
+    path, base = family_of(module).last_norm, base_of(module)
+    if len(outside) != 1 or module.get_submodule(outside[0]).bias is not None or not path:
+        return {}
+    last: Any = base.get_submodule(path) if has(base, path) else None
+    if getattr(last, "bias", None) is None:
+        return {}
+    return {outside[0]: next(name for name, part in module.named_modules() if part is last)}
+
+
+def _beside_stock((module: Any, width: int) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
     """Parts whose weights have other shapes in the stock model of this width: name, part, shape now and then."""
     config, kind = module.config, type(module)
     narrow = type(config).from_dict(without_shapes(config.to_dict()))
@@ -129,9 +174,13 @@ def _beside_stock(module: Any, width: int) -> list[tuple[str, nn.Module, torch.S
 
 
 def state_width(config: Any, width: int) -> None:
-    """Write a width into a config. ELECTRA's embeddings without a projection are as wide as the stream."""
-    if getattr(config, "embedding_size", None) == config.hidden_size:
-        config.embedding_size = width
+    """Write a width into a config, and into its fields that are the same width."""
+    old = config.hidden_size
+    for name in FOLLOWING:
+        if getattr(config, name, None) == old:
+            setattr(config, name, width)
+    if getattr(config, "n_inner", width) is None:  # GPT-2 counts its neurons by the width, where nothing is said of them
+        config.n_inner = 4 * old
     config.hidden_size = width
 
 
@@ -151,12 +200,15 @@ def keep_channels(module: Any, where: Channels, kept: Sequence[int], features: S
     for name in where.writers:
         _keep_outputs(module, name, kept)
     for name in (*where.norms, *where.tables):
-        _keep_last(module.get_submodule(name), kept)
+        keep_last(module.get_submodule(name), kept)
     if where.head:
-        keep_rows(module, where.head[0], features)
-        keep_columns(module, where.head[1], features)
+        keep_rows(module, where.head.dense, features)
+        keep_columns(module, where.head.output, features)
+        if where.head.norm:
+            keep_last(module.get_submodule(where.head.norm), features)
     state_width(module.config, len(kept))
-    if size != module.config.hidden_size // module.config.num_attention_heads:
+    vars(module.config).pop("attention_head_size", None)  # DeBERTa's name for it, which stock transformers builds by
+    if {len(kept) // count for count in _head_counts(module)} != {size}:
         module.config.head_dim = size
     if tied:
         module.tie_weights()
@@ -179,11 +231,11 @@ def _keep_outputs(module: nn.Module, name: str, kept: Sequence[int]) -> None:
     swap(module, name, made)
 
 
-def _keep_last(part: Any, kept: Sequence[int]) -> None:
-    """Of a norm or a table, in place: the last axis of its parameters."""
+def keep_last(part: Any, kept: Sequence[int]) -> None:
+    """Keep these channels of a norm or a table, in place: of the last axis of its parameters."""
     for name, parameter in list(part.named_parameters(recurse=False)):
         setattr(part, name, nn.Parameter(parameter[..., list(kept)].clone(), requires_grad=parameter.requires_grad))
     if isinstance(part, nn.Embedding):
         part.embedding_dim = len(kept)
-    else:
+    elif hasattr(part, "normalized_shape"):
         part.normalized_shape = (len(kept),)

@@ -96,11 +96,7 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="roberta", **_BERT_BLOCK, **_ROBERTA_HEAD, position_offset=2),
         Family(model_type="xlm-roberta", **_BERT_BLOCK, **_ROBERTA_HEAD, position_offset=2),
         Family(
-            model_type="electra",
-            **_BERT_BLOCK,
-            **_ROBERTA_HEAD,
-            head_activation="gelu",
-            embeddings_projection="embeddings_project",
+            model_type="electra", **_BERT_BLOCK, **_ROBERTA_HEAD, head_activation="gelu", embeddings_projection="embeddings_project"
         ),
         Family(
             model_type="distilbert",
@@ -170,7 +166,9 @@ FAMILIES: dict[str, Family] = {
             down="mlp.Wo",
             feed_forward_norm="mlp_norm",
             pre_norm=True,
+            last_norm="final_norm",
             head_dense="head.dense",
+            head_norm="head.norm",
             head_activation="gelu",
         ),
         Family(model_type="llama", **_LLAMA_BLOCK),
@@ -196,6 +194,7 @@ FAMILIES: dict[str, Family] = {
             down="mlp.c_proj",
             feed_forward_norm="ln_2",
             pre_norm=True,
+            last_norm="ln_f",
             query_heads=("attn.num_heads",),
             query_features=("attn.split_size",),
             neurons_field="n_inner",
@@ -207,6 +206,7 @@ FAMILIES: dict[str, Family] = {
             **_bart_attention("self_attn"),
             **_BART_FEED_FORWARD,
             pre_norm=True,
+            last_norm="decoder.final_layer_norm",
             neurons_field="ffn_dim",
             head_output="score",
         ),

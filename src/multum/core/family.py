@@ -36,6 +36,8 @@ class Family:
     feed_forward_norm: str
     pre_norm: bool = False
     """Whether the norms stand before their sublayers, so that the residual stream itself is never normed."""
+    last_norm: str | None = None
+    """The norm behind the last block, relative to the base model, where norms stand before their sublayers."""
     head_matrices: tuple[str, ...] = ()
     """Further matrices with rows for every head, where a model has them (DeBERTa's positions)."""
     head_bias: str | None = None
@@ -67,5 +69,7 @@ class Family:
     """The position of a text's first token (RoBERTa counts from padding_idx + 1 = 2)."""
     head_dense: str | None = None
     """The classification head's hidden layer, relative to the whole model; it reads the first token."""
+    head_norm: str | None = None
+    """A norm between that layer and the output (ModernBERT)."""
     head_output: str = "classifier"
     head_activation: str = "tanh"

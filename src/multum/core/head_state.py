@@ -23,8 +23,8 @@ from .families import Family
 
 BIAS = "position_bias"
 """The argument of an attention with one column for every head of the unpruned block."""
-SIZE = "attention_head_size"
-"""The attribute of an attention of BERT's kind that stock transformers sets to hidden width / heads."""
+SIZES = ("attention_head_size", "head_dim")
+"""Attributes of an attention with the size of a head; most stock transformers set to hidden width / heads."""
 TABLE = "relative_attention_bias"
 """The attribute of a T5 attention with the table that it looks the bias up in."""
 
@@ -59,10 +59,18 @@ def settle(block: nn.Module, family: Family, heads: int, queries: int, size: int
         for path in paths:
             _set(block, path, value)
     attention: Any = block.get_submodule(family.query.rpartition(".")[0])
-    if hasattr(attention, SIZE):  # else told by the matrices, or by `head_dim` in the config
-        setattr(attention, SIZE, size)
-        if hasattr(attention, "scaling"):
-            attention.scaling = size**-0.5
+    for name in SIZES:
+        if getattr(attention, name, size) != size:
+            setattr(attention, name, size)
+            if hasattr(attention, "scaling"):
+                attention.scaling = _scaling(attention, size)
+
+
+def _scaling(attention: Any, size: int) -> float:
+    """What the products of queries and keys are multiplied with. GPT-2's config can say more."""
+    scaling = size**-0.5 if getattr(attention, "scale_attn_weights", True) else 1.0
+    by_place = getattr(attention, "scale_attn_by_inverse_layer_idx", False)
+    return scaling / float(attention.layer_idx + 1) if by_place else scaling
 
 
 def _set(block: nn.Module, path: str, value: int) -> None:

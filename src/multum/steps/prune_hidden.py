@@ -1,4 +1,4 @@
-r"""Prune channels of the residual stream, the same everywhere: the hidden width of a post-norm encoder.
+r"""Prune channels of the residual stream, the same everywhere: a smaller hidden width.
 
     S_c = Σ_W Var(X_c) ‖W_c‖² / Σ_c' Var(X_c') ‖W_c'‖²        (fluctuation: FLAP, An et al. 2024, arXiv:2312.11983)
     b <- b + Σ_c W_c mean(X_c)  over the removed c            (its bias compensation)
@@ -7,15 +7,27 @@ r"""Prune channels of the residual stream, the same everywhere: the hidden width
 One mask over the channels for embeddings, norms, all matrices and the head is CoFi's z_hidden (Xia et al. 2022, arXiv:2204.00408)
 and Minitron's embedding channels (Muralidharan et al. 2024, arXiv:2407.14679). W is every matrix that reads the stream, X (tokens,
 hidden) its inputs, W_c its column: S_c sums over the matrices what share of the fluctuation of their outputs goes with the channel.
-Minitron ranks by the mean magnitude of what the norms give; behind the sublayers (BERT) much of that is β, alike for every token,
-which a bias replaces without loss. So only what varies counts here, as far as a matrix listens to it, and the mean goes into the
-bias: all readers of these architectures have one. No gradient and no label.
+Minitron ranks by the mean magnitude of what the norms give; much of that is their shift (BERT), alike for every token, which a bias
+replaces without loss. So only what varies counts here, as far as a matrix listens to it, and the mean goes into the bias. No
+gradient and no label.
+
+A matrix without a bias (ModernBERT's, the head of a causal model) loses the mean as well: there E X_c² takes the place of Var(X_c).
+If such a matrix is the only one that reads a last norm with a shift (GPT-2, OPT), that shift takes of the mean what it can: on the
+kept channels the smallest δ with the least ‖W_kept δ - Σ_c W_c mean(X_c)‖. With fewer classes than channels that is all of it, with
+a vocabulary less. The rest is not made good.
 
 A norm over fewer channels divides by another deviation. n is the stream before it, normed over the kept channels, y what the whole
-norm gave: the least-squares line through both, channel by channel, is its new gain and shift. Where the removed channels are zero
-and the mean of the others too, that is γ sqrt(d / d'), and the model answers as before. With keep 1 nothing changes.
+norm gave: the least-squares line through both, channel by channel, is its new gain and shift; without a shift the line through the
+origin, γ_c = E n_c y_c / E n_c². Where the removed channels are zero and the mean of the others too, that is γ sqrt(d / d'), and the
+model answers as before. With keep 1 nothing changes. What the removed channels gave to the deviation of one token and not of another
+is not made good.
 
-The hidden layer of a classification head has features of its own, chosen and made good in the same way.
+Norms may stand behind the sublayers or before them, with one more behind the last block. Turning the stream to its principal
+directions before (`slice_hidden`) would lose less at the same width, but ModernBERT's cannot be turned, because the norm behind its
+embeddings has a gain that scales the stream itself, and with GPT-2 and OPT head and embeddings would no longer share a table.
+
+The hidden layer of a classification head has features of its own, chosen and made good in the same way. What DeBERTa reads of
+relative positions has the channels of the stream, and its rows are read like tokens.
 
 A cut of the width hurts more than one of heads or neurons. What is left is meant to be repaired: by `reconstruct`, which compares
 with the teacher on the kept channels, and by distilling (`distill`, `distill_layers`). Heads keep their size, so that the result
@@ -25,6 +37,7 @@ Llama-like models there is `slice_hidden`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,10 +45,9 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..core.blocks import beside
-from ..core.channels import Channels, channels_of, keep_channels, nearest_width, obstacle
+from ..core.channels import Channels, channels_of, keep_channels, keep_last, nearest_width, obstacle
 from ..core.factored import refuse_factored
 from ..core.linears import Linear, matrix
 from ..core.model import Model
@@ -47,6 +59,8 @@ from ..errors import InputError
 
 FLAT = 1e-12
 """A channel whose variance behind a norm is less has no line through it; its gain stays what it was."""
+SMALL = 1e-10
+"""Eigenvalues of WᵀW that are a smaller share of the largest count as zero."""
 
 
 class Moments:
@@ -63,6 +77,11 @@ class Moments:
         self.second = self.second.to(x.device) + x.square().sum(0)
 
     @property
+    def power(self) -> torch.Tensor:
+        """E x², (channels,)."""
+        return self.second / self.count
+
+    @property
     def mean(self) -> torch.Tensor:
         """(channels,)."""
         return self.first / self.count
@@ -70,16 +89,16 @@ class Moments:
     @property
     def variance(self) -> torch.Tensor:
         """(channels,)."""
-        return (self.second / self.count - self.mean.square()).clamp_min(0.0)
+        return (self.power - self.mean.square()).clamp_min(0.0)
 
 
 @contextmanager
-def _watched(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """What flowed into these parts last."""
-    seen: dict[str, torch.Tensor] = {}
+def _watched(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """What flowed into these parts, call by call."""
+    seen: dict[str, list[torch.Tensor]] = {}
 
     def watch(name: str) -> Any:
-        return lambda _, args: seen.__setitem__(name, args[0])
+        return lambda _, args: seen.setdefault(name, []).append(args[0])
 
     handles = [module.get_submodule(name).register_forward_pre_hook(watch(name)) for name in paths]
     try:
@@ -90,19 +109,25 @@ def _watched(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, torc
 
 
 def _flows(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
-    """Per batch what flows into these parts, (rows, channels): of every token that is none of padding, or of every text."""
+    """Per batch what flows into these parts, (rows, channels): of every token that is none of padding; where rows are no tokens
+    but texts or positions, of all."""
     with _watched(module, paths) as seen:
         for batch in batches:
             batch = beside(module, batch)
             module(**batch)
-            mask = batch["attention_mask"].bool()
-            yield {name: x[mask] if x.dim() == 3 else x for name, x in seen.items()}
+            mask = batch["attention_mask"].bool().flatten()
+            yield {name: torch.cat([_rows(x, mask) for x in calls]) for name, calls in seen.items()}
             seen.clear()
+
+
+def _rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    rows = x.flatten(0, -2)
+    return rows[mask] if len(rows) == len(mask) else rows
 
 
 @torch.no_grad()
 def input_moments(module: nn.Module, readers: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
-    """Mean and variance of what these matrices read."""
+    """Moments of what these matrices read."""
     moments = {name: Moments() for name in readers}
     for flows in _flows(module, readers, batches):
         for name, x in flows.items():
@@ -110,17 +135,19 @@ def input_moments(module: nn.Module, readers: Sequence[str], batches: Sequence[B
     return moments
 
 
-def fluctuation(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """Var(X_c) ‖W_c‖² as shares of their sum, (channels,); zeros where a matrix reads what never varies."""
-    lost = variance * double(weight).square().sum(0).to(variance.device)
+def fluctuation(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """Var(X_c) ‖W_c‖² (or E X_c² ‖W_c‖²) as shares of their sum, (channels,); zeros where that is zero."""
+    lost = moment * double(weight).square().sum(0).to(moment.device)
     return lost / lost.sum().clamp_min(torch.finfo(lost.dtype).tiny)
 
 
 @torch.no_grad()
 def scores(module: nn.Module, moments: Mapping[str, Moments]) -> torch.Tensor:
     """S, (channels,): the sum over matrices of the shares."""
-    parts = {name: cast(Linear, module.get_submodule(name)) for name in moments}
-    shares = [fluctuation(matrix(parts[name]), each.variance) for name, each in moments.items()]
+    shares = []
+    for name, each in moments.items():
+        linear = cast(Linear, module.get_submodule(name))
+        shares.append(fluctuation(matrix(linear), each.power if linear.bias is None else each.variance))
     return torch.stack(shares).sum(0)
 
 
@@ -139,26 +166,48 @@ def compensate(linear: Any, mean: torch.Tensor, kept: Sequence[int]) -> None:
 
 
 @torch.no_grad()
+def shift_for(linear: Linear, mean: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """δ, (kept,), the smallest shift of the kept channels with the least ‖W_kept δ - Σ_c W_c mean_c‖ over the removed c."""
+    weight, index = double(matrix(linear)).to(mean.device), list(kept)
+    gram, gone = weight.T @ weight, mean.clone()
+    gone[index] = 0.0
+    return torch.linalg.pinv(gram[index][:, index], rtol=SMALL, hermitian=True) @ (gram @ gone)[index]
+
+
+def _bare(norm: nn.Module, kept: Sequence[int]) -> nn.Module:
+    """The same norm over these channels, without gain and shift."""
+    made: Any = copy.deepcopy(norm).float()
+    keep_last(made, kept)
+    made.weight.fill_(1.0)
+    if getattr(made, "bias", None) is not None:
+        made.bias.zero_()
+    return cast(nn.Module, made)
+
+
+@torch.no_grad()
 def fitted_norms(
     module: nn.Module, norms: Sequence[str], kept: Sequence[int], batches: Sequence[Batch]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """γ and β, (kept,), of norms over these channels alone that come nearest to what the whole ones give."""
-    index = list(kept)
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """γ and β, (kept,), of norms over these channels alone that come nearest to what the whole ones give; β is None where a norm has
+    no shift."""
+    index, bare = list(kept), {name: _bare(module.get_submodule(name), kept) for name in norms}
     of_n, of_y = ({name: Moments() for name in norms} for _ in range(2))
     both: dict[str, torch.Tensor] = {}
     for flows in _flows(module, norms, batches):
         for name, x in flows.items():
             norm: Any = module.get_submodule(name)
-            n, y = double(F.layer_norm(x[:, index].float(), (len(index),), eps=norm.eps)), double(norm.forward(x)[:, index])
+            n, y = double(bare[name](x[:, index].float())), double(norm.forward(x)[:, index])
             of_n[name].add(n)
             of_y[name].add(y)
             both[name] = both.get(name, 0.0) + (n * y).sum(0)
     found = {}
     for name in norms:
-        of, to = of_n[name], of_y[name]
-        covariance, old = both[name] / of.count - of.mean * to.mean, cast(Any, module.get_submodule(name)).weight[index]
-        gamma = torch.where(of.variance < FLAT, old.to(covariance), covariance / of.variance.clamp_min(FLAT))
-        found[name] = (gamma, to.mean - gamma * of.mean)
+        of, to, norm = of_n[name], of_y[name], module.get_submodule(name)
+        shifted = getattr(norm, "bias", None) is not None
+        product, spread = both[name] / of.count, of.variance if shifted else of.power
+        product = product - of.mean * to.mean if shifted else product
+        gamma = torch.where(spread < FLAT, norm.weight[index].to(product), product / spread.clamp_min(FLAT))
+        found[name] = (gamma, to.mean - gamma * of.mean if shifted else None)
     return found
 
 
@@ -168,19 +217,24 @@ def prune(module: Any, where: Channels, width: int, batches: Sequence[Batch]) ->
     moments = input_moments(module, where.readers, batches)
     score = scores(module, moments)
     kept, features = best(score, width), []
-    if where.head:
-        output = where.head[1]
-        own = input_moments(module, [output], batches)
-        features = best(scores(module, own), width)
-        compensate(module.get_submodule(output), own[output].mean, features)
     fits = fitted_norms(module, where.norms, kept, batches)
+    if where.head:
+        own = input_moments(module, [where.head.output], batches)[where.head.output]
+        features = best(scores(module, {where.head.output: own}), width)
+        compensate(module.get_submodule(where.head.output), own.mean, features)
+        if where.head.norm:
+            fits |= fitted_norms(module, [where.head.norm], features, batches)
+    for name, norm in where.shifts.items():
+        gamma, beta = fits[norm]
+        fits[norm] = gamma, cast(torch.Tensor, beta) + shift_for(module.get_submodule(name), moments[name].mean, kept)
     for name, each in moments.items():
         compensate(module.get_submodule(name), each.mean, kept)
     keep_channels(module, where, kept, features)
     for name, (gamma, beta) in fits.items():
-        norm = module.get_submodule(name)
-        norm.weight.copy_(gamma)
-        norm.bias.copy_(beta)
+        part = module.get_submodule(name)
+        part.weight.copy_(gamma)
+        if beta is not None:
+            part.bias.copy_(beta)
     return kept, float(score[kept].sum() / score.sum())
 
 
