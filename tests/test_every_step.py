@@ -23,7 +23,7 @@ from multum.tasks.text_generation import TextGeneration
 FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "electra")
 FURTHER = {
     **dict.fromkeys(("distill", "distill_layers", "finetune", "qat"), ("llama", "gpt2")),
-    "prune_hidden": ("mpnet",),
+    "prune_hidden": ("gpt2", "opt", *tiny_families.ENCODERS),
     **dict.fromkeys(
         (
             "awq",

@@ -14,10 +14,11 @@ import tiny
 import torch
 import transformers
 import translators
+from planted import GAIN, GONE, KEPT, planted
 from torch.nn import functional as F
 
 from multum.core.blocks import walk_blocks
-from multum.core.channels import Channels, channels_of, is_tied, nearest_width
+from multum.core.channels import TAKEN, channels_of, is_tied, nearest_width
 from multum.core.families import blocks_of, family_of
 from multum.core.model import Model
 from multum.core.step import make
@@ -29,43 +30,11 @@ from multum.runtimes._encoder_graph import write
 from multum.steps.prune_hidden import PruneHidden, compensate, fitted_norms, fluctuation, input_moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "electra", "mpnet")
-GONE = [1, 4, 9, 16, 21, 25, 30, 31]
-"""Channels that are planted to carry nothing, and features of the head that are."""
-KEPT = [channel for channel in range(32) if channel not in GONE]
-FEATURES = list(range(3, 11))
-
+FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "electra", "mpnet", "gpt2", "opt", "modernbert", "deberta-v2")
 
 @pytest.fixture(scope="module")
 def task() -> Any:
     return tiny.task(n_train=24, n_validation=8)
-
-
-@torch.no_grad()
-def planted(module: Any, where: Channels) -> Any:
-    """The channels GONE are zero everywhere and the mean of the others is zero at every norm, so that a norm without them is the
-    same up to one factor."""
-    of = module.get_submodule
-
-    def settle(x: torch.Tensor, axis: int) -> None:
-        x.index_fill_(axis, torch.tensor(GONE), 0.0)
-        kept = x.index_select(axis, torch.tensor(KEPT))
-        x.index_copy_(axis, torch.tensor(KEPT), kept - kept.mean(axis, keepdim=True))
-
-    for name in where.writers:
-        settle(of(name).weight, 0)
-        settle(of(name).bias, 0)
-    for name in where.tables:
-        settle(of(name).weight, 1)
-    for name in where.norms:
-        of(name).weight.fill_(1.3)
-        of(name).weight[GONE] = 0.0
-        settle(of(name).bias, 0)
-    if where.head:
-        of(where.head[0]).weight[FEATURES] = 0.0
-        of(where.head[0]).bias += 5.0 * (module.config.model_type == "distilbert")  # else its relu keeps some at zero
-        of(where.head[0]).bias[FEATURES] = 0.0
-    return module
 
 
 @torch.no_grad()
@@ -78,7 +47,7 @@ def answers(module: Any) -> torch.Tensor:
 def test_channels_that_are_zero_everywhere_go_and_the_answers_stay(family, task):
     model = tiny.model(family)
     where = channels_of(model.module, 24)
-    assert where.head
+    assert (where.head is None) == (family in ("gpt2", "opt"))
     planted(model.module, where)
     made = PruneHidden(keep=0.75, samples=16)(model, task)
     entry = made.history[-1]
@@ -87,7 +56,7 @@ def test_channels_that_are_zero_everywhere_go_and_the_answers_stay(family, task)
     assert entry["carried"] == pytest.approx(1.0)
     assert torch.allclose(answers(made.module), answers(model.module), atol=2e-4, rtol=1e-4)
     gains = [made.module.get_submodule(name).weight for name in where.norms]
-    assert all(torch.allclose(gain, torch.full((24,), 1.3 * (32 / 24) ** 0.5), rtol=1e-3) for gain in gains)
+    assert all(torch.allclose(gain, torch.full((24,), GAIN * (32 / 24) ** 0.5), rtol=1e-3) for gain in gains)
 
 
 def test_what_is_constant_goes_into_the_biases(task):
@@ -118,8 +87,11 @@ class Ids:
         return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
-@pytest.mark.parametrize("kind", ["MaskedLM", "TokenClassification", "QuestionAnswering", ""])
-@pytest.mark.parametrize("family", ["bert", "distilbert", "electra", "roberta", "mpnet"])
+HEADS = {family: ["MaskedLM", "TokenClassification", "QuestionAnswering", ""] for family in TAKEN if family != "xlm-roberta"}
+HEADS |= {"gpt2": ["CausalLM", "TokenClassification", ""], "opt": ["CausalLM", "QuestionAnswering", ""]}
+
+
+@pytest.mark.parametrize(("family", "kind"), [(family, kind) for family, kinds in HEADS.items() for kind in kinds])
 def test_every_head_is_cut_with_the_stream(family, kind, tmp_path):
     whole = tiny.model(family)
     torch.manual_seed(0)
@@ -132,7 +104,7 @@ def test_every_head_is_cut_with_the_stream(family, kind, tmp_path):
     model = Model(module=planted(module, where), tokenizer=whole.tokenizer, source="tiny")
     made = PruneHidden(keep=0.75, samples=16)(model, Ids())
     assert made.history[-1]["kept_hidden"] == KEPT
-    assert is_tied(made.module) == is_tied(module) == (kind == "MaskedLM")
+    assert is_tied(made.module) == is_tied(module) == (kind in ("MaskedLM", "CausalLM"))
     ids = torch.arange(5, 25).reshape(2, 10)
     made.save(tmp_path / "model")
     again = getattr(transformers, name).from_pretrained(tmp_path / "model").eval()
@@ -141,7 +113,7 @@ def test_every_head_is_cut_with_the_stream(family, kind, tmp_path):
     if not kind:
         before = before[..., KEPT]
     # Behind an activation no mean is zero, so that the norm of a head over the vocabulary is met on the average alone.
-    assert float((after - before).norm() / before.norm()) < (0.03 if kind == "MaskedLM" else 1e-4)
+    assert float((after - before).norm() / before.norm()) < (0.03 if kind == "MaskedLM" else 2e-4)
     assert torch.equal(after, loaded)
 
 
@@ -283,12 +255,13 @@ class Untouched:
         raise AssertionError("the step worked before it refused")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "modernbert", "deberta-v2", "llama", "t5", "bart", "marian"])
+@pytest.mark.parametrize("family", ["llama", "t5", "bart", "marian"])
 def test_other_families_are_named_before_any_work(family):
     model = translators.translator(family) if family in translators.FAMILIES else tiny.model(family)
-    known = "bert, distilbert, electra, mpnet, roberta, xlm-roberta"
-    with pytest.raises(InputError, match=rf"^prune_hidden: models of type '{family}' cannot be .* it takes {known}; ") as caught:
+    known = ", ".join(TAKEN)
+    with pytest.raises(InputError, match=rf"^prune_hidden: models of type '{family}' cannot be .* it takes {known}") as caught:
         PruneHidden()(model, Untouched())
+    assert ("slice_hidden" in str(caught.value)) == (family == "llama")
     assert len(caught.value.problems) == 1
 
 

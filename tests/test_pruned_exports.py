@@ -21,6 +21,7 @@ import transformers
 from transformers.exporters import exporter_onnx
 
 from multum.core import shapes
+from multum.core.channels import channels_of, keep_channels
 from multum.core.sublayers import places_of
 from multum.core.surgery import head_size
 from multum.runtimes import _traced
@@ -28,6 +29,8 @@ from multum.runtimes._cached import parts_of
 from multum.runtimes._decoder import DECODER, ENCODER
 
 FAMILIES = ("qwen2", "gemma", "phi3", "opt", "bart", "mbart", "marian", "t5", "t5-gated")
+NARROW = ("gpt2", "opt")
+"""Whose residual stream loses channels too."""
 GONE = 4
 """The number of the sublayer that loses all its units; the others lose one or two."""
 
@@ -44,6 +47,8 @@ def made(name: str) -> tuple[Any, dict[str, torch.Tensor], str]:
 
 
 def cut(module: Any) -> None:
+    if module.config.model_type in NARROW:
+        keep_channels(module, channels_of(module, 24), range(4, 28))
     for number, place in enumerate(places_of(module)):
         kept = [] if number == GONE else range(place.size - 1 - number % 2)
         place.sublayer.keep(place.block, kept, head_size(module, place.stack.family))

@@ -31,7 +31,7 @@ from .linears import is_linear
 from .shapes import stock_model, without_shapes
 from .surgery import BiasOnly, has, head_size, keep_columns, keep_rows, swap
 
-TAKEN = ("bert", "distilbert", "electra", "mpnet", "roberta", "xlm-roberta")
+TAKEN = ("bert", "deberta-v2", "distilbert", "electra", "gpt2", "modernbert", "mpnet", "opt", "roberta", "xlm-roberta")
 """Architectures whose heads can have a size that does not follow from the hidden width."""
 KERNEL = 8
 """A width is a multiple of it, which kernels like, and of the number of heads, which the configs ask for."""
@@ -158,7 +158,7 @@ def _shifts(module: Any, outside: Sequence[str]) -> dict[str, str]:
     return {outside[0]: next(name for name, part in module.named_modules() if part is last)}
 
 
-def _beside_stock((module: Any, width: int) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
+def _beside_stock(module: Any, width: int) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
     """Parts whose weights have other shapes in the stock model of this width: name, part, shape now and then."""
     config, kind = module.config, type(module)
     narrow = type(config).from_dict(without_shapes(config.to_dict()))

@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -34,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .factored import Factored
 from .families import FAMILIES, blocks_of, every_block, family_of, stacks_of
 from .family import Family
-from .head_state import keep_own_heads, own_heads, settle
+from .head_state import TABLE, keep_own_heads, own_heads, settle
 from .linears import is_linear, shape_of
 from .packed import PackedLinear, TiedLinear, apply_packings, packings
 from .surgery import (
@@ -139,7 +139,7 @@ def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
     Raises:
         ValueError: a name is no linear layer of this model.
     """
-    linears = {name: part for name, part in module.named_modules() if is_linear(part)}
+    linears: dict[str, Any] = {name: part for name, part in module.named_modules() if is_linear(part) or _is_table(name, part)}
     unknown = sorted(set(shapes) - set(linears))
     if unknown:
         raise ValueError(f"config.json gives shapes for layers that this model does not have: {', '.join(unknown)}")
@@ -148,6 +148,10 @@ def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
         out_features, in_features = shape[0], shape[-1]
         if len(shape) == 3:
             swap(module, name, Factored.like(linears[name], shape[1], out_features, in_features))
+            continue
+        if _is_table(name, linears[name]):
+            old = linears[name].weight
+            swap(module, name, nn.Embedding(out_features, in_features, device=old.device, dtype=old.dtype))
             continue
         new = with_shape(linears[name], out_features, in_features, head=ones.get(linears[name], 1))
         swap(module, name, new)
@@ -178,11 +182,18 @@ def _rows_of_ones(module: nn.Module) -> dict[nn.Module, int]:
 
 
 def current_shapes(module: nn.Module) -> Shapes:
-    """(out, in) of every linear layer, (out, rank, in) of factored ones; removed ones are told by comparing with `stock_shapes`."""
+    """(out, in) of every linear layer, (out, rank, in) of factored ones, (buckets, heads) of tables of position biases; removed ones
+    are told by comparing with `stock_shapes`."""
     parts = list(module.named_modules())
     matrices = (BiasOnly, PackedLinear, TiedLinear)
     shapes: Shapes = {name: shape_of(part) for name, part in parts if is_linear(part) or isinstance(part, matrices)}
+    shapes |= {name: (part.num_embeddings, part.embedding_dim) for name, part in parts if _is_table(name, part)}
     return shapes | {name: part.shape for name, part in parts if isinstance(part, Factored)}
+
+
+def _is_table(name: str, part: Any) -> TypeGuard[nn.Embedding]:
+    """Whether it has a column for each head of the unpruned block, however many the config says there are."""
+    return isinstance(part, nn.Embedding) and name.rpartition(".")[2] == TABLE
 
 
 def stock_model(module: Any) -> nn.Module:
@@ -253,8 +264,9 @@ def _use_uniform_counts(module: Any) -> None:
             setattr(config, field, found.pop())
     heads = {count for count, _ in heads_and_neurons(module)}
     own = vars(config).get("head_dim")
-    if not family.free_heads and not family.head_bias and own and {count * own for count in heads} == {config.hidden_size}:
-        config.num_attention_heads = heads.pop()  # as many as a stock model of this width has of this size
+    if not family.free_heads and own and {count * own for count in heads} == {config.hidden_size}:
+        # As many as a stock model of this width has of this size. MPNet's table is then too wide for that, which refuses it.
+        config.num_attention_heads = heads.pop()
         del config.head_dim
         return
     if family.free_heads and len(heads) == 1 and 0 not in heads:

@@ -31,8 +31,8 @@ relative positions has the channels of the stream, and its rows are read like to
 
 A cut of the width hurts more than one of heads or neurons. What is left is meant to be repaired: by `reconstruct`, which compares
 with the teacher on the kept channels, and by distilling (`distill`, `distill_layers`). Heads keep their size, so that the result
-loads after `import multum` and stock transformers refuses it. It takes BERT, DistilBERT, ELECTRA, MPNet, RoBERTa and XLM-R; for
-Llama-like models there is `slice_hidden`.
+loads after `import multum` and stock transformers refuses it, unless heads were pruned until they fill the new width. It takes BERT,
+DeBERTa-v2, DistilBERT, ELECTRA, GPT-2, ModernBERT, MPNet, OPT, RoBERTa and XLM-R; for Llama-like models there is `slice_hidden`.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from torch import nn
 from ..core.blocks import beside
 from ..core.channels import Channels, channels_of, keep_channels, keep_last, nearest_width, obstacle
 from ..core.factored import refuse_factored
+from ..core.families import family_of
 from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.second_order import double
@@ -260,7 +261,8 @@ class PruneHidden(Step):
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module.eval()
         if reason := obstacle(module):
-            raise InputError(f"{self.name}: {reason}; for models of the Llama kind there is slice_hidden")
+            instead = "; for this one there is slice_hidden" if family_of(module).free_heads else ""
+            raise InputError(f"{self.name}: {reason}{instead}")
         refuse_factored(module, self.name)
         old = int(module.config.hidden_size)
         try:
