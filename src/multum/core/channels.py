@@ -149,11 +149,8 @@ def _attentions(module: nn.Module) -> Iterator[tuple[str, Family]]:
 
 def _shifts(module: Any, outside: Sequence[str]) -> dict[str, str]:
     """`Channels.shifts`, of the readers that stand behind the blocks."""
-    path, base = family_of(module).last_norm, base_of(module)
-    if len(outside) != 1 or module.get_submodule(outside[0]).bias is not None or not path:
-        return {}
-    last: Any = base.get_submodule(path) if has(base, path) else None
-    if getattr(last, "bias", None) is None:
+    last: Any = dict(base_of(module).named_modules()).get(family_of(module).last_norm or "no norm")
+    if len(outside) != 1 or module.get_submodule(outside[0]).bias is not None or getattr(last, "bias", None) is None:
         return {}
     return {outside[0]: next(name for name, part in module.named_modules() if part is last)}
 

@@ -128,11 +128,11 @@ def _rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def input_moments(module: nn.Module, readers: Sequence[str], batches: Sequence[Batch]) -> dict[str, Moments]:
-    """Moments of what these matrices read."""
-    moments = {name: Moments() for name in readers}
+    """Moments of what these matrices read, those that were not run left out."""
+    moments: dict[str, Moments] = {}
     for flows in _flows(module, readers, batches):
         for name, x in flows.items():
-            moments[name].add(x)
+            moments.setdefault(name, Moments()).add(x)
     return moments
 
 
@@ -190,19 +190,19 @@ def fitted_norms(
     module: nn.Module, norms: Sequence[str], kept: Sequence[int], batches: Sequence[Batch]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """γ and β, (kept,), of norms over these channels alone that come nearest to what the whole ones give; β is None where a norm has
-    no shift."""
+    no shift. Norms that were not run are left out."""
     index, bare = list(kept), {name: _bare(module.get_submodule(name), kept) for name in norms}
     of_n, of_y = ({name: Moments() for name in norms} for _ in range(2))
     both: dict[str, torch.Tensor] = {}
     for flows in _flows(module, norms, batches):
         for name, x in flows.items():
             norm: Any = module.get_submodule(name)
-            n, y = double(bare[name](x[:, index].float())), double(norm.forward(x)[:, index])
+            n, y = double(bare[name].forward(x[:, index].float())), double(norm.forward(x)[:, index])
             of_n[name].add(n)
             of_y[name].add(y)
             both[name] = both.get(name, 0.0) + (n * y).sum(0)
     found = {}
-    for name in norms:
+    for name in both:
         of, to, norm = of_n[name], of_y[name], module.get_submodule(name)
         shifted = getattr(norm, "bias", None) is not None
         product, spread = both[name] / of.count, of.variance if shifted else of.power
