@@ -46,7 +46,7 @@ def planted(module: Any, where: Channels) -> Any:
     for name in where.norms:
         of(name).weight.fill_(GAIN)
         of(name).weight[GONE] = 0.0
-        _settle(of(name).bias, 0)
+        _settle(getattr(of(name), "bias", None), 0)
     if where.head:
         dense = of(where.head.dense)
         if where.head.norm:
@@ -57,3 +57,9 @@ def planted(module: Any, where: Channels) -> Any:
             dense.bias += 5.0 * (module.config.model_type == "distilbert")  # else its relu keeps some at zero
             dense.bias[FEATURES] = 0.0
     return module
+
+
+def is_tied(module: Any) -> bool:
+    """Whether the head over the vocabulary shares its table with the embeddings."""
+    head = module.get_output_embeddings()
+    return head is not None and head.weight is module.get_input_embeddings().weight

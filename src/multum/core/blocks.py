@@ -170,6 +170,19 @@ def real_tokens_of_answers(module: nn.Module, batch: Batch) -> torch.Tensor:
     return _mask(module, batch, stacks_of(module)[-1])
 
 
+def real_tokens(module: nn.Module, batch: Batch, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Per path, True for the real ones of the tokens that flow into that part, (batch, tokens): in an encoder-decoder the encoder's
+    for its parts and for the keys and values of the decoder that read what it wrote, the decoder's for all others."""
+    *encoders, last = stacks_of(module)
+    masks = dict.fromkeys(paths, _mask(module, batch, last))
+    for stack in encoders:
+        parts = {*base_of(module).get_submodule(stack.name).modules()}
+        if cross := last.family.cross:
+            parts |= {block.get_submodule(path) for block in last.blocks for path in (cross.key, cross.value)}
+        masks |= {path: _mask(module, batch, stack) for path in paths if module.get_submodule(path) in parts}
+    return masks
+
+
 def mean_lengths(module: nn.Module, batches: Sequence[Batch]) -> list[int]:
     """For every stack, how many tokens of an example it reads on average."""
     of = [torch.cat([_mask(module, batch, stack).sum(1) for batch in batches]) for stack in stacks_of(module)]

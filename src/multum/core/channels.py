@@ -3,7 +3,8 @@
 Inside the blocks the table of architectures says it. Outside them (embeddings, last norms, heads) it is told by the stock model:
 what a smaller hidden width makes smaller there has the channels on that axis. So every head is covered, one over the vocabulary as
 well, whose output shares its table with the embeddings and therefore its channels with the stream. Where the norms stand makes no
-difference: in front of the sublayers or behind them, embeddings and sublayers add up in one stream.
+difference: in front of the sublayers or behind them, embeddings and sublayers add up in one stream. The two streams of an
+encoder-decoder have the same channels: they share a table of embeddings, and the second reads what the first became.
 
 A table of positions is added to the stream like one of words. DeBERTa's is read beside it, by matrices of its own or by the very
 ones that read the stream (`share_att_key`): its channels are those of the stream, either way.
@@ -11,7 +12,8 @@ ones that read the stream (`share_att_key`): its channels are those of the strea
 The hidden layer of a classification head has as many features as the stream and none of its channels; it keeps some of its own.
 
 The size of a head stays what it was. A stock config of these architectures states it as hidden_size / num_attention_heads, which
-it is no longer: it stands in the config as `head_dim`, which `surgery.head_size` reads, and the matrices in `shapes`.
+it is no longer: it stands in the config as `head_dim`, which `surgery.head_size` reads, and the matrices in `shapes`. T5's config
+has a field for it, so that the shapes are those of a stock model.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ..errors import InputError
 from .families import base_of, every_block, family_of, stacks_of
@@ -30,8 +33,12 @@ from .family import Family
 from .linears import is_linear
 from .shapes import stock_model, without_shapes
 from .surgery import BiasOnly, has, head_size, keep_columns, keep_rows, swap
+from .width import computed_positions, keep_own_positions
 
-TAKEN = ("bert", "deberta-v2", "distilbert", "electra", "gpt2", "modernbert", "mpnet", "opt", "roberta", "xlm-roberta")
+TAKEN = (
+    *("bart", "bert", "deberta-v2", "distilbert", "electra", "gpt2", "marian", "mbart", "modernbert", "mpnet", "mt5", "opt"),
+    *("roberta", "t5", "xlm-roberta"),
+)
 """Architectures whose heads can have a size that does not follow from the hidden width."""
 KERNEL = 8
 """A width is a multiple of it, which kernels like, and of the number of heads, which the configs ask for."""
@@ -76,17 +83,20 @@ def obstacle(module: Any) -> str | None:
         return "the blocks of this model have a second attention (add_cross_attention), whose channels it cannot cut"
     if not getattr(config, "layer_norm_elementwise_affine", True):
         return "the norms of this model have no gain (layer_norm_elementwise_affine), which is fitted again where channels go"
+    if len(sizes := {head_size(module, stack.family) for stack in stacks_of(module)}) > 1:
+        return f"the heads of this model have {' and '.join(map(str, sorted(sizes)))} features, and a config can state one size"
     return None
 
 
 def nearest_width(module: Any, keep: float) -> int:
-    """The width nearest to this share of the present one that the config can state: a multiple of 8 and of the number of heads.
+    """The width nearest to this share of the present one that the config can state: a multiple of 8 and, unless it has a field for
+    the size of a head (T5), of the number of heads.
 
     Raises:
         InputError: there is none, or a projection from embeddings of another width would be lost by it.
     """
     config = module.config
-    old, unit = int(config.hidden_size), math.lcm(KERNEL, *_head_counts(module))
+    old, unit = int(config.hidden_size), math.lcm(KERNEL, *(() if "head_dim" in config.attribute_map else _head_counts(module)))
     new = old if keep == 1 else max(round(keep * old / unit), 1) * unit
     if new > old:
         raise InputError(f"the width must be a multiple of {unit}, and that of this model is only {old}")
@@ -147,10 +157,16 @@ def _attentions(module: nn.Module) -> Iterator[tuple[str, Family]]:
             yield from ((f"{names[block]}.", row) for row in (stack.family, stack.family.cross) if row)
 
 
+def bias_of(module: Any, name: str) -> torch.Tensor | None:
+    """What the outputs of a linear layer are shifted by, (out,). The head of BART, mBART and Marian has it beside itself."""
+    linear, beside = module.get_submodule(name), getattr(module, "final_logits_bias", None)
+    return beside[0] if beside is not None and linear is module.get_output_embeddings() else linear.bias
+
+
 def _shifts(module: Any, outside: Sequence[str]) -> dict[str, str]:
     """`Channels.shifts`, of the readers that stand behind the blocks."""
-    last: Any = dict(base_of(module).named_modules()).get(family_of(module).last_norm or "no norm")
-    if len(outside) != 1 or module.get_submodule(outside[0]).bias is not None or getattr(last, "bias", None) is None:
+    last: Any = dict(base_of(module).named_modules()).get(stacks_of(module)[-1].family.last_norm or "no norm")
+    if len(outside) != 1 or bias_of(module, outside[0]) is not None or getattr(last, "bias", None) is None:
         return {}
     return {outside[0]: next(name for name, part in module.named_modules() if part is last)}
 
@@ -191,7 +207,7 @@ def keep_channels(module: Any, where: Channels, kept: Sequence[int], features: S
         kept: their numbers, ascending.
         features: those that the hidden layer of the head keeps, as many.
     """
-    size, tied = head_size(module), is_tied(module)
+    size, shared = head_size(module), _shared(module)
     for name in where.readers:
         keep_columns(module, name, kept)
     for name in where.writers:
@@ -203,18 +219,29 @@ def keep_channels(module: Any, where: Channels, kept: Sequence[int], features: S
         keep_columns(module, where.head.output, features)
         if where.head.norm:
             keep_last(module.get_submodule(where.head.norm), features)
-    state_width(module.config, len(kept))
+    for config in _configs(module):
+        state_width(config, len(kept))
     vars(module.config).pop("attention_head_size", None)  # DeBERTa's name for it, which stock transformers builds by
     if {len(kept) // count for count in _head_counts(module)} != {size}:
         module.config.head_dim = size
-    if tied:
-        module.tie_weights()
+    for first, *others in shared:
+        for name in others:
+            swap(module, name, cast(nn.Module, module.get_parameter(first)))
+    keep_own_positions(module, computed_positions(module))
 
 
-def is_tied(module: Any) -> bool:
-    """Whether the head over the vocabulary shares its table with the embeddings."""
-    head = module.get_output_embeddings()
-    return head is not None and head.weight is module.get_input_embeddings().weight
+def _shared(module: nn.Module) -> list[list[str]]:
+    """Names of parameters that are one: tables of both stacks and of the head, say."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _configs(module: nn.Module) -> list[PreTrainedConfig]:
+    """The config of a model, and those that T5's stacks have of their own."""
+    found = [part.config for part in module.modules() if isinstance(getattr(part, "config", None), PreTrainedConfig)]
+    return list({id(config): config for config in found}.values())
 
 
 def _keep_outputs(module: nn.Module, name: str, kept: Sequence[int]) -> None:

@@ -63,7 +63,7 @@ def _bart(model_type: str, *, pre_norm: bool = False) -> Family:
         "heads_field": "decoder_attention_heads",
         "layers_field": "decoder_layers",
     }
-    decoder = Family(blocks="decoder.layers", **fields, **names)
+    decoder = Family(blocks="decoder.layers", **fields, **names, last_norm="decoder.layer_norm" if pre_norm else None)
     decoder = replace(decoder, cross=replace(decoder, **_bart_attention("encoder_attn")))
     return Family(blocks="encoder.layers", **fields, neurons_field="encoder_ffn_dim", decoder=decoder)
 
@@ -83,7 +83,7 @@ def _t5_feed_forward(layer: str, *, gated: bool) -> dict[str, Any]:
 def _t5(model_type: str, *, gated: bool = False) -> Family:
     fields: dict[str, Any] = {"model_type": model_type, "pre_norm": True, "tuples": 3, "neurons_field": "d_ff"}
     fields |= {"handed_on": ((1, 2), (2, 5)), **_t5_attention("layer.0", "SelfAttention")}
-    last = _t5_feed_forward("layer.2", gated=gated)
+    last = _t5_feed_forward("layer.2", gated=gated) | {"last_norm": "decoder.final_layer_norm"}
     decoder = Family(blocks="decoder.block", **fields, **last, layers_field="num_decoder_layers")
     decoder = replace(decoder, cross=replace(decoder, **_t5_attention("layer.1", "EncDecAttention")))
     return Family(blocks="encoder.block", **fields, **_t5_feed_forward("layer.1", gated=gated), decoder=decoder)

@@ -37,7 +37,8 @@ class Family:
     pre_norm: bool = False
     """Whether the norms stand before their sublayers, so that the residual stream itself is never normed."""
     last_norm: str | None = None
-    """The norm behind the last block, relative to the base model, where norms stand before their sublayers."""
+    """The norm behind the last block, relative to the base model, where norms stand before their sublayers; of the decoder where
+    there is one."""
     head_matrices: tuple[str, ...] = ()
     """Further matrices with rows for every head, where a model has them (DeBERTa's positions)."""
     head_bias: str | None = None

@@ -12,9 +12,10 @@ can say so) are written into its own fields instead, so that such a model loads 
 
 `packed` names the linear layers and tables that are integers, with their grids, or `{"of": NAME}` for one tied to another.
 
-Two more entries, where an architecture takes them: `heads`, attention name -> the heads of the unpruned block that it still has,
+More entries, where an architecture takes them: `heads`, attention name -> the heads of the unpruned block that it still has,
 where all blocks share a table with one column for each (MPNet, T5); `norms`, names of norms that the stock model lacks because the
-first block has none before its attention (ModernBERT), and the first is another one now.
+first block has none before its attention (ModernBERT), and the first is another one now; `positions`, names of tables that stock
+transformers computes from the hidden width (Marian), which was another one then.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from .packed import PackedLinear, TiedLinear, apply_packings, packings
 from .surgery import (
     BiasOnly,
     counts_of,
+    cross_heads,
     has,
     head_size,
     heads_and_neurons,
@@ -49,6 +51,7 @@ from .surgery import (
     width,
     with_shape,
 )
+from .width import keep_own_positions, own_positions
 
 METHOD = "multum"
 Shapes = dict[str, tuple[int, ...]]
@@ -64,16 +67,18 @@ class ShapesConfig(QuantizationConfigMixin):
         heads: Mapping[str, Sequence[int]] | None = None,
         norms: Sequence[str] = (),
         packed: Mapping[str, Mapping[str, Any]] | None = None,
+        positions: Sequence[str] = (),
         **_: Any,
     ) -> None:
         self.quant_method: Any = METHOD
         self.shapes: Shapes = {name: tuple(int(n) for n in shape) for name, shape in (shapes or {}).items()}
         self.heads = {name: [int(head) for head in kept] for name, kept in (heads or {}).items()}
         self.norms = list(norms)
+        self.positions = list(positions)
         self.packed = {name: dict(entry) for name, entry in (packed or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:
-        more = {name: value for name in ("heads", "norms", "packed") if (value := getattr(self, name))}
+        more = {name: value for name in ("heads", "norms", "packed", "positions") if (value := getattr(self, name))}
         return {"quant_method": METHOD, "shapes": {name: list(shape) for name, shape in self.shapes.items()}, **more}
 
 
@@ -98,6 +103,7 @@ class ShapesLoader(HfQuantizer):
         for name in entry.norms:
             swap(model, name, copy.deepcopy(blocks_of(model)[0].get_submodule(family_of(model).feed_forward_norm)))
         apply_packings(model, entry.packed)
+        keep_own_positions(model, entry.positions)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -125,7 +131,8 @@ def entry_for(module: nn.Module, entry: ShapesConfig) -> ShapesConfig:
         return {new: value for name, value in values.items() if (new := here(name)) is not None}
 
     packed = {name: {**each, **({"of": here(each["of"])} if "of" in each else {})} for name, each in entry.packed.items()}
-    return ShapesConfig(renamed(entry.shapes), renamed(entry.heads), list(renamed(dict.fromkeys(entry.norms))), renamed(packed))
+    norms, positions = (list(renamed(dict.fromkeys(names))) for names in (entry.norms, entry.positions))
+    return ShapesConfig(renamed(entry.shapes), renamed(entry.heads), norms, renamed(packed), positions)
 
 
 def _home(name: str) -> str:
@@ -230,12 +237,13 @@ def record(module: Any) -> bool:
     heads = {name: kept for name, part in module.named_modules() if (kept := own_heads(part)) is not None}
     there = dict(stock.named_modules())
     norms = [name for name, part in module.named_modules() if _is_norm_for_nothing(part, there.get(name))]
-    packed = packings(module)
-    if changed or heads or norms or packed:
-        module.config.quantization_config = ShapesConfig(changed, heads, norms, packed)
+    packed, positions = packings(module), own_positions(module)
+    more = bool(changed or heads or norms or packed or positions)
+    if more:
+        module.config.quantization_config = ShapesConfig(changed, heads, norms, packed, positions)
     elif hasattr(module.config, "quantization_config"):
         del module.config.quantization_config
-    return not (changed or heads or norms or packed)
+    return not more
 
 
 def guards(module: Any) -> dict[str, torch.Tensor]:
@@ -264,9 +272,11 @@ def _use_uniform_counts(module: Any) -> None:
             setattr(config, field, found.pop())
     heads = {count for count, _ in heads_and_neurons(module)}
     own = vars(config).get("head_dim")
-    if not family.free_heads and own and {count * own for count in heads} == {config.hidden_size}:
+    every = heads | set(cross_heads(module))
+    if not family.free_heads and own and {count * own for count in every} == {config.hidden_size}:
         # As many as a stock model of this width has of this size. MPNet's table is then too wide for that, which refuses it.
-        config.num_attention_heads = heads.pop()
+        for stack in stacks_of(module):
+            setattr(config, stack.family.heads_field, max(every))
         del config.head_dim
         return
     if family.free_heads and len(heads) == 1 and 0 not in heads:

@@ -29,10 +29,15 @@ embeddings has a gain that scales the stream itself, and with GPT-2 and OPT head
 The hidden layer of a classification head has features of its own, chosen and made good in the same way. What DeBERTa reads of
 relative positions has the channels of the stream, and its rows are read like tokens.
 
+An encoder-decoder (T5, mT5, BART, mBART, Marian) keeps the same channels in both stacks, which share a table of embeddings. What
+reads the encoder counts with the encoder's tokens. The mean that the head loses goes into the bias of the logits, where a model has
+one. What transformers computes from the width (`core/width`) is made up for by the table and by the norm that the head reads.
+
 A cut of the width hurts more than one of heads or neurons. What is left is meant to be repaired: by `reconstruct`, which compares
 with the teacher on the kept channels, and by distilling (`distill`, `distill_layers`). Heads keep their size, so that the result
-loads after `import multum` and stock transformers refuses it, unless heads were pruned until they fill the new width. It takes BERT,
-DeBERTa-v2, DistilBERT, ELECTRA, GPT-2, ModernBERT, MPNet, OPT, RoBERTa and XLM-R; for Llama-like models there is `slice_hidden`.
+loads after `import multum` and stock transformers refuses it, unless heads were pruned until they fill the new width; T5's config
+states that size, and it loads anywhere. It takes also BERT, DeBERTa-v2, DistilBERT, ELECTRA, GPT-2, ModernBERT, MPNet, OPT, RoBERTa
+and XLM-R; for Llama-like models there is `slice_hidden`.
 """
 
 from __future__ import annotations
@@ -46,8 +51,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..core.blocks import beside
-from ..core.channels import Channels, channels_of, keep_channels, keep_last, nearest_width, obstacle
+from ..core.blocks import beside, real_tokens
+from ..core.channels import Channels, bias_of, channels_of, keep_channels, keep_last, nearest_width, obstacle
 from ..core.factored import refuse_factored
 from ..core.families import family_of
 from ..core.linears import Linear, matrix
@@ -56,6 +61,7 @@ from ..core.second_order import double
 from ..core.step import Step
 from ..core.task import Batch, Task, calibration
 from ..core.training import on_accelerator
+from ..core.width import settle_factors
 from ..errors import InputError
 
 FLAT = 1e-12
@@ -116,8 +122,8 @@ def _flows(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) ->
         for batch in batches:
             batch = beside(module, batch)
             module(**batch)
-            mask = batch["attention_mask"].bool().flatten()
-            yield {name: torch.cat([_rows(x, mask) for x in calls]) for name, calls in seen.items()}
+            masks = real_tokens(module, batch, paths)
+            yield {name: torch.cat([_rows(x, masks[name].flatten()) for x in calls]) for name, calls in seen.items()}
             seen.clear()
 
 
@@ -148,7 +154,7 @@ def scores(module: nn.Module, moments: Mapping[str, Moments]) -> torch.Tensor:
     shares = []
     for name, each in moments.items():
         linear = cast(Linear, module.get_submodule(name))
-        shares.append(fluctuation(matrix(linear), each.power if linear.bias is None else each.variance))
+        shares.append(fluctuation(matrix(linear), each.power if bias_of(module, name) is None else each.variance))
     return torch.stack(shares).sum(0)
 
 
@@ -158,12 +164,12 @@ def best(score: torch.Tensor, count: int) -> list[int]:
 
 
 @torch.no_grad()
-def compensate(linear: Any, mean: torch.Tensor, kept: Sequence[int]) -> None:
-    """Put into the bias what the channels that are not kept give on the mean, in place."""
-    gone = mean.clone()
+def compensate(linear: Any, mean: torch.Tensor, kept: Sequence[int], bias: torch.Tensor | None = None) -> None:
+    """Put into the bias, which may stand beside the layer, what the channels that are not kept give on the mean, in place."""
+    gone, bias = mean.clone(), linear.bias if bias is None else bias
     gone[list(kept)] = 0.0
-    if linear.bias is not None:
-        linear.bias += (double(matrix(linear)).to(gone.device) @ gone).to(linear.bias)
+    if bias is not None:
+        bias += (double(matrix(linear)).to(gone.device) @ gone).to(bias)
 
 
 @torch.no_grad()
@@ -229,13 +235,15 @@ def prune(module: Any, where: Channels, width: int, batches: Sequence[Batch]) ->
         gamma, beta = fits[norm]
         fits[norm] = gamma, cast(torch.Tensor, beta) + shift_for(module.get_submodule(name), moments[name].mean, kept)
     for name, each in moments.items():
-        compensate(module.get_submodule(name), each.mean, kept)
+        compensate(module.get_submodule(name), each.mean, kept, bias_of(module, name))
+    old = int(module.config.hidden_size)
     keep_channels(module, where, kept, features)
     for name, (gamma, beta) in fits.items():
         part = module.get_submodule(name)
         part.weight.copy_(gamma)
         if beta is not None:
             part.bias.copy_(beta)
+    settle_factors(module, old)
     return kept, float(score[kept].sum() / score.sum())
 
 
