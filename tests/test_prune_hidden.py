@@ -31,6 +31,7 @@ from multum.steps.prune_hidden import PruneHidden, compensate, fitted_norms, flu
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("bert", "distilbert", "roberta", "xlm-roberta", "electra", "mpnet", "gpt2", "opt", "modernbert", "deberta-v2")
 
+
 @pytest.fixture(scope="module")
 def task() -> Any:
     return tiny.task(n_train=24, n_validation=8)

@@ -240,8 +240,8 @@ def _shared(module: nn.Module) -> list[list[str]]:
 
 def _configs(module: nn.Module) -> list[PreTrainedConfig]:
     """The config of a model, and those that T5's stacks have of their own."""
-    found = [part.config for part in module.modules() if isinstance(getattr(part, "config", None), PreTrainedConfig)]
-    return list({id(config): config for config in found}.values())
+    found: list[Any] = [getattr(part, "config", None) for part in module.modules()]
+    return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())
 
 
 def _keep_outputs(module: nn.Module, name: str, kept: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def settle_factors(module: Any, old: int) -> None:
 def _word_tables(module: Any) -> Iterator[Any]:
     for stack in stacks_of(module):
         if stack.name:
-            yield base_of(module).get_submodule(stack.name).get_input_embeddings()
+            yield cast(Any, base_of(module).get_submodule(stack.name)).get_input_embeddings()
 
 
 def _last_norm(module: Any) -> nn.Module:
