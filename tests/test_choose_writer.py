@@ -119,12 +119,16 @@ def test_candidates_are_what_such_models_can_be_had_in() -> None:
     graphs = [
         Form("onnxruntime", "fp32"),
         Form("onnxruntime", "int8"),
-        *(Form("openvino", one) for one in ("fp32", "bf16", "int8")),
+        Form("onnxruntime", "int4"),
+        *(Form("openvino", one) for one in ("fp32", "bf16", "int8", "int4")),
     ]
     assert candidates("", causal) == [EAGER, *(Form("llamacpp", precision) for precision in llamacpp.PRECISIONS), *graphs]
     assert candidates("", translator) == [EAGER, *graphs]
     assert candidates("fp32", causal) == [EAGER, Form("llamacpp", "f32"), Form("onnxruntime", "fp32"), Form("openvino", "fp32")]
-    assert candidates("int4", causal) == [EAGER, NIBBLE, Form("llamacpp", "q4_k")]
+    nibbles = [Form("onnxruntime", "int4"), Form("openvino", "int4")]
+    assert candidates("int4", causal) == [EAGER, NIBBLE, Form("llamacpp", "q4_k"), *nibbles]
+    assert candidates("int4", translator) == [EAGER, *nibbles]
+    assert candidates("int4", tiny.task()) == [EAGER], "what reads is not had in 4 bits"
     assert {"fp32", "int8", "bf16", "int4", "q8_0"} <= set(precisions())
 
 

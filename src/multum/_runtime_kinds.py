@@ -114,8 +114,8 @@ def candidates(precision: str = "", task: Any = None) -> list[Form]:
         module = runtimes.find(name)
         taken = getattr(module, "TASKS", None)
         if name != EAGER.runtime and (taken is None or (task and task.name in taken)):
-            calibrated = () if task and writes(task) else getattr(module, "CALIBRATED", ())[-1:]
-            found += [Form(name, each) for each in (*module.PRECISIONS, *calibrated)]
+            further = getattr(module, "WRITING", ()) if task and writes(task) else getattr(module, "CALIBRATED", ())[-1:]
+            found += [Form(name, each) for each in (*module.PRECISIONS, *further)]
     return [form for form in found if form == EAGER or form.has(precision)]
 
 

@@ -220,7 +220,7 @@ def exporter(runtime: str, precision: str, folder: Path | None = None, task: str
         problems.append(f"{folder} is an export already; give the model folder")
     if reason := _not_for(module, kind) or module.unavailable():
         problems.append(reason)
-    taken = {name: (*runtimes.find(name).PRECISIONS, *getattr(runtimes.find(name), "CALIBRATED", ())) for name in others}
+    taken = {name: _precisions(runtimes.find(name)) for name in others}
     if precision not in taken[runtime]:
         beside = [name for name in others if named(name, precision)[1] in taken[name] and not _not_for(runtimes.find(name), kind)]
         problems.append(
@@ -230,6 +230,11 @@ def exporter(runtime: str, precision: str, folder: Path | None = None, task: str
     if problems:
         raise InputError(*problems)
     return module
+
+
+def _precisions(module: Any) -> tuple[str, ...]:
+    """All that a runtime exports to, some of them for models of one kind."""
+    return (*module.PRECISIONS, *getattr(module, "CALIBRATED", ()), *getattr(module, "WRITING", ()))
 
 
 def _not_for(module: Any, task: str) -> str | None:

@@ -95,6 +95,7 @@ def export_writer(
     inputs: Sequence[Any],
     max_length: int,
     raised: tuple[type[Exception], ...] = (),
+    noted: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
     """Write the export folder of a model that writes.
 
@@ -107,9 +108,10 @@ def export_writer(
         inputs: real ones on which the export must answer as torch does.
         max_length: tokens of a source, or of a whole text.
         raised: as `following` takes it.
+        noted: what is to be said of the weights beside it, once all graphs are there.
 
     Returns:
-        How far the answers agree (`_writing_proof`).
+        How far the answers agree (`_writing_proof`), and what was noted.
 
     Raises:
         InputError: what cannot be traced, or settings that only torch knows.
@@ -125,7 +127,7 @@ def export_writer(
         graphs = {"graphs": list(parts), "cache": cache_shapes(parts[DECODER])}
         del parts, part, traced  # a copy of the model, which the proof needs no more
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), **graphs})
-        parity = proof(model, work, open, inputs)
+        parity = proof(model, work, open, inputs) | noted()
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
         return parity
 

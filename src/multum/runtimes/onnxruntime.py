@@ -1,4 +1,6 @@
-"""onnxruntime on the CPU: fp32 and int8, word embeddings included; ranges of activations as they come, or calibrated."""
+"""onnxruntime on the CPU: fp32 and int8, word embeddings included; ranges of activations as they come, or calibrated. Of models
+that write the weights alone are integers, of 8 or 4 bits (`_weights`).
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "int8")
 CALIBRATED = ("int8-minmax", "int8-percentile", "int8-mse")
 """Precisions that are made when asked for: 8 bits with fixed ranges (`_static`), named by how these are found."""
+WRITING = ("int4",)
+"""Precisions that only models that write are exported to."""
 EXTRA: str | None = None
 SUFFIX = ".onnx"
 GRAPH = "model.onnx"
@@ -69,7 +73,7 @@ def export(
     Args:
         model: of any task. The graph of an encoder is written directly where the families table says how, else traced.
         folder: replaced if it exists; whole or not at all.
-        precision: one of `PRECISIONS` or `CALIBRATED`.
+        precision: one of `PRECISIONS`, `CALIBRATED` or `WRITING`.
         inputs: real inputs on which the export must answer as torch does.
         max_length: tokens after which a text is cut.
         pairs: inputs are pairs of texts.
@@ -84,13 +88,16 @@ def export(
         InputError: unknown precision, or a model that cannot be exported.
         ParityError: the answers differ.
     """
-    if precision not in (*PRECISIONS, *CALIBRATED):
-        raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join((*PRECISIONS, *CALIBRATED))}")
+    known = (*PRECISIONS, *CALIBRATED, *WRITING)
+    if precision not in known:
+        raise InputError(f"onnxruntime has no precision {precision!r}; it has: {', '.join(known)}")
     from ._traced import writes
 
     manifest: dict[str, Any] = {"runtime": "onnxruntime", "precision": precision, "task": task}
     if writes(model.module):
         return _export_writer(model, folder, manifest, inputs, max_length)
+    if precision in WRITING:
+        raise InputError(f"{precision} is for models that write; those that read take {', '.join(PRECISIONS)}")
     graph = _graph(model, precision, max_length, pairs=pairs, calibration=calibration)
     manifest |= {
         "max_length": max_length,
@@ -107,18 +114,21 @@ def export(
 
 def _export_writer(model: Model, folder: Path, manifest: dict[str, Any], inputs: Sequence[Any], max_length: int) -> dict[str, Any]:
     from ._cached import export_writer
+    from ._own_codes import BITS, OwnCodes
     from ._traced import onnx_of
-    from ._weights import int8_weights
+    from ._weights import integer_weights
 
     precision = manifest["precision"]
     if precision in CALIBRATED:
-        raise InputError(f"{precision} is for models that read; those that write take {', '.join(PRECISIONS)}")
+        raise InputError(f"{precision} is for models that read; those that write take {', '.join((*PRECISIONS, *WRITING))}")
+    bits = BITS.get(precision, 0)
+    own = OwnCodes.of(model.module, bits)
 
     def save(part: Any, path: Path) -> None:
         graph = onnx_of(part, fuse=False)
-        path.with_suffix(SUFFIX).write_bytes(_serialized(int8_weights(graph) if precision == "int8" else graph))
+        path.with_suffix(SUFFIX).write_bytes(_serialized(integer_weights(graph, bits, own) if bits else graph))
 
-    return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length)
+    return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length, noted=own.facts)
 
 
 def proof(model: Model, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""OpenVINO on the CPU: fp32, bf16 and int8 (NNCF's post-training quantization), converted by transformers' own exporter.
+"""OpenVINO on the CPU: fp32, bf16 and int8 (NNCF's post-training quantization), converted by transformers' own exporter. Of models
+that write the weights alone are integers, of 8 or 4 bits (`_openvino_weights`).
 
 bf16 is what the processor computes in: on disk the weights are fp16, half the bytes, which round less than bf16 does. A processor
 without bf16 instructions would silently compute in fp32, so that such an export is refused there.
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from ..core.model import Model
 
 PRECISIONS = ("fp32", "bf16", "int8")
+WRITING = ("int4",)
+"""Precisions that only models that write are exported to."""
 EXTRA: str | None = "openvino"
 GRAPH = "model.xml"
 WEIGHTS = "model.bin"
@@ -53,7 +56,7 @@ def export(
     Args:
         model: of any task.
         folder: replaced if it exists; whole or not at all.
-        precision: one of `PRECISIONS`.
+        precision: one of `PRECISIONS` or `WRITING`.
         inputs: real inputs on which the export must answer as torch does.
         calibration: padded batches from which int8 takes the ranges of activations.
         max_length: tokens after which a text is cut.
@@ -70,8 +73,8 @@ def export(
     """
     if unavailable():
         raise MissingExtra("OpenVINO with NNCF", "openvino")
-    if precision not in PRECISIONS:
-        raise InputError(f"openvino has no precision {precision!r}; it has: {', '.join(PRECISIONS)}")
+    if precision not in (*PRECISIONS, *WRITING):
+        raise InputError(f"openvino has no precision {precision!r}; it has: {', '.join((*PRECISIONS, *WRITING))}")
     import openvino
 
     if precision == "bf16" and not computes_in_bf16():
@@ -80,6 +83,8 @@ def export(
     manifest: dict[str, Any] = {"runtime": "openvino", "precision": precision, "task": task}
     if writes(model.module):
         return _export_writer(model, folder, manifest, inputs, max_length)
+    if precision in WRITING:
+        raise InputError(f"{precision} is for models that write; those that read take {', '.join(PRECISIONS)}")
     graph = _of_rows(model, calibration, quantize=precision == "int8", max_length=max_length)
     manifest |= {
         "max_length": max_length,
@@ -97,20 +102,22 @@ def export(
 def _export_writer(model: Model, folder: Path, manifest: dict[str, Any], inputs: Sequence[Any], max_length: int) -> dict[str, Any]:
     """Of models that write the weights alone are integers: a token reads all of them, and computes little with each."""
     from ._cached import export_writer
+    from ._openvino_weights import integer_weights
+    from ._own_codes import BITS, OwnCodes
 
     precision = manifest["precision"]
+    bits = BITS.get(precision, 0)
+    own = OwnCodes.of(model.module, bits)
 
     def save(part: Part, path: Path) -> None:
-        import nncf
         import openvino
 
         graph = _convert(part)
-        if precision == "int8":
-            with quiet():
-                graph = nncf.compress_weights(graph)
+        graph = integer_weights(graph, bits, own) if bits else graph
         openvino.save_model(graph, path.with_suffix(".xml"), compress_to_fp16=precision == "bf16")
 
-    return export_writer(model, folder, manifest, save, open, inputs=inputs, max_length=max_length, raised=_failures())
+    more: dict[str, Any] = {"inputs": inputs, "max_length": max_length, "raised": _failures(), "noted": own.facts}
+    return export_writer(model, folder, manifest, save, open, **more)
 
 
 def proof(model: Model, folder: Path, inputs: Sequence[Any]) -> dict[str, Any]:
