@@ -16,6 +16,7 @@ from .core.folders import read_json
 from .doctor import INT8
 from .errors import InputError, MultumError
 
+SMALLER_TABLE = "quantize_embeddings makes the table of tokens smaller, whatever the tokenizer"
 BYTES_TO_TRAIN = 16
 """Of a weight that is trained: itself, its gradient and AdamW's two moments, 4 bytes each."""
 
@@ -116,6 +117,7 @@ def _of_the_model(model: Any) -> Iterator[Limit]:
     """What its architecture, weights and tokenizer rule out."""
     from .core.families import family_of, one_stack
     from .core.packed import refuse_packed
+    from .runtimes._sentencepiece import convertible
     from .runtimes._traced import writes
 
     module = model.module
@@ -135,7 +137,9 @@ def _of_the_model(model: Any) -> Iterator[Limit]:
         yield Limit("answers that mean something", f"some weights were never trained ({names})", instead)
     if not getattr(model.tokenizer, "is_fast", False):
         reason = "it has no fast tokenizer (tokenizer.json)"
-        if writes(module):
+        if convertible(model.tokenizer):
+            yield Limit("trim_vocabulary", reason, SMALLER_TABLE)
+        elif writes(module):
             yield Limit("exports and trim_vocabulary", reason, "measure, predict and shrink in torch")
         else:
             yield Limit("exports, shrink and trim_vocabulary", reason, "measure and predict in torch")
@@ -143,7 +147,7 @@ def _of_the_model(model: Any) -> Iterator[Limit]:
     from .steps.trim_vocabulary import obstacle
 
     if reason := obstacle(json.loads(model.tokenizer.backend_tokenizer.to_str())):
-        yield Limit("trim_vocabulary", reason, "quantize_embeddings makes the table of tokens smaller, whatever the tokenizer")
+        yield Limit("trim_vocabulary", reason, SMALLER_TABLE)
 
 
 def _of_training(model: Any, facts: Mapping[str, Any]) -> Iterator[Limit]:
@@ -158,7 +162,10 @@ def _of_training(model: Any, facts: Mapping[str, Any]) -> Iterator[Limit]:
 
 def _exports(model: Any, reader: Any, facts: Mapping[str, Any], limits: list[Limit]) -> Iterator[str]:
     """The exports that should work, as `onnxruntime int8`; what rules out the others goes to `limits`."""
-    if not reader or not getattr(model.tokenizer, "is_fast", False):
+    from .runtimes._sentencepiece import convertible
+    from .runtimes._traced import writes
+
+    if not reader or not convertible(model.tokenizer):
         return
     for name in runtimes.names():
         module, here = runtimes.find(name), facts["runtimes"][name]
@@ -171,7 +178,8 @@ def _exports(model: Any, reader: Any, facts: Mapping[str, Any], limits: list[Lim
         if reason:
             limits.append(Limit(f"export to {name}" + (" as a graph of fused operators" if works else ""), reason, instead))
         if works:
-            yield from (f"{name} {precision}" for precision in module.PRECISIONS)
+            further = getattr(module, "WRITING", ()) if writes(model.module) else ()
+            yield from (f"{name} {precision}" for precision in (*module.PRECISIONS, *further))
     if reader.task == "fill-mask":
         why = f"a {type(model.module).__name__} answers with a whole vocabulary, token by token"
         limits.append(Limit("shrink", why, "its steps work in multum run; --runtime auto takes it"))

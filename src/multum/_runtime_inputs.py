@@ -16,6 +16,8 @@ SHARES = (0.1, 0.5, 0.9)
 """Which of all lengths are taken."""
 ALIKE = 1.25
 """Times longer than the one before at least."""
+TOKENIZER, PAIR = "tokenizer.json", "source.spm"
+"""A fast tokenizer, and one of the files of a slow one that is converted for exports."""
 UNLIMITED = 10**6
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 """What loads the models that write."""
@@ -95,23 +97,35 @@ def check(folder: Path, task: Any) -> None:
     if not (folder / "config.json").is_file():
         reason = "holds no model" if folder.is_dir() else "is not there"
         raise InputError(f"{folder} {reason}; a model folder has config.json")
-    if not (folder / "tokenizer.json").is_file():
+    if not any((folder / name).is_file() for name in (TOKENIZER, PAIR)):
         raise InputError(f"{folder} has no fast tokenizer (tokenizer.json), which exports need")
     if not task.inputs("validation"):
         raise InputError("there is no text to choose a runtime with")
 
 
 def lengths_of(folder: Path, inputs: Sequence[Any]) -> list[int]:
-    """The tokens of every row that inputs are read in; of chats without what their template adds. No torch is imported."""
-    from tokenizers import Tokenizer
-
+    """The tokens of every row that inputs are read in; of chats without what their template adds. No torch is imported, but for a
+    tokenizer that has to be converted.
+    """
     from .runtimes._rows import FastTokenizer
 
-    read_json(folder / "tokenizer.json")  # tokenizers itself has no word for a damaged file but a bare Exception
-    tokenizer, reader = FastTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), 0), reader_of(folder)
+    tokenizer, reader = FastTokenizer(_tokenizer_of(folder), 0), reader_of(folder)
     if reader.task in ("text-generation", "fill-mask"):
         inputs = [" ".join(words(one)) for one in inputs]
     return [len(ids) for ids in reader.encode(tokenizer, inputs, limit_of(folder), None)["input_ids"]]
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    if (folder / TOKENIZER).is_file():
+        read_json(folder / TOKENIZER)  # tokenizers itself has no word for a damaged file but a bare Exception
+        return Tokenizer.from_file(str(folder / TOKENIZER))
+    from transformers import AutoTokenizer
+
+    from .runtimes._sentencepiece import converted
+
+    return converted(AutoTokenizer.from_pretrained(folder), ()).backend_tokenizer
 
 
 def words(value: Any) -> list[str]:

@@ -19,6 +19,7 @@ from .landing import METRICS, Landing
 from .plan import rung, teaching
 from .progress import Progress
 from .run_folder import RunFolder
+from .runtimes._sentencepiece import convertible
 
 STEP = 1.5
 """How much faster the next rung is meant to be."""
@@ -76,9 +77,9 @@ class Ladder(Landing):
         known = [(c["runtime"], c["precision"]) for c in self.run.candidates if c["folder"] == "original"]
         if len(known) == 1:
             return
-        if not model.tokenizer.is_fast:
+        if not convertible(model.tokenizer):
             self.run.note(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need: torch runs it")
-        for forms in self.descent.offers() if model.tokenizer.is_fast else []:
+        for forms in self.descent.offers() if convertible(model.tokenizer) else []:
             before = [form for form in forms if form in known]
             targets = self.bench.export(model, folder, before or forms)
             if targets and not before:
@@ -237,7 +238,7 @@ class Ladder(Landing):
         refuse_packed(model.module, "shrink")
         if not heads_and_neurons(model.module):
             raise InputError(f"{model.source} has no layers left, so that there is nothing to make smaller")
-        if not model.tokenizer.is_fast and self.descent.exports:
+        if not convertible(model.tokenizer) and self.descent.exports:
             raise InputError(f"{model.source} has no fast tokenizer (tokenizer.json), which exports need")
         for sentence in cut(self.task, model):
             self.run.note(sentence)

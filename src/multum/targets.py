@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,15 @@ def export_to(module: Any, folder: Path, output: Path, precision: str, task: Any
 
 
 def export_model(module: Any, model: Any, output: Path, precision: str, task: Any, seed: int) -> dict[str, Any]:
-    """The same of a loaded model, by the runtime's module. `task` has the inputs."""
+    """The same of a loaded model, by the runtime's module. `task` has the inputs.
+
+    A tokenizer that has no fast form gets one if it can (`_sentencepiece`); it is then compared with the model's on training texts.
+    """
+    from .runtimes._sentencepiece import converted
+
+    if not getattr(model.tokenizer, "is_fast", False):
+        targets = getattr(task, "references", {}).get("train", ())
+        model = replace(model, tokenizer=converted(model.tokenizer, task.inputs("train"), targets))
     parity: dict[str, Any] = module.export(
         model,
         output,
