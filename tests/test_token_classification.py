@@ -76,7 +76,9 @@ def test_f1_is_that_of_seqeval(prefixes: str, precision: float, recall: float, f
         ("I-A I-B B-B", [("A", 0, 1), ("B", 1, 2), ("B", 2, 3)]),
         ("B-A L-A U-B O", [("A", 0, 2), ("B", 2, 3)]),
         ("E-A E-A", [("A", 0, 1), ("A", 1, 2)]),
-        ("A A B O A", [("A", 0, 2), ("B", 2, 3), ("A", 4, 5)]),
+        ("A A C O A", [("A", 0, 2), ("C", 2, 3), ("A", 4, 5)]),
+        ("B I I O B B I O I", [("_", 0, 3), ("_", 4, 5), ("_", 5, 7), ("_", 8, 9)]),
+        ("S B E I-A B- S-", [("_", 0, 1), ("_", 1, 3), ("A", 3, 4), ("_", 4, 5), ("_", 5, 6)]),
         ("O", []),
         ("", []),
     ],
@@ -126,6 +128,8 @@ def test_all_subwords_may_be_trained() -> None:
     assert labels == [None, "B-X", *["I-X"] * (count - 1), "I-X", None]
     last = every.encode(model, "train")["labels"][1]
     assert [task.labels[i] for i in last[-2:-1]] == ["B-Y"]  # no I-Y is known
+    bare = TokenClassification(**{**vars(every), "labels": ("O", "B", "I"), "tags": {"train": [["B", "I"], ["O", "B"]]}})
+    assert bare.encode(model, "train")["labels"][0] == [-100, 1, *[2] * count, -100]
 
 
 def test_words_that_were_cut_off_count_as_outside() -> None:

@@ -6,7 +6,8 @@ tokenizer splits them as it does any text; the *first token* of a word answers f
 
 Tags say where an entity begins (B-X, or S-X where it also ends), goes on (I-X) and ends (E-X); O is outside. An entity is what
 the CoNLL-2000 scorer finds: it begins at a word that is no O where the tag is B or S, or the last one was O, E or S, or had another
-type, and it goes on until one of these is so. L and U stand for E and S.
+type, and it goes on until one of these is so. L and U stand for E and S. A letter of these alone (B, I, O without types, as key
+phrases are marked) is of the type `_`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .reading import softmax
 
 OUTSIDE = "O"
 SAME = {"L": "E", "U": "S"}
+UNTYPED = "_"
+"""The type of a tag that is one of the letters alone."""
 UNSPACED = "\\u0e00-\\u0eff\\u1000-\\u109f\\u1780-\\u17ff\\u3040-\\u30ff\\u3400-\\u9fff\\uf900-\\ufaff\\U00020000-\\U0003ffff"
 """Thai, Lao, Burmese, Khmer, kana and Han: written without spaces, so that every character counts as a word."""
 _MARKS = "\\u0300-\\u036f\\u0591-\\u05c7\\u0610-\\u061a\\u064b-\\u065f\\u0900-\\u0963\\u0966-\\u0dff\\u200c\\u200d"
@@ -50,11 +53,13 @@ def text_of(sentence: str | Sequence[str]) -> str:
 
 
 def split_tag(tag: str) -> tuple[str, str]:
-    """`B-PER` -> (`B`, `PER`); a tag without a dash has its own name as its type, O none."""
+    """`B-PER` -> (`B`, `PER`), `B` -> (`B`, `_`); any other tag without a dash has its own name as its type, O none."""
     if tag == OUTSIDE:
         return OUTSIDE, ""
     head, dash, kind = tag.partition("-")
-    return (SAME.get(head, head), kind) if dash else ("I", tag)
+    if not dash and tag not in tuple("BIESLU"):
+        return "I", tag
+    return SAME.get(head, head), kind or UNTYPED
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -182,8 +182,8 @@ class TokenClassification(EncoderTask):
 
     def _inside(self, tag: str) -> str:
         """The tag of a word's later tokens."""
-        inside = f"I-{tag[2:]}"
-        return inside if tag[:2] == "B-" and inside in self.labels else tag
+        inside = f"I{tag[1:]}"
+        return inside if tag.partition("-")[0] == "B" and inside in self.labels else tag
 
 
 def _column(cells: list[list[str]], table: pd.DataFrame) -> pd.Series[Any]:
