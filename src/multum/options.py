@@ -85,7 +85,8 @@ Lengths = Annotated[
 ]
 BatchSizes = Annotated[str, typer.Option("--batch-sizes", metavar="1,8", help="Texts at once that auto times with; 1 by default.")]
 InputFile = Annotated[
-    Path | None, typer.Option("--input", metavar="FILE", help="One text a line, or csv, tsv or jsonl with a column 'text'.")
+    Path | None,
+    typer.Option("--input", metavar="FILE", help="One text a line, or csv, tsv, jsonl, json or parquet with a column 'text'."),
 ]
 Pair = Annotated[list[str] | None, typer.Option("--pair", metavar="TEXT", help="Second text of each, for models of pairs.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]

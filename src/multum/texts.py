@@ -1,16 +1,22 @@
-"""Inputs for `multum predict` from a file: one a line, or a column of a csv, tsv or jsonl file."""
+"""Inputs for `multum predict` from a file: one a line, or a column of any file that data may be in."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 
 TEXT, PAIR = "text", "text_pair"
+AS_DATA = (".json", ".parquet", ".conll")
+"""Files that are read as data is, which takes pandas: the nested form of SQuAD, for example."""
+ALSO_CALLED = {"source": "document"}
+"""A column -> what data for another task with such models calls it."""
+SHOWN = 3
 Input = str | tuple[str, str] | list[str]
 
 
@@ -18,9 +24,11 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
     """Texts, pairs of texts where the file has a second text column, or sentences as lists of words, in the file's order.
 
     Args:
-        path: `.csv`, `.tsv`, `.jsonl`, or any other file with one text a line (empty lines do not count), in UTF-8.
+        path: `.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`, `.conll`, or any other file with one text a line (empty lines do not
+            count), in UTF-8.
         columns: `text` and `text_pair`, or what is in `names` -> the file's own names for them.
-        names: of the two columns; without a second None. `text` will do for the first where the file lacks it.
+        names: of the two columns; without a second None. `text` will do for the first where the file lacks it, and for
+            `source` also `document`.
 
     Raises:
         InputError: missing, empty or badly encoded file, or no such column.
@@ -28,12 +36,15 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
     path, columns = Path(path), columns or {}
     try:
         if path.suffix in (".csv", ".tsv"):
+            csv.field_size_limit(sys.maxsize)  # a context may be a book
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         elif path.suffix == ".jsonl":
             rows = _json_lines(path)
+        elif path.suffix in AS_DATA:
+            rows = _of_data(path)
         else:
-            rows = [{TEXT: line} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            rows = [{TEXT: line} for _, line in _lines(path)]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     except FileNotFoundError as error:
@@ -49,8 +60,9 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
 
 def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], names: tuple[str, str | None]) -> list[Input]:
     first, second = names
-    given = next((name for name in (first, TEXT) if name in columns), None)
-    text = columns[given] if given else next((name for name in (first, TEXT) if name in rows[0]), first)
+    known = (first, ALSO_CALLED.get(first, first), TEXT)
+    given = next((name for name in known if name in columns), None)
+    text = columns[given] if given else next((name for name in known if name in rows[0]), first)
     pair = columns.get(second, second) if second else None
     wanted = [text] if pair is None or (second not in columns and pair not in rows[0]) else [text, pair]
     problems = [
@@ -58,13 +70,14 @@ def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], 
         for name in wanted
         if name not in rows[0]
     ]
-    problems = problems or [
+    lacking = [
         f"{path}, row {number}: no {name!r}"
         for number, row in enumerate(rows, 1)
         for name in wanted
         if not isinstance(row.get(name), str) and not (second is None and _is_words(row.get(name)))
     ]
-    if problems:
+    more = [f"and {len(lacking) - SHOWN} more such rows"] if len(lacking) > SHOWN else []
+    if problems := problems or [*lacking[:SHOWN], *more]:
         raise InputError(*problems)
     return [tuple(row[name] for name in wanted) if len(wanted) > 1 else row[text] for row in rows]
 
@@ -75,12 +88,28 @@ def _is_words(value: Any) -> bool:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number}: {error.msg}") from error
         rows.append(row if isinstance(row, dict) else {TEXT: row})
     return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that have something in them, with their numbers. Only a line feed ends one: texts and JSON may have further signs
+    that Unicode calls the end of a line."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _of_data(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that `tables` reads, as plain values."""
+    from .tables import table_of
+
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    found: list[dict[str, Any]] = json.loads(table_of(path).to_json(orient="records", force_ascii=False))
+    return found

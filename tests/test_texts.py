@@ -1,0 +1,51 @@
+"""Inputs for `multum predict` from files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from multum.texts import read
+
+TEXTS = ["one\u2028and the same line", "a\x0cb\x85c", "last"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv", "jsonl", "json", "parquet"])
+def test_a_text_is_whole_whatever_signs_are_in_it(suffix: str, tmp_path: Path) -> None:
+    """Unicode knows more ends of lines than files have, and JSON may have them in a text as they are."""
+    path, table = tmp_path / f"in.{suffix}", pd.DataFrame({"text": TEXTS})
+    if suffix == "txt":
+        path.write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
+    elif suffix == "parquet":
+        table.to_parquet(path)
+    elif suffix.startswith("json"):
+        rows = table.to_dict("records")
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows] if suffix == "jsonl" else [json.dumps(rows)]
+        path.write_text("\n".join(lines), encoding="utf-8")
+    else:
+        table.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    assert read(path) == TEXTS
+
+
+def test_a_field_may_be_a_book(tmp_path: Path) -> None:
+    book = "word " * 50_000
+    (tmp_path / "in.csv").write_text(f'question,context\nwho,"{book}"\n')
+    assert read(tmp_path / "in.csv", names=("question", "context")) == [("who", book)]
+
+
+def test_sentences_as_lists_of_words(tmp_path: Path) -> None:
+    (tmp_path / "in.conll").write_text("a DT\nfilm NN\n\nmoving VB\n")
+    pd.DataFrame({"tokens": [["a", "film"], ["moving"]]}).to_parquet(tmp_path / "in.parquet")
+    for name in ("in.conll", "in.parquet"):
+        assert read(tmp_path / name, names=("tokens", None)) == [["a", "film"], ["moving"]]
+
+
+def test_what_a_summary_is_made_of_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("document,summary\nlong,short\n")
+    assert read(tmp_path / "in.csv", names=("source", None)) == ["long"]
+    (tmp_path / "in.csv").write_text("source,document,text\na,b,c\n")
+    assert read(tmp_path / "in.csv", names=("source", None)) == ["a"]
+    assert read(tmp_path / "in.csv", {"text": "text"}, names=("source", None)) == ["c"]
