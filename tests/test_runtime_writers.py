@@ -16,6 +16,7 @@ import translators
 from typer.testing import CliRunner
 
 from multum import runtimes
+from multum._fill import filled
 from multum._measure import measure
 from multum.cli import app
 from multum.core.families import stacks_of
@@ -149,6 +150,7 @@ def no_torch(folder: Path) -> None:
     code = f"""
 import sys
 from multum import runtimes
+from multum._fill import filled
 from multum.core.writing import Decoding
 runtimes.open({str(folder)!r}, threads=1).continued([[3, 4]], Decoding(max_new_tokens=3))
 assert "torch" not in sys.modules
@@ -172,6 +174,12 @@ def test_masked_models_say_what_torch_does(runtime: str, precision: str, tmp_pat
     assert facts["kl_nats"] < (1e-6 if precision == "fp32" else 0.05)
     answers = predictor.reader.answers(found, texts, predictor.labels)
     assert answers[0]["masked_tokens"] == expected[0][:, 2].sum()
+    model.save(tmp_path / "model")
+    asked = ["the film was [MASK]", f"{long} [MASK]"]
+    ours, theirs = (list(filled(runtimes.open(tmp_path / name, threads=1), asked)) for name in ("out", "model"))
+    for one, other in zip(ours, theirs, strict=True):
+        shares = [[word["score"] for word in told["masks"][0]] for told in (one, other)]
+        assert shares[0] == pytest.approx(shares[1], abs=1e-4 if precision == "fp32" else 0.1)
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def add_to(app: typer.Typer) -> None:
         threads: opt.Threads = None,
         as_json: opt.Json = False,
     ) -> None:
-        """What the model says of every text: labels with probabilities, entities, answers to questions, a translation.
+        """What the model says of every text: labels with probabilities, entities, answers to questions, a translation, the words
+        that a masked language model would put where a text has its mask token.
 
         A language model continues the text, or answers it with --chat, and is shown writing; greedily, unless a temperature is
         given. 'multum score' tells how probable it finds a text. What translates or summarizes searches as the model's own
@@ -64,14 +65,19 @@ def add_to(app: typer.Typer) -> None:
         given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
         asked = {name: value for name, value in given.items() if value is not None}
         reader = reader_of(place)
-        if reader.task != "text-generation":
-            if wrong := [f"--{name.replace('_', '-')}" for name in (*asked, *(["chat"] if chat else []))]:
-                raise InputError(f"{', '.join(wrong)}: for causal language models; {folder} is a model for {reader.task}")
+        wrong = [f"--{name.replace('_', '-')}" for name in (*asked, *(["chat"] if chat else []))]
+        if wrong and reader.task != "text-generation":
+            raise InputError(f"{', '.join(wrong)}: for causal language models; {folder} is a model for {reader.task}")
+        if reader.task not in ("text-generation", "fill-mask"):
             predict_and_show(place, texts or [], pair or [], source, columns, threads, as_json, runtime)
+            return
+        prompts = inputs_of(texts or [], pair or [], source, columns, reader.columns)
+        if reader.task == "fill-mask":
+            from ._fill import fill_and_show
+
+            fill_and_show(place, prompts, runtime, threads, as_json)
             return
         from ._continue import continue_and_show
         from .core.writing import Decoding
 
-        prompts = inputs_of(texts or [], pair or [], source, columns, reader.columns)
-        decoding = Decoding(**asked)  # type: ignore[arg-type]
-        continue_and_show(place, prompts, decoding, chat, runtime, threads, as_json)
+        continue_and_show(place, prompts, Decoding(**asked), chat, runtime, threads, as_json)  # type: ignore[arg-type]
