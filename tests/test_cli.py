@@ -19,9 +19,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import multum
+from multum import terminal
 from multum.catalogue import describe
 from multum.catalogue import names as step_names
 from multum.cli import app
+from multum.commands import WRITTEN_AT_ONCE, answers, remark
 from multum.core.step import find, names
 from multum.errors import BudgetNotMet, InputError, MultumError, of_the_system
 from multum.steps.drop_layers import DropLayers
@@ -640,6 +642,42 @@ def test_wrong_files_for_predict(places, work, name, content, said):
     result = call("predict", places[0], "--input", name)
     assert result.exit_code == 2
     assert said in result.stderr
+
+
+@pytest.mark.parametrize("values", [[], [{"text": "é", "labels": ["a", "b"], "none": {}}, 3, []]])
+def test_a_list_shown_as_it_comes_is_the_json_of_the_whole(values, capsys):
+    shown = []
+
+    def coming():
+        for value in values:
+            shown.append(capsys.readouterr().out)
+            yield value
+
+    terminal.print_json_list(coming())
+    assert "".join(shown) + capsys.readouterr().out == json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    assert all(shown[1:])
+
+
+def test_texts_that_take_a_while_to_write_are_shown_some_at_a_time():
+    asked = []
+
+    class Reader:
+        scored = True
+
+        def answers(self, predictions, inputs, labels):
+            return [{"text": text} for text in inputs]
+
+    class Predictor:
+        reader, labels, generation = Reader(), [], {"num_beams": 2}
+
+        def predict(self, inputs):
+            asked.extend(inputs)
+
+    inputs = [str(number) for number in range(1000)]
+    found = answers(Predictor(), inputs)
+    assert next(found) == {"text": "0", "generation": {"num_beams": 2}}
+    assert len(asked) == WRITTEN_AT_ONCE < 100
+    assert ["0", *(one["text"] for one in found)] == inputs == asked
 
 
 def test_measure_prints_json_alone_and_looks_up_the_run_s_data(places, work):

@@ -63,7 +63,7 @@ def continue_and_show(
     alone = len(prompts) == 1 and not as_json
     found = continued(folder, prompts, decoding, chat=chat, runtime=runtime, threads=threads, show=_show if alone else None)
     if as_json:
-        terminal.print_json(list(found))
+        terminal.print_json_list(found)
         return
     for one in found:
         if alone:

@@ -13,8 +13,8 @@ from .errors import BudgetNotMet, InputError
 from .progress import Progress
 
 RUN = "run.json"
-AT_ONCE = 512
-"""Inputs that `predict` answers before it shows the answers."""
+AT_ONCE, WRITTEN_AT_ONCE = 512, 64
+"""Inputs that `predict` answers before it shows the answers; fewer where the answers are texts that take a while."""
 
 
 def together(problems: Sequence[str], **calls: Callable[[], Any]) -> dict[str, Any]:
@@ -259,10 +259,10 @@ def predict_and_show(
         terminal.say(f"{count} of {len(inputs)} {they} {predictor.max_length} tokens or more: the model reads no further")
     found = answers(predictor, inputs)
     if as_json:
-        terminal.print_json(list(found))
+        terminal.print_json_list(found)
     else:
         for one in found:
-            terminal.print_lines(f"{reader.line(one)}\t{terminal.one_line(one['text'])}")
+            print(f"{reader.line(one)}\t{terminal.one_line(one['text'])}", flush=True)
 
 
 def predictor_of(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None, new: int | None = None) -> Any:
@@ -289,8 +289,9 @@ def _cut(predictor: Any, inputs: Sequence[Any]) -> int:
 
 def answers(predictor: Any, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """What the model says of every input, as its task tells it; computed `AT_ONCE` inputs at a time."""
-    settings = {"generation": predictor.generation} if hasattr(predictor.reader, "scored") else {}  # of those that write texts
-    for start in range(0, len(inputs), AT_ONCE):
-        some = inputs[start : start + AT_ONCE]
+    writes = hasattr(predictor.reader, "scored")
+    settings, size = ({"generation": predictor.generation}, WRITTEN_AT_ONCE) if writes else ({}, AT_ONCE)
+    for start in range(0, len(inputs), size):
+        some = inputs[start : start + size]
         for answer in predictor.reader.answers(predictor.predict(some), some, predictor.labels):
             yield answer | settings

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,16 @@ def say(message: str) -> None:
 def print_json(value: Any) -> None:
     """JSON for programs, nothing else on stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_json_list(values: Iterable[Any]) -> None:
+    """The same of a list whose values are shown one by one, as they come."""
+    before = "["
+    for value in values:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        print(before, *(f"  {line}" for line in text.split("\n")), sep="\n", end="", flush=True)
+        before = ","
+    print("\n]" if before == "," else "[]")
 
 
 def print_lines(*lines: str) -> None:
