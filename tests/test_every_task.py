@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import translators
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
 
+from multum import runtimes
 from multum.core.task import IGNORED, UNKNOWN, Quality
 from multum.core.teacher import logits
 from multum.errors import InputError
@@ -65,6 +67,17 @@ def test_encode_keeps_order_and_batches_pad(name: str) -> None:
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
     ]
     assert real == [row["input_ids"] for row in rows]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_shortest_length_that_is_taken_works(name: str) -> None:
+    task, model = MADE[name](), MODELS[name]()
+    short = replace(task, max_length=task.least)
+    assert max(map(len, short.encode(model, "validation")["input_ids"])) <= task.least
+    assert any(any(label >= 0 for label in np.ravel(row)) for row in short.encode(model, "validation")["labels"])
+    for length in (task.least - 1, 0, -5):
+        with pytest.raises(InputError, match=f"max_length must be at least {task.least} tokens for {name} .got {length}."):
+            replace(task, max_length=length)
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -222,3 +235,29 @@ def test_a_decoder_without_a_token_for_padding_classifies_all_the_same(tmp_path:
     together = logits(loaded.module, rows, loaded.tokenizer.pad_token_id, precision="fp32")
     alone = [logits(loaded.module, [row], loaded.tokenizer.pad_token_id, precision="fp32")[0] for row in rows]
     assert together == pytest.approx(np.array(alone), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["token-classification", "question-answering"])
+def test_a_decoder_without_a_token_for_padding_answers_in_batches(name: str, tmp_path: Path) -> None:
+    model, task = tiny.language_model("gpt2"), MADE[name]()
+    model.tokenizer.pad_token, model.module.config.pad_token_id = None, None
+    model.save(tmp_path / "gpt2")
+    task.load(str(tmp_path / "gpt2")).save(tmp_path / "m")
+    predictor, inputs = runtimes.open(tmp_path / "m", threads=1), list(task.inputs("test"))[:3]
+    for one, each in zip(predictor.predict(inputs), inputs, strict=True):
+        alone = predictor.predict([each])[0]
+        np.testing.assert_allclose(one[: len(alone)], alone, atol=1e-4)
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused(tmp_path: Path) -> None:
+    model = tiny.model("bert")
+    model.tokenizer.pad_token = None
+    model.save(tmp_path / "unpadded")
+    assert tiny.task().load(str(tmp_path / "unpadded")).tokenizer.pad_token == "[SEP]"  # noqa: S105
+    with pytest.raises(InputError, match="no token for padding; name one"):
+        runtimes.open(tmp_path / "unpadded", threads=1).predict(["a film"])
+    for name in ("cls", "sep", "unk", "mask"):
+        setattr(model.tokenizer, f"{name}_token", None)
+    model.save(tmp_path / "bare")
+    with pytest.raises(InputError, match=r"bare: its tokenizer has no token for padding .pad_token., nor any"):
+        tiny.task().load(str(tmp_path / "bare"))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from multum import cli, runtimes
 from multum._measure import measure
-from multum.core.passages import Passages, choose, margin
+from multum.core.passages import Passages, choose, context_tokens, margin
 from multum.data import open_task
 from multum.errors import InputError
 from multum.steps.distill import Distill
@@ -104,6 +104,8 @@ def test_when_a_question_has_no_answer() -> None:
     asked = [("who", "ab cdef")]
     (none,) = Passages(0.0).answers(rows[None], asked, [])
     assert (none["answer"], none["start"], none["end"], none["score"]) == ("", 0, 0, pytest.approx(odds[0] / odds.sum(), abs=1e-6))
+    (empty,) = Passages(None).answers(alone[None], [("who", "")], [])
+    assert (empty["answer"], empty["score"]) == ("", 1.0)
     (some,) = Passages(None).answers(rows[None], asked, [])
     assert (some["answer"], some["start"], some["end"]) == ("cde", 3, 6)
     assert some["score"] == pytest.approx(odds[1] / odds[1:].sum(), abs=1e-6)
@@ -144,6 +146,16 @@ def test_long_questions_are_cut_to_leave_room() -> None:
     assert encoded["overflow_to_sample_mapping"].count(0) == 1
     assert encoded.sequence_ids(0).count(0) == 32
     assert encoded.sequence_ids(0).count(1) == len(model.tokenizer(pair[1], add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_shortest_windows_have_room_for_a_context_and_what_they_share(family: str) -> None:
+    tokenizer, context = taggers.answerer(family).tokenizer, "a moving story " * 40
+    encoded = Passages().encode(tokenizer, [("wonderful film " * 60, context)], QuestionAnswering.least, None)
+    assert len(encoded["input_ids"]) > 5
+    assert {i for row in encoded.encodings for place in context_tokens(row) for i in range(*row.offsets[place])} >= {
+        i for i, sign in enumerate(context) if sign != " "
+    }
 
 
 def test_the_loss_is_that_of_transformers_whatever_else_is_in_the_batch() -> None:
@@ -323,10 +335,22 @@ def test_answers_that_are_not_in_the_context_are_counted_shown_and_left_out(tmp_
         assert row["context"][start : start + len(text)] == text
 
 
+def test_answers_may_be_numbers_and_places_missing(tmp_path: Path) -> None:
+    """As csv files have them: pandas makes numbers of a column of years, and of a place that is not known no number."""
+    (tmp_path / "a.csv").write_text("question,context,answers\n" + "".join(f"When?,It was {1900 + n}.,{1900 + n}\n" for n in range(9)))
+    task = open_task("question-answering", str(tmp_path / "a.csv"))
+    assert all(known == [(context[7:11], 7)] for (_, context), known in zip(task.pairs["train"], task.answers["train"], strict=True))
+    rows = [{"question": "When?", "context": f"In {n}", "answers": {"text": str(n), "answer_start": float("nan")}} for n in range(9)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = open_task("question-answering", str(tmp_path / "a.jsonl"))
+    assert {known[0][1] for known in task.answers["train"]} == {3}
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"question": "a", "context": "b", "answers": 3}], "row 1: answers must be like"),
+        ([{"question": "a", "context": "b", "answers": True}], "row 1: answers must be like"),
+        ([{"question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": ["x"]}}], "row 1: answers must be like"),
         ([{"question": "a", "context": "b", "answers": {"text": ["b"], "answer_start": [0, 1]}}], "row 1: answers must be like"),
         ([{"question": "a", "context": "b"}], "no column 'answers'"),
         ([{"question": f"a{i}", "context": "b", "answers": []} for i in range(9)], "all rows have the same context"),

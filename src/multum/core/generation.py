@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .reading import token_limit
+from .reading import padded, token_limit
 
 PREFIX = "prefix"
 """The entry of a model's config with what is put before every source text, as T5 needs it."""
@@ -121,7 +121,7 @@ class Writing:
         if any(not isinstance(one, str) for one in inputs):
             raise InputError("a model that writes takes single texts, no pairs")
         texts = [self.prefix + text for text in inputs]
-        return tokenizer(texts, truncation=True, max_length=max_length, padding=tensors is not None, return_tensors=tensors)
+        return tokenizer(texts, truncation=True, max_length=max_length, **padded(tokenizer, tensors))
 
     def run(self, module: Any, tokenizer: Any, inputs: Sequence[str], *, batch_size: int = 32) -> list[np.ndarray]:
         """For each input its text as numbers, (2 + characters,)."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .reading import softmax
+from .reading import padded, softmax
 
 BEST = 20
 """Spans that are kept of a question, and firsts and lasts that are combined in a window."""
@@ -56,8 +56,7 @@ class Passages:
             max_length=max_length,
             stride=min(STRIDE, max_length // 4),
             return_overflowing_tokens=True,
-            padding=tensors is not None,
-            return_tensors=tensors,
+            **padded(tokenizer, tensors),
         )
         encoded["overflow_to_sample_mapping"] = [int(owner) for owner in encoded["overflow_to_sample_mapping"]]
         return encoded
@@ -83,8 +82,8 @@ class Passages:
         result = []
         for (question, context), rows in zip(inputs, predictions, strict=True):
             chosen = choose(rows, self.threshold)
-            counted = rows if self.threshold is not None else rows[1:]
-            share = softmax(counted[:, 2].astype(np.float64))[chosen - (self.threshold is None)] if len(counted) else 1.0
+            first = int(self.threshold is None and chosen > 0)  # no answer counts where it may be one, or is all there is
+            share = softmax(rows[first:, 2].astype(np.float64))[chosen - first]
             start, end = int(rows[chosen, 0]), int(rows[chosen, 1])
             answer = {"answer": context[start:end], "score": round(float(share), 6), "start": start, "end": end}
             result.append({"text": question, "context": context, **answer})

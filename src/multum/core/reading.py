@@ -97,7 +97,7 @@ class Texts:
 
     def encode(self, tokenizer: Any, inputs: Sequence[Any], max_length: int, tensors: str | None) -> Any:
         sides = [list(side) for side in zip(*inputs, strict=True)] if isinstance(inputs[0], tuple) else [list(inputs)]
-        return tokenizer(*sides, truncation=True, max_length=max_length, padding=tensors is not None, return_tensors=tensors)
+        return tokenizer(*sides, truncation=True, max_length=max_length, **padded(tokenizer, tensors))
 
     def predictions(self, encoded: Any, outputs: Mapping[str, np.ndarray], inputs: Sequence[Any]) -> list[np.ndarray]:
         return list(outputs["logits"])
@@ -153,6 +153,20 @@ def reader_for(config: Mapping[str, Any], source: str) -> Any:
         if str(names[0]).endswith(end):
             return getattr(import_module(f".{module}", __package__), name).of(config)
     raise InputError(f"{source} holds a {names[0]}, whose answers no task can tell; known are models {', '.join(HEADS)}")
+
+
+def padded(tokenizer: Any, tensors: str | None) -> dict[str, Any]:
+    """How a tokenizer is asked for a batch as tensors (`pt`, `np`), padded, or for bare rows.
+
+    Raises:
+        InputError: it has no token to pad with.
+    """
+    if tensors and getattr(tokenizer, "pad_token_id", 0) is None:  # that of an export always has one
+        raise InputError(
+            "the tokenizer has no token for padding; name one in tokenizer_config.json (pad_token), or save the model by way of "
+            "multum, which takes the one that ends texts"
+        )
+    return {"padding": tensors is not None, "return_tensors": tensors}
 
 
 def token_limit(config: Any, tokenizer: Any) -> int:

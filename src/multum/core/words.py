@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .reading import softmax
+from .reading import padded, softmax
 
 OUTSIDE = "O"
 SAME = {"L": "E", "U": "S"}
@@ -99,7 +99,7 @@ class Words:
             if not isinstance(sentence, str) and not all(isinstance(word, str) for word in sentence):
                 raise InputError(f"token-classification takes a text or a list of words, not {sentence!r}")
         cut = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
-        return tokenizer([text_of(each) for each in inputs], padding=tensors is not None, return_tensors=tensors, **cut)
+        return tokenizer([text_of(each) for each in inputs], **padded(tokenizer, tensors), **cut)
 
     def places(self, encoded: Any, inputs: Sequence[Any]) -> list[list[int]]:
         """For each sentence the word that each of its tokens belongs to, padding included; -1 for none."""

@@ -30,6 +30,7 @@ BATCH = 32
 class EncoderTask(ABC):
     """A task whose model is an encoder with a head; what differs is how inputs are read, the loss and the score."""
 
+    name: ClassVar[str]
     auto_class: ClassVar[str]
     head: ClassVar[str]
     """How the classes of models with this task's head are called at the end."""
@@ -38,6 +39,10 @@ class EncoderTask(ABC):
     default_split: ClassVar[SplitName] = "test"
     shrinks: ClassVar[bool] = False
     """Whether `shrink` and `export` take models of this task."""
+    pads: ClassVar[bool] = True
+    """Whether its reader pads inputs to batches by the tokenizer."""
+    least: ClassVar[int] = 8
+    """Tokens that `max_length` has at least: special ones, and something beside them."""
 
     labels: tuple[str, ...] = ()
     """The names of the model's outputs, in their order."""
@@ -52,6 +57,10 @@ class EncoderTask(ABC):
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """A digest of every split."""
 
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < self.least:
+            raise InputError(f"max_length must be at least {self.least} tokens for {self.name} (got {self.max_length})")
+
     @property
     def has_pairs(self) -> bool:
         """Whether an example is a pair of texts."""
@@ -60,10 +69,11 @@ class EncoderTask(ABC):
     def load(self, source: str, *, trust_remote_code: bool = False) -> Model:
         """A model with this task's head, whose outputs stand in the order of `labels`.
 
-        A model that has such a head keeps it. Any other gets a new, untrained one.
+        A model that has such a head keeps it. Any other gets a new, untrained one. A tokenizer without a token for padding pads with
+        the one that ends its texts: a decoder's head for whole texts reads the last token that is no padding.
 
         Raises:
-            InputError: its head knows other labels.
+            InputError: its head knows other labels; its tokenizer has no token that could be padding.
         """
         model = Model.load(source, auto_class=self.auto_class, trust_remote_code=trust_remote_code, **self._new_head(source))
         config = model.module.config
@@ -74,6 +84,8 @@ class EncoderTask(ABC):
             config.id2label = dict(enumerate(self.labels))
             config.label2id = {label: index for index, label in enumerate(self.labels)}
         self.configure(config)
+        if self.pads:
+            _find_padding(model, source)
         return model
 
     def configure(self, config: Any) -> None:  # noqa: B027 - most have nothing to say
@@ -168,6 +180,17 @@ def model_columns(encoded: Mapping[str, Any], model: Model, *, pairs: bool) -> d
     if pairs and "token_type_ids" in encoded and getattr(model.module.config, "type_vocab_size", 1) > 1:
         wanted.append("token_type_ids")
     return {name: encoded[name] for name in wanted}
+
+
+def _find_padding(model: Model, source: str) -> None:
+    tokenizer, config = model.tokenizer, model.module.config
+    if tokenizer.pad_token_id is None:
+        others = (getattr(tokenizer, f"{name}_token") for name in ("eos", "sep", "unk", "bos"))
+        tokenizer.pad_token = next(filter(None, others), None)
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{source}: its tokenizer has no token for padding (pad_token), nor any that could stand for it")
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _reorder(module: nn.Module, columns: Sequence[int]) -> None:

@@ -40,6 +40,7 @@ class GenerationTask(EncoderTask):
     name: ClassVar[str]
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     head: ClassVar[str] = "ForConditionalGeneration"
+    pads: ClassVar[bool] = False  # `load` asks for more
     columns: ClassVar[tuple[str, ...]]
     """What is read and what is written."""
 

@@ -42,17 +42,6 @@ class TextTask(EncoderTask):
         """Whether an example is a pair of texts."""
         return isinstance(self.texts["train"][0], tuple)
 
-    def load(self, source: str, *, trust_remote_code: bool = False) -> Model:
-        """As for any task. A decoder without a token for padding pads with the one that ends its texts: its head reads the last
-        token that is no padding."""
-        model = super().load(source, trust_remote_code=trust_remote_code)
-        tokenizer = model.tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        if model.module.config.pad_token_id is None:
-            model.module.config.pad_token_id = tokenizer.pad_token_id
-        return model
-
     def configure(self, config: Any) -> None:
         """Which loss belongs to the outputs."""
         config.problem_type = self.problem

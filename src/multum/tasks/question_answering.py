@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..errors import InputError
 from ._encoder import SPLITS, EncoderTask, model_columns
 from ._interval import bootstrap, mean_of
 from ._squad import exact_match, f1
+from ._texts import as_label
 
 Answer = tuple[str, int]
 """The text, and where in the context it begins."""
@@ -47,6 +49,7 @@ class QuestionAnswering(EncoderTask):
     values: ClassVar[tuple[str, ...]] = ("answers",)
     """Columns that are no texts."""
     keys: ClassVar[tuple[str, ...]] = ("question", "context")
+    least: ClassVar[int] = 32  # half of it is the question's, and the windows share a quarter
     group: ClassVar[str | None] = "context"
     """Rows that agree in this go into the same split, where splits have to be made."""
 
@@ -245,6 +248,8 @@ def _listed(cell: Any) -> list[tuple[str, int | None]] | None:
             return [(cell.strip(), None)]
     if cell is None or (isinstance(cell, float) and cell != cell):
         return []
+    if isinstance(cell, Real) and not isinstance(cell, bool):  # a column of years
+        return [(as_label(cell), None)]
     if isinstance(cell, dict):
         texts, starts = cell.get("text"), cell.get("answer_start")
         if isinstance(texts, str):
@@ -252,9 +257,10 @@ def _listed(cell: Any) -> list[tuple[str, int | None]] | None:
         if not isinstance(texts, list | tuple | np.ndarray):
             return None
         starts = list(starts) if isinstance(starts, list | tuple | np.ndarray) else [None] * len(texts)
-        if len(starts) != len(texts):
+        if len(starts) != len(texts) or not all(start is None or isinstance(start, Real) for start in starts):
             return None
-        return [(str(text), None if start is None else int(start)) for text, start in zip(texts, starts, strict=True)]
+        places = [None if start is None or start != start else int(start) for start in starts]
+        return [(str(text), place) for text, place in zip(texts, places, strict=True)]
     if not isinstance(cell, list | tuple | np.ndarray):
         return None
     parts = [_listed(part) for part in cell]
