@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -216,4 +217,7 @@ def _check_source(source: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says first, without the names of transformers' own classes where it has no such head for a kind of model."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    kind = re.match(r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'>", line)
+    return f"transformers has no such head for models of the kind {kind[1]}" if kind else line
