@@ -93,7 +93,9 @@ def test_accuracy_and_cross_entropy_of_the_hidden_tokens() -> None:
     quality = made.score(np.stack(tables), "test")
     assert quality.metric == "accuracy"
     assert quality.value == hits / asked
-    assert quality.others == {"cross_entropy": pytest.approx(nll / asked, rel=1e-5), "masked_tokens": asked}
+    loss = pytest.approx(nll / asked, rel=1e-5)
+    perplexity = pytest.approx(np.exp(nll / asked), rel=1e-4)
+    assert quality.others == {"cross_entropy": loss, "perplexity": perplexity, "masked_tokens": asked}
     assert quality.ci95[0] <= quality.value <= quality.ci95[1]
 
 

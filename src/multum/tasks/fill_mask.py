@@ -1,9 +1,10 @@
 """Fill-mask: a masked language model, measured by the tokens that it is asked for in held-out text.
 
-    accuracy = hits / asked for          cross entropy = Σ -log p / asked for
+    accuracy = hits / asked for          cross entropy = Σ -log p / asked for          perplexity = exp(cross entropy)
 
 over the windows of all texts (`core/sentences`): 15 % of the tokens, the same ones for every model that reads the same tokens. The
-interval is that of a bootstrap over windows. Training asks for other tokens in the way of BERT (`core/masking`).
+interval is that of a bootstrap over windows. Training asks for other tokens in the way of BERT (`core/masking`). The perplexity is
+that of 15 % hidden at a time; the pseudo-perplexity of a text, one token at a time, is what `multum score` tells.
 """
 
 from __future__ import annotations
@@ -70,5 +71,9 @@ class FillMask(LanguageTask):
             value=float(hits / asked),
             ci95=bootstrap(sums[:, 1:], mean_of),
             n=len(sums),
-            others={"cross_entropy": float(nll / asked), "masked_tokens": float(asked)},
+            others={
+                "cross_entropy": float(nll / asked),
+                "perplexity": float(np.exp(nll / asked)),
+                "masked_tokens": float(asked),
+            },
         )
