@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import taggers
+import translators
 
 import multum
 from multum import runtimes
@@ -17,6 +18,7 @@ from multum.bench import Bench, measured_table
 from multum.budget import QUICK
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
+from multum.errors import InputError
 
 EFFORT = replace(
     QUICK,
@@ -81,6 +83,15 @@ def test_a_run_from_base_encoder_to_report(name: str, tmp_path: Path) -> None:
     predictor = runtimes.open(output / "chosen", threads=1)
     inputs = [tuple(row["tokens"]) if name.startswith("token") else (row["question"], row["context"]) for row in data[:3]]
     assert len(predictor.reader.answers(predictor.predict(inputs), inputs, predictor.labels)) == 3
+
+
+def test_an_encoder_decoder_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    """transformers has heads of these tasks for some of them; their decoders are no blocks of an encoder."""
+    translators.translator("bart").save(tmp_path / "bart")
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, taggers.asked(40))))
+    with pytest.raises(InputError, match="shrink for question-answering takes models of one stack of blocks.*'bart'"):
+        multum.shrink(str(tmp_path / "bart"), task="question-answering", data=str(tmp_path / "data.jsonl"), output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_table_of_a_tagger_has_no_cheap_last_block() -> None:

@@ -71,6 +71,8 @@ class Descent:
     """Forward passes that the teacher's answer to a text costs."""
     paced: ClassVar[int] = 64
     """Examples that the pace of a forward pass is told by."""
+    stacks: ClassVar[int] = 1
+    """Of blocks, that a model has."""
     exporting: ClassVar[float] = 0.0
     """Seconds that exporting a rung takes beside measuring it, before any was exported."""
 
@@ -196,6 +198,7 @@ class TranslatorDescent(WritingDescent):
     teaches: ClassVar[str] = "distill_generation"
     teacher_passes: ClassVar[float] = WRITING
     paced: ClassVar[int] = 32
+    stacks: ClassVar[int] = 2
     widest: tuple[int, int] = (1, 1)
     """Heads and neurons of the original's widest block."""
 

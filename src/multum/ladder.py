@@ -8,6 +8,7 @@ from typing import Any
 
 from . import bench
 from .budget import Effort
+from .core.families import one_stack
 from .core.folders import read_json, write_json
 from .core.model import Model
 from .core.packed import refuse_packed
@@ -236,6 +237,8 @@ class Ladder(Landing):
     def _check(self, model: Model) -> None:
         """What this model cannot do is said before the first hour, and what will be cut off its texts with it."""
         refuse_packed(model.module, "shrink")
+        if self.descent.stacks == 1:
+            one_stack(model.module, f"shrink for {self.task.name}")
         if not heads_and_neurons(model.module):
             raise InputError(f"{model.source} has no layers left, so that there is nothing to make smaller")
         if not convertible(model.tokenizer) and self.descent.exports:
