@@ -695,6 +695,11 @@ def test_measure_prints_json_alone_and_looks_up_the_run_s_data(places, work):
     assert "out/model" in table.stdout
 
 
+def test_what_the_data_lost_is_said_beside_the_figures(capsys):
+    remark([{"truncated": 0, "n": 16, "speed": {"spread": 0.0}}], ["test: 1 row dropped: empty text"])
+    assert capsys.readouterr().err == "Note: test: 1 row dropped: empty text\n"
+
+
 def test_export_then_measure_and_predict(places, work):
     data = ["--data", places[1], *TASK]
     exported = call("export", places[0], "--to", "onnxruntime", "--precision", "fp32", "-o", "out", *data)

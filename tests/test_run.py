@@ -114,6 +114,17 @@ def test_what_is_measured_is_said_before_it_is(whole, chain, tmp_path, monkeypat
     assert line.rstrip().endswith(f"about {duration(6 * (START + 3 * 10 + 16 * 0.5))}")
 
 
+def test_what_is_left_out_of_the_data_is_said_at_once(places, tmp_path, monkeypatch):
+    rows = on_disk.tiny.splits(n_train=32, n_validation=16, n_test=16)
+    for name in ("train", "validation", "test"):
+        on_disk.write_csv(tmp_path / f"data/{name}.csv", [*getattr(rows, name).to_list(), {"text": " ", "label": "positive"}])
+    seen = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(_run._Chain, "step", lambda *_: None)
+    monkeypatch.setattr(_run._Chain, "finish", lambda *_: {})
+    run(recipe_of(places, data=str(tmp_path / "data")), tmp_path / "out", progress=Progress(seen))
+    assert "train: 1 row dropped: empty text" in seen.file.getvalue()
+
+
 def test_a_pace_is_that_of_what_measuring_asks_for(monkeypatch):
     """A classifier answers; a causal model also writes; what nobody waits for is not scored."""
     clock, asked = [0.0], []

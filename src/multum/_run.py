@@ -104,6 +104,8 @@ class _Chain:
                 raise InputError(f"{self.folder} was made from other data than {held} holds now; choose another -o")
             return summary
         model = self.task.load(locate(self.recipe.model), trust_remote_code=trust_remote_code)
+        for note in self.task.notes:
+            self.progress.say(note)
         self.folder.mkdir(parents=True, exist_ok=True)
         summary = {
             "schema": 1,

@@ -186,7 +186,7 @@ def measure(
     else:
         places = [str(getattr(target, "target", target)) for target in targets]
         terminal.print_rows(terminal.metric_rows(places, metrics), f"On the {split} split, n = {metrics[0]['n']}")
-    remark(metrics)
+    remark(metrics, opened.notes)
 
 
 @app.command(epilog="Example: multum export runs/reviews/chosen --to openvino --precision int8 -o served --data reviews.csv")

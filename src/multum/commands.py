@@ -109,10 +109,12 @@ def without_data(step: str, data: str) -> list[str]:
     return [f"--data is missing: {step} works on the task's data"]
 
 
-def remark(metrics: Sequence[Mapping[str, Any]]) -> None:
-    """What to know of figures before trusting them."""
+def remark(metrics: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> None:
+    """What to know of figures before trusting them; `notes` are those of the data."""
     from ._measure import DISTURBED, unsteady
 
+    for note in notes:
+        terminal.say(f"Note: {note}")
     if longest := max(one.get("truncated", 0) for one in metrics):
         terminal.say(f"Note: {longest} of {metrics[0]['n']} texts were longer than a model takes and were cut")
     if any(unsteady(one["speed"]) for one in metrics):
