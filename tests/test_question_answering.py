@@ -173,6 +173,17 @@ def test_the_loss_is_that_of_transformers_whatever_else_is_in_the_batch() -> Non
     assert loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
 
 
+def test_every_reference_counts_wherever_it_stands() -> None:
+    """As in the official script: a part of one that the context has in other words is worth what they share."""
+    rows = [{**row, "answers": {"text": ["moving", "zebra moving"], "answer_start": [2, -1]}} for row in taggers.asked(3)]
+    task = QuestionAnswering.from_splits(
+        taggers.splits([{**row, "context": f"a moving zebra {number}"} for number, row in enumerate(rows)], 1, 1)
+    )
+    whole = task.score(np.array([[[0, 0, 0.0], [2, 14, 1.0]]], dtype=np.float32), "test")
+    assert (whole.value, whole.others["exact_match"]) == (1.0, 0.0)
+    assert task.encode(taggers.answerer(), "train")["labels"][0][0] > 0
+
+
 def test_quality_of_both_kinds_of_questions() -> None:
     task = taggers.answering(30, 6, 20, unanswerable=True)
     rows = []
@@ -330,17 +341,24 @@ def test_answers_that_are_not_in_the_context_are_counted_shown_and_left_out(tmp_
         for pair, known in zip(task.pairs[name], task.answers[name], strict=True)
     }
     assert len(found) == 26
-    for row in rows[4:6]:
-        ((text, start),) = found[row["question"], row["context"]]
+    for row, beside in zip(rows[4:6], ([("missing 4", -1)], []), strict=True):
+        (text, start), *others = found[row["question"], row["context"]]
+        assert others == beside
         assert row["context"][start : start + len(text)] == text
 
 
 def test_answers_may_be_numbers_and_places_missing(tmp_path: Path) -> None:
     """As csv files have them: pandas makes numbers of a column of years, and of a place that is not known no number."""
-    (tmp_path / "a.csv").write_text("question,context,answers\n" + "".join(f"When?,It was {1900 + n}.,{1900 + n}\n" for n in range(9)))
+    (tmp_path / "a.csv").write_text(
+        "question,context,answers\n" + "".join(f"When?,It was {1900 + n}.,{1900 + n}\n" for n in range(9))
+    )
     task = open_task("question-answering", str(tmp_path / "a.csv"))
-    assert all(known == [(context[7:11], 7)] for (_, context), known in zip(task.pairs["train"], task.answers["train"], strict=True))
-    rows = [{"question": "When?", "context": f"In {n}", "answers": {"text": str(n), "answer_start": float("nan")}} for n in range(9)]
+    assert all(
+        known == [(context[7:11], 7)] for (_, context), known in zip(task.pairs["train"], task.answers["train"], strict=True)
+    )
+    rows = [
+        {"question": "When?", "context": f"In {n}", "answers": {"text": str(n), "answer_start": float("nan")}} for n in range(9)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = open_task("question-answering", str(tmp_path / "a.jsonl"))
     assert {known[0][1] for known in task.answers["train"]} == {3}

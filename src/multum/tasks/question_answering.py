@@ -34,6 +34,8 @@ from ._texts import as_label
 
 Answer = tuple[str, int]
 """The text, and where in the context it begins."""
+NOWHERE = -1
+"""Where a reference begins that does not occur in the context, beside one that does."""
 SHOWN = 3
 
 
@@ -203,7 +205,8 @@ def _pairs(rows: Dataset) -> list[tuple[str, str]]:
 
 
 def _fitting(table: pd.DataFrame, split: str, notes: list[str], problems: list[str]) -> pd.DataFrame:
-    """A table whose answers stand in its contexts, without spaces around these; what does not is counted and shown."""
+    """A table whose answers stand in its contexts, without spaces around these; questions none of whose answers does are counted
+    and shown. Where one does, the others come behind it: they are right all the same."""
     kept, answers, lost = [], [], []
     for number, (context, cell) in enumerate(zip(table["context"], table["answers"], strict=True)):
         found = _listed(cell)
@@ -213,13 +216,16 @@ def _fitting(table: pd.DataFrame, split: str, notes: list[str], problems: list[s
             )
             continue
         bare = [(text.strip(), None if start is None else start + len(text) - len(text.lstrip())) for text, start in found]
-        placed = [(text, place) for text, start in bare if (place := _place(text, start, context)) is not None]
+        everywhere = [(text, _place(text, start, context)) for text, start in bare]
+        placed = [(text, place) for text, place in everywhere if place is not None]
+        others = [text for text, place in everywhere if text and place is None]
         if found and not placed:
             lost.append(found[0][0])
             continue
         spaces = len(context) - len(context.lstrip())
         kept.append(number)
-        answers.append({"text": [text for text, _ in placed], "answer_start": [place - spaces for _, place in placed]})
+        starts = [*(place - spaces for _, place in placed), *[NOWHERE] * len(others)]
+        answers.append({"text": [*(text for text, _ in placed), *others], "answer_start": starts})
     if lost:
         shown = ", ".join(repr(text[:60]) for text in lost[:SHOWN])
         what = "question" if len(lost) == 1 else "questions"
