@@ -72,7 +72,7 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
 
 def test_what_has_no_place_to_fill_is_refused(folder: Path) -> None:
     predictor = runtimes.open(folder, threads=1)
-    with pytest.raises(InputError, match=r"texts 1, 3: no \[MASK\]; write it where.*multum score"):
+    with pytest.raises(InputError, match=r"texts 1, 3: no \[MASK\]; write it where a word is asked for.*multum score"):
         next(filled(predictor, ["a film", TEXTS[0], "<mask>"]))
     with pytest.raises(InputError, match="no pairs"):
         next(filled(predictor, [("a", "b")]))

@@ -89,7 +89,7 @@ def test_an_encoder_decoder_is_refused_before_it_is_trained(tmp_path: Path) -> N
     """transformers has heads of these tasks for some of them; their decoders are no blocks of an encoder."""
     translators.translator("bart").save(tmp_path / "bart")
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, taggers.asked(40))))
-    with pytest.raises(InputError, match="shrink for question-answering takes models of one stack of blocks.*'bart'"):
+    with pytest.raises(InputError, match=r"shrink for question-answering takes models of one stack of blocks.*'bart'"):
         multum.shrink(str(tmp_path / "bart"), task="question-answering", data=str(tmp_path / "data.jsonl"), output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

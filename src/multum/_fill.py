@@ -2,7 +2,7 @@
 
     p(w | the text)        for each place by itself, the other masks of the text left as they are
 
-A text longer than the model reads is read in windows, half of one apart; a place is asked for in the window whose middle is nearest.
+A text longer than the model reads is read in windows, half of one apart; a place is asked for in the one whose middle is nearest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def filled(predictor: Any, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
     if lacking := [str(number) for number, ids in enumerate(rows, 1) if mask not in ids]:
         sign, what = words.id_to_token(mask), "text" if len(lacking) == 1 else "texts"
         raise InputError(
-            f"{what} {few(lacking)}: no {sign}; write it where the model is to say a word ('multum score' tells how probable a text is)"
+            f"{what} {few(lacking)}: no {sign}; write it where a word is asked for ('multum score' scores whole texts)"
         )
     run = predictor.passes(predictor.threads)
     for text, ids in zip(texts, rows, strict=True):

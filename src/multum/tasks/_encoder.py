@@ -69,8 +69,8 @@ class EncoderTask(ABC):
     def load(self, source: str, *, trust_remote_code: bool = False) -> Model:
         """A model with this task's head, whose outputs stand in the order of `labels`.
 
-        A model that has such a head keeps it. Any other gets a new, untrained one. A tokenizer without a token for padding pads with
-        the one that ends its texts: a decoder's head for whole texts reads the last token that is no padding.
+        A model that has such a head keeps it. Any other gets a new, untrained one. A tokenizer without a token for padding pads
+        with the one that ends its texts: a decoder's head for whole texts reads the last token that is no padding.
 
         Raises:
             InputError: its head knows other labels; its tokenizer has no token that could be padding.
