@@ -212,7 +212,7 @@ def test_what_is_cut_is_cut_further(family: str, task: Any, tmp_path: Any) -> No
 
 
 def test_stock_transformers_loads_the_same_or_refuses(task: Any, tmp_path: Any) -> None:
-    """Whose heads fill the new width is a stock model, but for MPNet's table of position biases; whose first block's alone do is none."""
+    """Whose heads fill the new width is a stock model, but for MPNet's table of position biases; if only some do, it is none."""
     expected, refused = {}, []
     for family in (*NEW, "mpnet"):
         made = PruneHidden(keep=0.75, samples=16)(tiny.model(family), task)
@@ -236,8 +236,9 @@ from transformers import AutoModelForSequenceClassification as Auto
 assert "multum" not in sys.modules
 expected, refused = json.load(open({str(tmp_path / "folders.json")!r}))
 for folder, each in expected.items():
+    batch = {{name: torch.tensor(value) for name, value in each["batch"].items()}}
     with torch.no_grad():
-        logits = Auto.from_pretrained(folder).eval()(**{{name: torch.tensor(value) for name, value in each["batch"].items()}}).logits
+        logits = Auto.from_pretrained(folder).eval()(**batch).logits
     assert torch.allclose(logits, torch.tensor(each["logits"]), atol=1e-6), folder
 for folder in refused:
     try:
@@ -249,6 +250,15 @@ for folder in refused:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def last_stream(module: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What comes out of the last block."""
+    seen: list[Any] = []
+    hook = blocks_of(module)[-1].register_forward_hook(lambda _, __, out: seen.append(out))
+    module(**batch)
+    hook.remove()
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
 
 
 @pytest.mark.parametrize("family", NEW)
@@ -264,14 +274,8 @@ def test_reconstruct_brings_the_stream_nearer(family: str, task: Any, tmp_path: 
         """How far what comes out of the last block is from the whole model's on these channels."""
         found = 0.0
         for batch in batches:
-            seen = []
-            for each in (whole, model):
-                last = blocks_of(each.module)[-1]
-                hook = last.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
-                each.module(**batch)
-                hook.remove()
-            mask = batch["attention_mask"].bool()
-            found += float((seen[0][..., kept] - seen[1])[mask].square().sum())
+            theirs, ours = (last_stream(each.module, batch)[batch["attention_mask"].bool()] for each in (whole, model))
+            found += float((theirs[:, kept] - ours).square().sum())
         return found
 
     assert apart(repaired) < 0.9 * apart(made)

@@ -53,8 +53,8 @@ def cut(model: Model) -> Model:
 
 
 def smaller(family: str, task: TextGeneration) -> Model:
-    """A causal model after all that changes its shape: its width too, which Llama's config can state and GPT-2's cannot, and Llama's
-    matrices as factors."""
+    """A causal model after all that changes its shape: its width too, which Llama's config can state and GPT-2's cannot, and
+    Llama's matrices as factors."""
     model = tiny.language_model(family, layers=3)
     model = make("drop_layers", {"which": (1,)})(model, task)
     model = make("slice_hidden" if family == "llama" else "prune_hidden", {"keep": 0.75, "samples": 8})(model, task)

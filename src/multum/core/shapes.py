@@ -146,7 +146,7 @@ def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
     Raises:
         ValueError: a name is no linear layer of this model.
     """
-    linears: dict[str, Any] = {name: part for name, part in module.named_modules() if is_linear(part) or _is_table(name, part)}
+    linears: dict[str, Any] = {name: part for name, part in module.named_modules() if is_linear(part) or _is_table(part, name)}
     unknown = sorted(set(shapes) - set(linears))
     if unknown:
         raise ValueError(f"config.json gives shapes for layers that this model does not have: {', '.join(unknown)}")
@@ -156,7 +156,7 @@ def apply_shapes(module: nn.Module, shapes: Shapes) -> None:
         if len(shape) == 3:
             swap(module, name, Factored.like(linears[name], shape[1], out_features, in_features))
             continue
-        if _is_table(name, linears[name]):
+        if _is_table(linears[name], name):
             old = linears[name].weight
             swap(module, name, nn.Embedding(out_features, in_features, device=old.device, dtype=old.dtype))
             continue
@@ -189,16 +189,16 @@ def _rows_of_ones(module: nn.Module) -> dict[nn.Module, int]:
 
 
 def current_shapes(module: nn.Module) -> Shapes:
-    """(out, in) of every linear layer, (out, rank, in) of factored ones, (buckets, heads) of tables of position biases; removed ones
-    are told by comparing with `stock_shapes`."""
+    """(out, in) of every linear layer, (out, rank, in) of factored ones, (buckets, heads) of tables of position biases; removed
+    ones are told by comparing with `stock_shapes`."""
     parts = list(module.named_modules())
     matrices = (BiasOnly, PackedLinear, TiedLinear)
     shapes: Shapes = {name: shape_of(part) for name, part in parts if is_linear(part) or isinstance(part, matrices)}
-    shapes |= {name: (part.num_embeddings, part.embedding_dim) for name, part in parts if _is_table(name, part)}
+    shapes |= {name: (part.num_embeddings, part.embedding_dim) for name, part in parts if _is_table(part, name)}
     return shapes | {name: part.shape for name, part in parts if isinstance(part, Factored)}
 
 
-def _is_table(name: str, part: Any) -> TypeGuard[nn.Embedding]:
+def _is_table(part: Any, name: str) -> TypeGuard[nn.Embedding]:
     """Whether it has a column for each head of the unpruned block, however many the config says there are."""
     return isinstance(part, nn.Embedding) and name.rpartition(".")[2] == TABLE
 

@@ -35,7 +35,7 @@ one. What transformers computes from the width (`core/width`) is made up for by 
 
 A cut of the width hurts more than one of heads or neurons. What is left is meant to be repaired: by `reconstruct`, which compares
 with the teacher on the kept channels, and by distilling (`distill`, `distill_layers`). Heads keep their size, so that the result
-loads after `import multum` and stock transformers refuses it, unless heads were pruned until they fill the new width; T5's config
+loads after `import multum` and stock transformers refuses it, unless heads are pruned until they fill the new width; T5's config
 states that size, and it loads anywhere. It takes also BERT, DeBERTa-v2, DistilBERT, ELECTRA, GPT-2, ModernBERT, MPNet, OPT, RoBERTa
 and XLM-R; for Llama-like models there is `slice_hidden`.
 """
