@@ -18,9 +18,9 @@ a vocabulary less. The rest is not made good.
 
 A norm over fewer channels divides by another deviation. n is the stream before it, normed over the kept channels, y what the whole
 norm gave: the least-squares line through both, channel by channel, is its new gain and shift; without a shift the line through the
-origin, γ_c = E n_c y_c / E n_c². Where the removed channels are zero and the mean of the others too, that is γ sqrt(d / d'), and the
-model answers as before. With keep 1 nothing changes. What the removed channels gave to the deviation of one token and not of another
-is not made good.
+origin, γ_c = E n_c y_c / E n_c². Where the removed channels are zero and the mean of the others too, that is γ sqrt(d / d'), and
+the model answers as before. With keep 1 nothing changes. What the removed channels gave to the deviation of one token and not of
+another is not made good.
 
 Norms may stand behind the sublayers or before them, with one more behind the last block. Turning the stream to its principal
 directions before (`slice_hidden`) would lose less at the same width, but ModernBERT's cannot be turned, because the norm behind its
@@ -195,8 +195,8 @@ def _bare(norm: nn.Module, kept: Sequence[int]) -> nn.Module:
 def fitted_norms(
     module: nn.Module, norms: Sequence[str], kept: Sequence[int], batches: Sequence[Batch]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """γ and β, (kept,), of norms over these channels alone that come nearest to what the whole ones give; β is None where a norm has
-    no shift. Norms that were not run are left out."""
+    """γ and β, (kept,), of norms over these channels alone that come nearest to what the whole ones give; β is None where a norm
+    has no shift. Norms that were not run are left out."""
     index, bare = list(kept), {name: _bare(module.get_submodule(name), kept) for name in norms}
     of_n, of_y = ({name: Moments() for name in norms} for _ in range(2))
     both: dict[str, torch.Tensor] = {}
