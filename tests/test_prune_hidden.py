@@ -87,7 +87,7 @@ class Ids:
         return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
 
-HEADS = {family: ["MaskedLM", "TokenClassification", "QuestionAnswering", ""] for family in TAKEN if family != "xlm-roberta"}
+HEADS = {family: ["MaskedLM", "TokenClassification", "QuestionAnswering", ""] for family in FAMILIES if family != "xlm-roberta"}
 HEADS |= {"gpt2": ["CausalLM", "TokenClassification", ""], "opt": ["CausalLM", "QuestionAnswering", ""]}
 
 
