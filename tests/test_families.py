@@ -74,6 +74,7 @@ def test_every_field_of_a_row_is_looked_at_here() -> None:
     surgery = {"gate", "pre_norm", "head_matrices", "head_bias", "query_heads", "query_features", "key_heads", "tuples"}
     surgery |= {"free_heads", "neurons_field"}
     two_stacks = {"decoder", "cross", "handed_on", "heads_field", "layers_field"}  # test_encoder_decoders
+    two_stacks |= {"last_norm", "head_norm"}  # test_prune_hidden_kinds, test_prune_hidden_two_stacks
     assert {field.name for field in fields(Family)} - looked_at == {"position_offset", "head_activation", *surgery, *two_stacks}
 
 
