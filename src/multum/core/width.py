@@ -6,9 +6,10 @@
 
 At a width d' the table of embeddings takes sqrt(d / d'), so that x is what it was. A head that shares the table then answers
 sqrt(d / d') times as much, and T5's does by itself: the norm that it reads takes sqrt(d' / d). So table and head stay one, and the
-config says what transformers expects. Where that norm is the last block's (BART, Marian), dropping this block loses the factor.
+config says what transformers expects. Where that norm is the last block's (BART, Marian), dropping this block loses the factor:
+drop blocks before.
 
-Marian's positions at d' are no others at d with some channels left out. Those of a cut model are weights of its own: they are saved
+Marian's positions at d' are not those at d with channels left out. Those of a cut model are weights of its own: they are saved
 as such, where transformers, which computes them, saves none; `config.json` names them (`shapes`).
 """
 
