@@ -242,8 +242,9 @@ def test_reconstruct_compares_on_the_kept_channels(task, tmp_path):
         stranger(made, task)
 
 
-def test_a_student_of_other_sizes_has_heads_of_its_own(task):
-    made = PruneHidden(keep=0.75, samples=16)(tiny.model("bert"), task)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "deberta-v2"])
+def test_a_student_of_other_sizes_has_heads_of_its_own(family, task):
+    made = PruneHidden(keep=0.75, samples=16)(tiny.model(family), task)
     assert made.module.config.head_dim == 8
     student, _ = make_student(made, {"num_hidden_layers": 1}, task)
     assert head_size(student.module) == 6

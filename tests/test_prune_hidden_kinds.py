@@ -130,6 +130,33 @@ def test_tables_of_relative_positions_are_cut_with_the_stream(more: dict[str, An
     assert make("prune_structured", {"speedup": 1.5, "samples": 16, "neuron_group": 4})(made, task).parameters() < made.parameters()
 
 
+def test_a_head_that_multiplies_with_the_table_itself(tmp_path: Any) -> None:
+    """DeBERTa-v3's over the vocabulary (`legacy: false`)."""
+    whole = tiny.model("deberta-v2")
+    config = deepcopy(whole.module.config)
+    config.legacy, config.hidden_act = False, "linear"  # so that the mean is zero behind the activation
+    torch.manual_seed(0)
+    module = tiny_families.spread(transformers.AutoModelForMaskedLM.from_config(config)).eval()
+    planted(module, channels_of(module, 24))
+    made = PruneHidden(keep=0.75, samples=16)(Model(module=module, tokenizer=whole.tokenizer, source="tiny"), Ids())
+    assert made.history[-1]["kept_hidden"] == KEPT
+    expected = answers(module)
+    assert torch.allclose(answers(made.module), expected, atol=2e-4 * float(expected.abs().max()))
+    made.save(tmp_path / "model")
+    assert torch.equal(answers(Model.load(tmp_path / "model", auto_class="AutoModelForMaskedLM").module), answers(made.module))
+
+
+def test_the_norm_that_the_first_block_lost_is_as_wide_as_the_rest(task: Any, tmp_path: Any) -> None:
+    made = PruneHidden(keep=0.75, samples=16)(tiny.model("modernbert", layers=3), task)
+    made = make("drop_layers", {"which": (0,)})(made, task)
+    made.save(tmp_path / "model")
+    assert made.module.config.quantization_config.norms == ["model.layers.0.attn_norm"]
+    again, batch = Model.load(tmp_path / "model", auto_class=task.auto_class), task.calibration(made, 8)[0]
+    with torch.no_grad():
+        assert torch.equal(again.module(**batch).logits, made.module(**batch).logits)
+    assert PruneHidden(keep=0.67, samples=16)(again, task).history[-1]["hidden"] == [24, 16]
+
+
 def test_a_matrix_that_reads_tokens_and_positions_counts_both() -> None:
     model = classifier("deberta-v2", share_att_key=True)
     name, batches, seen = "deberta.encoder.layer.1.attention.self.query_proj", Ids().calibration(model, 8), []
