@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from openvino import opset13 as ops
+from test_runtime_writers import cut
 from torch import nn
 
 from multum import runtimes
@@ -107,9 +108,8 @@ def test_weights_alone_are_integers(bits: int, hidden: int, floats: None) -> Non
     table[7] *= 50  # a scale for the whole table would leave nothing of the others
     made = _weights.integer_weights(tied_graph(table, matrix, bias), bits)
     blocks = -(-hidden // 32)
-    # The table once, a byte a weight, and the matrix, with 4 bits and its zero points or with 8.
-    matrix_bytes = 32 * blocks * 32 if bits == 8 else 32 * (blocks * 16 + -(-blocks // 2))
-    assert sizes(made, onnx.TensorProto.UINT8) == TOKENS * blocks * 32 + matrix_bytes
+    # The table once, a byte a weight, and the matrix.
+    assert sizes(made, onnx.TensorProto.UINT8) == TOKENS * blocks * 32 + 32 * blocks * 32 * bits // 8
     assert sizes(made, onnx.TensorProto.FLOAT) == (TOKENS + 32) * blocks + 32 + 1
     rows, y, z = run(made, ids=IDS)
     step = np.abs(table).max(1, keepdims=True) / 127
@@ -229,6 +229,27 @@ def test_packed_models_are_exported_with_their_own_codes(runtime: str, family: s
     sums = runtimes.open(tmp_path / "out", threads=1).predict(texts)
     for found, reference in zip(sums, causal_sums(model.module, model.tokenizer, texts), strict=True):
         np.testing.assert_allclose(found[: len(reference)], reference, rtol=1e-3 if runtime == "onnxruntime" else 0.2)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_models_of_any_sizes_are_rounded_to_4_bits(runtime: str, tmp_path: Path) -> None:
+    """Heads and neurons are gone here and there: rows are made up of no whole blocks."""
+    model, task = writer("llama", layers=2, hidden=64, neurons=150)
+    cut(model)
+    facts = export_model(runtimes.find(runtime), model, tmp_path / "out", "int4", task, 0)
+    assert 1e-4 < facts["kl_nats"] < 0.5
+    assert facts["agreement"] > 0.5
+    assert "own_codes" not in facts
+    file = tmp_path / "out" / ("decoder.onnx" if runtime == "onnxruntime" else "decoder.bin")
+    held = file.stat().st_size
+    if runtime == "onnxruntime":
+        held = sum(len(one.raw_data) for one in onnx.load(file).graph.initializer)
+    assert held < 0.35 * 4 * model.parameters()
+    predictor, texts = runtimes.open(tmp_path / "out", threads=1), tiny.passages(3)
+    assert predictor.precision == "int4"
+    for found, reference in zip(predictor.predict(texts), causal_sums(model.module, model.tokenizer, texts), strict=True):
+        assert found[: len(reference), 1:].tolist() == reference[:, 1:].tolist()
+        assert np.abs(found[: len(reference), 0] / reference[:, 0] - 1).max() < 0.3
 
 
 def test_what_reads_has_no_4_bits(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from ._own_codes import Codes, OwnCodes
 from ._traced import quiet
 
-GROUP, LEAST = 64, 16
+GROUP, LEAST = 32, 16
 """Inputs that share a scale where NNCF rounds to 4 bits; fewest, there and of codes that a model brings."""
 
 

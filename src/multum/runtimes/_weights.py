@@ -5,9 +5,9 @@ r"""The weights of a graph as integers of 8 or 4 bits, and nothing else: what mo
 One scale for all of a layer's activations, as dynamic quantization has it, does not do here: a few features of language models are
 hundreds of times as large as the others (Dettmers et al. 2022, arXiv:2208.07339, section 4), and SmolLM2 forgets what it knows.
 
-With 8 bits zero points are in the middle, with 4 every block has its own. The matrix that makes the logits has 8 bits in both
-cases, and so have tables that are looked up, with a scale for every row. A table that makes the logits too is stored once, in
-blocks. Codes that the model brings are taken as they are (`_own_codes`).
+The matrix that makes the logits has 8 bits in both cases, and so have tables that are looked up, with a scale for every row. A table
+that makes the logits too is stored once, in blocks. Zero points are in the middle; codes that the model brings are taken as they are,
+with their own (`_own_codes`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ._own_codes import Codes, OwnCodes
+from ._traced import quiet
 
 BLOCK, LEAST, MOST = 32, 16, 128
 """Inputs that share a scale where the library rounds; fewest and most in a block of codes that a model brings. Powers of two."""
@@ -60,18 +61,19 @@ def integer_weights(graph: Any, bits: int, own: OwnCodes | None = None) -> Any:
 
 def _rounded(model: Any, bits: int, left: Collection[str] = ()) -> Any:
     """All constant matrices but those of the nodes that are left, by the library."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    with quiet():
+        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    found: Any = MatMulNBitsQuantizer(
-        model,
-        bits=bits,
-        block_size=BLOCK,
-        is_symmetric=bits == 8,
-        accuracy_level=ROUNDS_ACTIVATIONS,
-        nodes_to_exclude=list(left),
-        op_types_to_quantize=("MatMul",),
-    )
-    found.process()
+        found: Any = MatMulNBitsQuantizer(
+            model,
+            bits=bits,
+            block_size=BLOCK,
+            is_symmetric=True,
+            accuracy_level=ROUNDS_ACTIVATIONS,
+            nodes_to_exclude=list(left),
+            op_types_to_quantize=("MatMul",),
+        )
+        found.process()
     return found.model.model
 
 
