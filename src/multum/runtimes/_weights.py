@@ -5,9 +5,9 @@ r"""The weights of a graph as integers of 8 or 4 bits, and nothing else: what mo
 One scale for all of a layer's activations, as dynamic quantization has it, does not do here: a few features of language models are
 hundreds of times as large as the others (Dettmers et al. 2022, arXiv:2208.07339, section 4), and SmolLM2 forgets what it knows.
 
-The matrix that makes the logits has 8 bits in both cases, and so have tables that are looked up, with a scale for every row. A table
-that makes the logits too is stored once, in blocks. Zero points are in the middle; codes that the model brings are taken as they are,
-with their own (`_own_codes`).
+The matrix that makes the logits has 8 bits in both cases, and so have tables that are looked up, with a scale for every row. A
+table that makes the logits too is stored once, in blocks. Zero points are in the middle; codes that the model brings are taken as
+they are, with their own (`_own_codes`).
 """
 
 from __future__ import annotations
