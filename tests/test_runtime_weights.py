@@ -178,7 +178,7 @@ def test_groups_that_no_block_is_made_of_are_rounded_anew_and_named() -> None:
     own, weight = OwnCodes.of(nn.Sequential(layer), 4), numbers(layer)
     made = _weights.integer_weights(product(weight), 4, own)
     assert own.facts()["own_codes"] == 0
-    assert own.facts()["note"] == "1 of 1 packed matrices have groups that this format does not, and were rounded anew"
+    assert own.facts()["note"] == "1 of 1 packed matrices cannot be held as they are, and were rounded anew"
     x = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
     assert 1e-3 < np.abs(run(made, x=x)[0] - x @ weight.T).max() < 0.5
     assert OwnCodes.of(nn.Sequential(linear), 4).facts() == {}

@@ -97,7 +97,7 @@ class OwnCodes:
             return {}
         lost = len(self.known) - len(self.held)
         found: dict[str, Any] = {"own_codes": len(self.held)}
-        note = f"{lost} of {len(self.known)} packed matrices have groups that this format does not, and were rounded anew"
+        note = f"{lost} of {len(self.known)} packed matrices cannot be held as they are, and were rounded anew"
         return found | ({"note": note} if lost else {})
 
 
