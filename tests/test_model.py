@@ -115,6 +115,12 @@ def of_no_width(folder: Path) -> Path:
     return folder
 
 
+def of_other_shapes(folder: Path) -> Path:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}), encoding="utf-8")
+    return folder
+
+
 def without_sense(folder: Path) -> Path:
     (folder / "tokenizer.json").write_text("{", encoding="utf-8")
     return folder
@@ -125,6 +131,7 @@ def without_sense(folder: Path) -> Path:
     [
         (damaged, "weights are damaged"),
         (of_no_width, "hidden_size"),
+        (of_other_shapes, "its weights have other shapes than its config.json says"),
         (without_sense, "cannot load its tokenizer"),
         (pickled, "pickled weights, which multum does not open"),
         (lambda folder: without(folder, "model.safetensors"), "no weights"),

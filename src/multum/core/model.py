@@ -217,7 +217,9 @@ def _check_source(source: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says first, without the names of transformers' own classes where it has no such head for a kind of model."""
+    """What an error says first, in other words than those that transformers has for its own developers."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "ignore_mismatched_sizes" in line:
+        return "its weights have other shapes than its config.json says"
     kind = re.match(r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'>", line)
     return f"transformers has no such head for models of the kind {kind[1]}" if kind else line
