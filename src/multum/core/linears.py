@@ -30,8 +30,13 @@ def shape_of(part: Any) -> tuple[int, int]:
 
 
 def empty_like(linear: Linear, out_features: int, in_features: int) -> Linear:
-    """A new, unfilled layer of the same kind in this shape, on the same device and in the same dtype."""
+    """A new, unfilled layer of the same kind in this shape, on the same device, in the same dtype, and frozen where that one is."""
     where: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    made: Linear
     if isinstance(linear, Conv1D):
-        return Conv1D(out_features, in_features).to(**where)
-    return nn.Linear(in_features, out_features, bias=linear.bias is not None, **where)
+        made = Conv1D(out_features, in_features).to(**where)
+    else:
+        made = nn.Linear(in_features, out_features, bias=linear.bias is not None, **where)
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(getattr(linear, name).requires_grad)
+    return made
