@@ -170,6 +170,27 @@ def test_a_matrix_that_reads_tokens_and_positions_counts_both() -> None:
     assert torch.allclose(moments.variance, rows.var(0, unbiased=False))
 
 
+def test_as_many_positions_as_tokens_are_all_counted() -> None:
+    model = classifier("deberta-v2")
+    names = ["deberta.encoder.LayerNorm", "deberta.encoder.layer.0.attention.self.pos_key_proj"]
+    ids = torch.randint(5, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    tokens = "deberta.encoder.layer.0.attention.self.key_proj"
+    moments = input_moments(model.module, [*names, tokens], [{"input_ids": ids, "attention_mask": mask}])
+    assert {name: each.count for name, each in moments.items()} == {**dict.fromkeys(names, 16), tokens: 11}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_what_was_frozen_is_frozen(family: str, task: Any) -> None:
+    model = tiny.model(family)
+    for number, parameter in enumerate(model.module.parameters()):
+        parameter.requires_grad_(number % 2 == 0)
+    cut = PruneHidden(keep=0.75, samples=16)(model, task)
+    flags = [{name: each.requires_grad for name, each in one.module.named_parameters()} for one in (model, cut)]
+    assert flags[0] == flags[1]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_the_last_shift_takes_the_mean_of_a_head_without_a_bias(family: str, task: Any) -> None:
     model = tiny.model(family)

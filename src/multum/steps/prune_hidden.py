@@ -54,7 +54,7 @@ from torch import nn
 from ..core.blocks import beside, real_tokens
 from ..core.channels import Channels, bias_of, channels_of, keep_channels, keep_last, nearest_width, obstacle
 from ..core.factored import refuse_factored
-from ..core.families import family_of
+from ..core.families import every_block, family_of
 from ..core.linears import Linear, matrix
 from ..core.model import Model
 from ..core.second_order import double
@@ -118,18 +118,23 @@ def _watched(module: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, list
 def _flows(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) -> Iterator[dict[str, torch.Tensor]]:
     """Per batch what flows into these parts, (rows, channels): of every token that is none of padding; where rows are no tokens
     but texts or positions, of all."""
+    inside = {part for block in every_block(module) for part in block.modules()}
+    flat = {name for name in paths if module.get_submodule(name) in inside}
     with _watched(module, paths) as seen:
         for batch in batches:
             batch = beside(module, batch)
             module(**batch)
             masks = real_tokens(module, batch, paths)
-            yield {name: torch.cat([_rows(x, masks[name].flatten()) for x in calls]) for name, calls in seen.items()}
+            yield {name: torch.cat([_rows(x, masks[name], name in flat) for x in calls]) for name, calls in seen.items()}
             seen.clear()
 
 
-def _rows(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    rows = x.flatten(0, -2)
-    return rows[mask] if len(rows) == len(mask) else rows
+def _rows(x: torch.Tensor, mask: torch.Tensor, flat: bool) -> torch.Tensor:
+    """Of x (..., channels) the real tokens' rows, or all where it has none. Told by its shape, not by how many rows there are: so
+    many positions may be tabled as a batch has tokens. Inside blocks tokens may stand in one axis (OPT)."""
+    if x.shape[:-1] == mask.shape or (flat and x.shape[:-1] == (mask.numel(),)):
+        return x.flatten(0, -2)[mask.flatten()]
+    return x.flatten(0, -2)
 
 
 @torch.no_grad()
