@@ -152,12 +152,16 @@ def walk_blocks(
 
 def _mask(module: Any, batch: Batch, stack: Stack) -> torch.Tensor:
     """True for real tokens of what a stack reads."""
+    real = batch["attention_mask"].bool()
     if stack.name != "decoder":
-        return batch["attention_mask"].bool()
+        return real
     if "decoder_attention_mask" in batch:
         return batch["decoder_attention_mask"].bool()
-    if "labels" in batch:  # what predicts a label stands in its place
+    for_texts = "For" in type(module).__name__ and module.get_output_embeddings() is None
+    if "labels" in batch and not for_texts:  # what predicts a label stands in its place
         return batch["labels"] != -100
+    if "decoder_input_ids" not in batch and for_texts:  # the decoder reads the text itself, behind a token to begin with
+        return torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)
     if "decoder_input_ids" not in batch:
         raise InputError("an encoder-decoder's calibration texts need decoder_input_ids (or labels), what its decoder is to read")
     real = batch["decoder_input_ids"] != module.config.pad_token_id  # but the first token, which may be that for padding

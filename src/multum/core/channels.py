@@ -55,6 +55,10 @@ class Head(NamedTuple):
     """Between the two."""
 
 
+BEHIND_DECODER = Head("classification_head.dense", "classification_head.out_proj")
+"""That of encoder-decoders."""
+
+
 @dataclass(frozen=True)
 class Channels:
     """Paths in the whole model."""
@@ -133,8 +137,11 @@ def channels_of(module: Any, width: int) -> Channels:
         else:
             rows += [name] if old[0] != new[0] else []
             columns += [name] if old[1] != new[1] else []
-    head = Head(family.head_dense or "", family.head_output, family.head_norm if family.head_norm in norms else None)
-    own = head if head.dense in rows and head.output in columns else None
+    heads = (
+        Head(family.head_dense or "", family.head_output, family.head_norm if family.head_norm in norms else None),
+        BEHIND_DECODER,
+    )
+    own = next((head for head in heads if head.dense in rows and head.output in columns), None)
     if own:
         rows.remove(own.dense)
         columns.remove(own.output)
@@ -212,8 +219,8 @@ def keep_channels(module: Any, where: Channels, kept: Sequence[int], features: S
         keep_columns(module, name, kept)
     for name in where.writers:
         _keep_outputs(module, name, kept)
-    for name in (*where.norms, *where.tables):
-        keep_last(module.get_submodule(name), kept)
+    for part in dict.fromkeys(map(module.get_submodule, (*where.norms, *where.tables))):  # a table may have the name of each stack
+        keep_last(part, kept)
     if where.head:
         keep_rows(module, where.head.dense, features)
         keep_columns(module, where.head.output, features)

@@ -249,7 +249,7 @@ class TrimVocabulary(Step):
         if max(vocab.values()) >= rows:
             raise InputError(f"the tokenizer has ids up to {max(vocab.values())}, the model only {rows} embeddings")
         inputs = [each if isinstance(each, tuple) else text_of(each) for each in (*task.inputs("train"), *task.unlabelled)]
-        writes = bool(getattr(module.config, "is_encoder_decoder", False))
+        writes = bool(getattr(module.config, "is_encoder_decoder", False)) and module.get_output_embeddings() is not None
         if writes:
             inputs = [prefix_of(module.config) + str(each) for each in inputs]
         more = _lines(self.extra_texts)
