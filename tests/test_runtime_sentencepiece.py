@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ import translators
 from transformers import AutoTokenizer, MarianConfig, MarianMTModel
 
 from multum import runtimes
-from multum._runtime_inputs import lengths_of
+from multum._model_checkup import _of_the_model
+from multum._runtime_inputs import check, lengths_of
 from multum.core.generation import write
 from multum.core.model import Model
 from multum.errors import InputError
@@ -148,7 +151,13 @@ print(json.dumps(found))
     assert lengths_of(files, task.inputs("test")) == [len(slow(text)["input_ids"]) for text in task.inputs("test")]
 
 
-def test_what_can_be_converted(slow: Any) -> None:
+def test_what_can_be_converted(slow: Any, files: Path) -> None:
     assert convertible(slow)
     assert convertible(tiny.model().tokenizer)
     assert not convertible(object())
+    model = dataclasses.replace(translators.translator("marian"), tokenizer=slow)
+    limits = {limit.what: limit.why for limit in _of_the_model(model)}
+    assert limits["trim_vocabulary"] == "it has no fast tokenizer (tokenizer.json)"
+    assert not [what for what in limits if "exports" in what]
+    task = SimpleNamespace(inputs=lambda _: ["old film"])
+    check(files, task)
