@@ -36,7 +36,7 @@ from multum.targets import export_model
 
 ROUNDS, PROMPT, NEW = 11, 128, 64
 PRECISIONS = ("f16", "q8_0", "q4_0")
-GRAPHS = (("openvino", "bf16"), ("openvino", "int8"), ("onnxruntime", "int8"))
+GRAPHS = (("openvino", "bf16"), ("openvino", "int8"), ("openvino", "int4"), ("onnxruntime", "int8"), ("onnxruntime", "int4"))
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
