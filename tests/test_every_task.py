@@ -16,6 +16,7 @@ import torch
 import translators
 from datasets import Dataset
 from sklearn.metrics import accuracy_score, f1_score
+from transformers import CanineTokenizer
 
 from multum import runtimes
 from multum.core.task import IGNORED, UNKNOWN, Quality
@@ -247,6 +248,18 @@ def test_a_decoder_without_a_token_for_padding_answers_in_batches(name: str, tmp
     for one, each in zip(predictor.predict(inputs), inputs, strict=True):
         alone = predictor.predict([each])[0]
         np.testing.assert_allclose(one[: len(alone)], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["token-classification", "question-answering", "text-generation", "fill-mask"])
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_is_refused(name: str, tmp_path: Path) -> None:
+    model, task = MODELS[name](), MADE[name]()
+    model.tokenizer = CanineTokenizer()
+    model.save(tmp_path / "slow")
+    with pytest.raises(InputError, match=f"{name} takes a fast tokenizer .* this one is a CanineTokenizer"):
+        task.load(str(tmp_path / "slow"))
+    if name != "fill-mask":  # which reads no places to be measured
+        with pytest.raises(InputError, match=f"{name} takes a fast tokenizer"):
+            runtimes.open(tmp_path / "slow", threads=1).predict(task.inputs("test")[:1])
 
 
 def test_a_tokenizer_with_nothing_to_pad_with_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
     path, columns = Path(path), columns or {}
     try:
         if path.suffix in (".csv", ".tsv"):
-            csv.field_size_limit(sys.maxsize)  # a context may be a book
+            csv.field_size_limit(2**31 - 1)  # a context may be a book
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
         elif path.suffix == ".jsonl":

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .reading import padded, softmax
+from .reading import check_places, padded, softmax
 
 BEST = 20
 """Spans that are kept of a question, and firsts and lasts that are combined in a window."""
@@ -49,6 +49,7 @@ class Passages:
         """Windows over the contexts; `overflow_to_sample_mapping` says whose each row is. Questions longer than half are cut."""
         if any(isinstance(pair, str) or len(pair) != 2 for pair in inputs):
             raise InputError("question-answering takes a question and a context for each; give every text its --pair")
+        check_places(tokenizer, self.task)
         encoded = tokenizer(
             _short([question for question, _ in inputs], tokenizer, max_length // 2),
             [context for _, context in inputs],

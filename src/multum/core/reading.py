@@ -169,6 +169,19 @@ def padded(tokenizer: Any, tensors: str | None) -> dict[str, Any]:
     return {"padding": tensors is not None, "return_tensors": tensors}
 
 
+def check_places(tokenizer: Any, task: str) -> None:
+    """Refuse a tokenizer that does not say where in a text its tokens stand.
+
+    Raises:
+        InputError: it is no fast one.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{task} takes a fast tokenizer (tokenizer.json), which says where in a text its tokens stand; this one is a "
+            f"{type(tokenizer).__name__}"
+        )
+
+
 def token_limit(config: Any, tokenizer: Any) -> int:
     """Tokens that a model reads at most, special ones included."""
     positions = getattr(config, "max_position_embeddings", None) or 512

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .reading import log_softmax
+from .reading import check_places, log_softmax
 from .windows import specials, windows
 
 WINDOW = 1024
@@ -46,6 +46,8 @@ def written(text: Text, tokenizer: Any) -> str:
 def causal_sums(module: Any, tokenizer: Any, texts: Sequence[Text], *, batch_size: int = 32) -> list[np.ndarray]:
     """`sums` of a causal model of transformers, in eval mode."""
     from .likelihood import causal_log_probs, context_of
+
+    check_places(tokenizer, NextTokens.task)
 
     def log_probs(rows: Sequence[Sequence[int]], size: int, stride: int) -> list[np.ndarray]:
         return causal_log_probs(module, rows, size, stride, batch_size=batch_size)

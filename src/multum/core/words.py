@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .reading import padded, softmax
+from .reading import check_places, padded, softmax
 
 OUTSIDE = "O"
 SAME = {"L": "E", "U": "S"}
@@ -98,6 +98,7 @@ class Words:
         for sentence in inputs:
             if not isinstance(sentence, str) and not all(isinstance(word, str) for word in sentence):
                 raise InputError(f"token-classification takes a text or a list of words, not {sentence!r}")
+        check_places(tokenizer, self.task)
         cut = {"truncation": True, "max_length": max_length} if max_length else {"verbose": False}
         return tokenizer([text_of(each) for each in inputs], **padded(tokenizer, tensors), **cut)
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from ..core.hub import loading
 from ..core.model import Model
-from ..core.reading import token_limit
+from ..core.reading import check_places, token_limit
 from ..core.task import Batch, Quality, SplitName
 from ..core.training import FEW_SHAPES, pad
 from ..errors import InputError, few
@@ -39,6 +39,8 @@ class EncoderTask(ABC):
     default_split: ClassVar[SplitName] = "test"
     shrinks: ClassVar[bool] = False
     """Whether `shrink` and `export` take models of this task."""
+    places: ClassVar[bool] = False
+    """Whether it has to know where in a text the tokens stand."""
     pads: ClassVar[bool] = True
     """Whether its reader pads inputs to batches by the tokenizer."""
     least: ClassVar[int] = 8
@@ -73,9 +75,12 @@ class EncoderTask(ABC):
         with the one that ends its texts: a decoder's head for whole texts reads the last token that is no padding.
 
         Raises:
-            InputError: its head knows other labels; its tokenizer has no token that could be padding.
+            InputError: its head knows other labels; its tokenizer has no token that could be padding, or does not say where in a
+                text its tokens stand, where the task has to know.
         """
         model = Model.load(source, auto_class=self.auto_class, trust_remote_code=trust_remote_code, **self._new_head(source))
+        if self.places:
+            check_places(model.tokenizer, self.name)
         config = model.module.config
         columns = self.columns_for([str(config.id2label[i]) for i in range(config.num_labels)])
         if columns is not None:

@@ -38,6 +38,7 @@ class LanguageTask(EncoderTask):
     columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ("text", "messages")
     keys: ClassVar[tuple[str, ...]] = ("text", "messages")
+    places: ClassVar[bool] = True
     pads: ClassVar[bool] = False  # nothing attends to what stands behind the shorter blocks
     leads: ClassVar[bool]
     """Whether every document begins with what the tokenizer puts before a text; else every block does, and ends so too."""

@@ -51,6 +51,7 @@ class QuestionAnswering(EncoderTask):
     values: ClassVar[tuple[str, ...]] = ("answers",)
     """Columns that are no texts."""
     keys: ClassVar[tuple[str, ...]] = ("question", "context")
+    places: ClassVar[bool] = True
     least: ClassVar[int] = 32  # half of it is the question's, and the windows share a quarter
     group: ClassVar[str | None] = "context"
     """Rows that agree in this go into the same split, where splits have to be made."""

@@ -44,6 +44,7 @@ class TokenClassification(EncoderTask):
     values: ClassVar[tuple[str, ...]] = ("tokens", "tags")
     """Columns that are no texts."""
     keys: ClassVar[tuple[str, ...]] = ("tokens",)
+    places: ClassVar[bool] = True
 
     sentences: Mapping[str, Sequence[Sentence]]
     """Per split the sentences, each a list of words."""
