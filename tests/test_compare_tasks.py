@@ -317,3 +317,11 @@ def test_a_canary_that_was_learnt_by_heart_is_found_and_one_that_was_not_is_not(
     (language / "canaries.txt").write_text("no digits\n")
     with pytest.raises(InputError, match="has 0 digits"):
         compare(language / "plain", language / "heart", output=language / "again", **how)
+
+
+def test_one_model_that_writes_is_for_both_tasks_of_writing(tmp_path: Path) -> None:
+    translators.translator().save(tmp_path / "m")
+    for task in (translators.translating(), translators.summarizing()):
+        assert len(_compare_outputs.Executed(tmp_path / "m", 1, task).predictor.predict(["film"])) == 1
+    with pytest.raises(InputError, match="it is a model for translation, and the comparison is of token-classification"):
+        _compare_outputs.Executed(tmp_path / "m", 1, taggers.tagging())

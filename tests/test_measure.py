@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import translators
 from sklearn.metrics import accuracy_score
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from multum.core.model import Model
 from multum.core.profile import profile
 from multum.core.surgery import head_size, heads_and_neurons
 from multum.errors import InputError, MultumError
+from multum.tasks.text_generation import TextGeneration
 from multum.terminal import metric_rows
 
 
@@ -184,6 +186,22 @@ def test_targets_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Mon
     fake.write_text("#!/bin/sh\necho out of cheese >&2\nexit 3\n")
     with pytest.raises(MultumError, match="out of cheese"):
         measure([tmp_path / "other"], task, rounds=1)
+
+
+def test_a_model_for_another_task_is_refused_before_it_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An encoder-decoder on a decoder's task, the reverse, and all at once; one that writes is for both tasks of writing."""
+    tiny.language_model("gpt2").save(tmp_path / "causal")
+    translators.translator().save(tmp_path / "writer")
+    monkeypatch.setattr("multum._measure._started", lambda *_: pytest.fail("begun"))
+    with pytest.raises(InputError, match="causal is a model for text-generation, and it is measured on translation"):
+        measure([tmp_path / "writer", tmp_path / "causal"], translators.translating())
+    with pytest.raises(InputError, match="writer is a model for translation, and it is measured on text-generation"):
+        measure([tmp_path / "writer"], TextGeneration.from_splits(tiny.text_splits(4, 4, 4)))
+    with pytest.raises(InputError) as caught:
+        measure([tmp_path / "writer", tmp_path / "causal"], tiny.task())
+    assert len(caught.value.problems) == 2
+    with pytest.raises(pytest.fail.Exception, match="begun"):
+        measure([tmp_path / "writer"], translators.summarizing())
 
 
 def test_peak_memory_grows_with_use() -> None:

@@ -22,7 +22,7 @@ from ._compare_tasks import Outputs, Seen, View, texts_apart
 from ._compare_tokens import TEXTS, exposures, loaded, next_tokens, written
 from ._compare_work import Work
 from .core.folders import digest
-from .core.reading import together
+from .core.reading import answers_for, together
 from .errors import InputError
 from .evidence import outputs as ev
 from .evidence.groups import ENOUGH, length_groups
@@ -49,7 +49,7 @@ class Executed:
         exported = (folder / "runtime.json").is_file()
         self.predictor = runtimes.open(folder, threads) if exported else runtimes.find("pytorch").open(folder, threads=threads)
         theirs = self.predictor.reader.task
-        if theirs != task.name:
+        if not answers_for(theirs, task.name):
             raise InputError(f"it is a model for {theirs}, and the comparison is of {task.name}; name its task with --task")
         columns = task.columns_for(list(self.predictor.labels))
         self._columns = slice(None) if columns is None else columns

@@ -23,7 +23,8 @@ from ._measure_process import Worker
 from ._pace import figures as pace_figures
 from ._pace import whole_times
 from .core.folders import read_json, write_json
-from .errors import MultumError
+from .core.reading import answers_for, reader_of
+from .errors import InputError, MultumError
 from .runtimes._predictor import cores
 from .targets import Way
 
@@ -67,8 +68,10 @@ def measure(
         One dictionary per target, in order, as `metrics.json` has it.
 
     Raises:
+        InputError: lists targets that are models for another task.
         MultumError: a target cannot be opened or its process died.
     """
+    _check_tasks(targets, task.name)
     inputs = list(task.inputs(split))
     with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
         workers, turns = _started(stack, targets, task, threads), _turns(inputs, texts_per_round, rounds)
@@ -123,6 +126,19 @@ def _started(stack: ExitStack, targets: Sequence[Path | Way], task: Any, threads
         worker.facts = worker.receive()
         worker.columns = task.columns_for(worker.facts["labels"])
     return workers
+
+
+def _check_tasks(targets: Sequence[Path | Way], name: str) -> None:
+    """What a model for another task answers would be counted as answers to this one."""
+    folders = [target.target if isinstance(target, Way) else Path(target) for target in targets]
+    theirs = {folder: reader_of(folder).task for folder in folders if folder.is_dir()}
+    problems = [
+        f"{folder} is a model for {other}, and it is measured on {name}; give --task and --data of its own"
+        for folder, other in theirs.items()
+        if not answers_for(other, name)
+    ]
+    if problems:
+        raise InputError(*problems)
 
 
 def _turns(inputs: Sequence[Any], texts_per_round: int, rounds: int) -> list[list[Any]]:

@@ -31,6 +31,10 @@ PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regressi
 """`problem_type` of a config -> what the outputs of a text classifier are, where they are not one label."""
 
 
+WRITTEN = {"translation", "summarization"}
+"""Tasks whose models read and write alike: by its head a model is for both."""
+
+
 class Reader(Protocol):
     """What is read and told the same way whatever the data."""
 
@@ -136,6 +140,11 @@ def reader_of(folder: Path) -> Any:
         manifest = read_json(folder / "runtime.json")
         return reader_for((manifest.get("config") or {}) if isinstance(manifest, dict) else {}, str(folder))
     return reader_for(read_json(folder / "config.json") if (folder / "config.json").is_file() else {}, str(folder))
+
+
+def answers_for(theirs: str, task: str) -> bool:
+    """Whether models whose reader names the one task answer for the other."""
+    return theirs == task or {theirs, task} <= WRITTEN
 
 
 def reader_for(config: Mapping[str, Any], source: str) -> Any:
