@@ -20,6 +20,8 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BertForMaskedLM,
+    MarianConfig,
+    MarianMTModel,
     T5Config,
     T5ForConditionalGeneration,
     XLMRobertaConfig,
@@ -426,7 +428,7 @@ def test_a_tokenizer_that_is_larger_than_the_embeddings_is_an_input_error(task):
         TrimVocabulary()(model, task)
 
 
-def writer(kind: str, name: str) -> Model:
+def writer(kind: str, name: str, **more: object) -> Model:
     """An encoder-decoder with the tokenizer of another tiny model."""
     tokenizer = make(name).tokenizer
     tokenizer.eos_token = tokenizer.eos_token or tokenizer.sep_token
@@ -438,26 +440,32 @@ def writer(kind: str, name: str) -> Model:
         module = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, **ids))
     else:
         sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 4))}
-        module = BartForConditionalGeneration(BartConfig(d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes, **ids))
+        kinds = {"bart": (BartConfig, BartForConditionalGeneration), "marian": (MarianConfig, MarianMTModel)}
+        config, of = kinds[kind]
+        module = of(config(d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, **sizes, **ids, **more))
         module.final_logits_bias.normal_()
     module.config.prefix = "quite dull: "
     module.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     return Model(module=module.eval(), tokenizer=tokenizer, source="tiny")
 
 
-@pytest.mark.parametrize(("kind", "name"), [("t5", "xlm-roberta"), ("bart", "roberta"), ("bart", "bert")])
-def test_encoder_decoders_keep_what_they_read_and_what_they_write(kind, name, tmp_path):
-    def rows(texts: list[str], written: list[str]) -> Dataset:
-        return Dataset.from_list([{"source": a, "target": b} for a, b in zip(texts, written, strict=True)])
+def translating(read: list[str], written: list[str]) -> Translation:
+    def rows(begin: int, end: int | None) -> Dataset:
+        return Dataset.from_list([{"source": a, "target": b} for a, b in zip(read[begin:end], written[begin:end], strict=True)])
 
-    splits = tiny.splits(24, 8, 8)
-    read, written = splits.train["text"][:12], splits.train["text"][12:24]
-    data = {"train": rows(read, written), "validation": rows(read[:2], written[:2]), "test": rows(read[2:4], written[2:4])}
-    task = Translation.from_splits(SimpleNamespace(**data, notes=[], fingerprints={}))
-    model = writer(kind, name)
+    data = {"train": rows(0, None), "validation": rows(0, 2), "test": rows(2, 4)}
+    return Translation.from_splits(SimpleNamespace(**data, notes=[], fingerprints={}))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("t5", "xlm-roberta"), ("bart", "roberta"), ("bart", "bert"), ("marian", "bert")])
+def test_encoder_decoders_keep_what_they_read_and_what_they_write(kind, name, tmp_path):
+    texts = tiny.splits(24, 8, 8).train["text"]
+    read, written = texts[:12], texts[12:24]
+    task, model = translating(read, written), writer(kind, name)
     trimmed = TrimVocabulary()(model, task)
     before, after = trimmed.history[-1]["vocabulary"]
     assert after < before
+    assert (kind == "t5") or trimmed.module.lm_head.out_features == len(trimmed.module.lm_head.weight) == after
     trimmed.save(tmp_path / "trimmed")
     again = Model.load(tmp_path / "trimmed", auto_class="AutoModelForSeq2SeqLM")
     old, new = model.tokenizer.get_vocab(), again.tokenizer.get_vocab()
@@ -478,6 +486,16 @@ def test_encoder_decoders_keep_what_they_read_and_what_they_write(kind, name, tm
     settings = again.module.generation_config
     assert settings.bad_words_ids == [[again.tokenizer.pad_token_id]]
     assert (settings.pad_token_id, settings.eos_token_id) == (again.tokenizer.pad_token_id, again.tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("bart", {"tie_word_embeddings": False}), ("marian", {"share_encoder_decoder_embeddings": False})]
+)
+def test_stacks_with_tables_of_their_own_are_left_as_they_are(kind, more):
+    texts, model = tiny.splits(24, 8, 8).train["text"], writer(kind, "bert", **more)
+    trimmed = TrimVocabulary()(model, translating(texts[:12], texts[12:24]))
+    assert trimmed.fingerprint() == model.fingerprint()
+    assert trimmed.history[-1]["unchanged"] == "encoder and decoder have tables of their own"
 
 
 def test_word_level_encoder_decoders_are_left_as_they_are():

@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .families import base_of, stacks_of
+from .families import FAMILIES, base_of, stacks_of
 
 SCALE = "embed_scale"
 """The attribute of a table, or of a stack, by which embeddings are multiplied."""
@@ -56,6 +56,12 @@ def _word_tables(module: Any) -> Iterator[Any]:
     for stack in stacks_of(module):
         if stack.name:
             yield cast(Any, base_of(module).get_submodule(stack.name)).get_input_embeddings()
+
+
+def has_one_table(module: Any) -> bool:
+    """Whether all that reads words looks them up in one table: not so where the stacks have tables of their own."""
+    known = module.config.model_type in FAMILIES
+    return len({part.weight for part in (module.get_input_embeddings(), *(_word_tables(module) if known else ()))}) == 1
 
 
 def _last_norm(module: Any) -> nn.Module:

@@ -33,6 +33,7 @@ from ..core.generation import prefix_of
 from ..core.model import Model
 from ..core.step import Step
 from ..core.task import Task
+from ..core.width import has_one_table
 from ..core.words import text_of
 from ..errors import InputError
 
@@ -192,6 +193,8 @@ def keep_embeddings(module: Any, rows: Sequence[int]) -> None:
     for table in tables:
         table[: len(rows)] = table[torch.as_tensor(rows, device=table.device)]
     module.resize_token_embeddings(len(rows), mean_resizing=False)
+    if hasattr(head := module.get_output_embeddings(), "out_features"):  # Marian's keeps its old count
+        head.out_features = len(rows)
 
 
 def _ids_of(config: Any) -> dict[str, Any]:
@@ -205,11 +208,7 @@ def _configs(module: Any) -> list[Any]:
 
 
 def _flat(ids: Any) -> Iterator[int]:
-    if isinstance(ids, int):
-        yield ids
-    else:
-        for each in ids:
-            yield from _flat(each)
+    yield from [ids] if isinstance(ids, int) else (one for each in ids for one in _flat(each))
 
 
 def _renumbered(ids: Any, new: Mapping[int, int]) -> Any:
@@ -232,7 +231,6 @@ class TrimVocabulary(Step):
 
     min_count: int = 1
     """A token stays if it occurs at least so often. Above 1, rare words of the training texts are spelled anew."""
-
     extra_texts: str | None = None
     """Path of a UTF-8 text file whose lines count as training texts as well: what will be read later on."""
 
@@ -245,6 +243,8 @@ class TrimVocabulary(Step):
         size = _bytes(module)
         if reason := obstacle(spec):
             return _unchanged(rows, reason)
+        if not has_one_table(module):
+            return _unchanged(rows, "encoder and decoder have tables of their own")
         vocab = token_ids(spec)
         if max(vocab.values()) >= rows:
             raise InputError(f"the tokenizer has ids up to {max(vocab.values())}, the model only {rows} embeddings")
