@@ -181,6 +181,14 @@ def test_as_many_positions_as_tokens_are_all_counted() -> None:
     assert {name: each.count for name, each in moments.items()} == {**dict.fromkeys(names, 16), tokens: 11}
 
 
+def test_numbers_that_are_not_finite_are_refused(task: Any) -> None:
+    model = tiny.model("gpt2")
+    with torch.no_grad():
+        model.module.transformer.h[0].mlp.c_proj.weight.mul_(1e38)
+    with pytest.raises(InputError, match=r"^prune_hidden: transformer\.h\.1\.attn\.c_attn, or .* not finite"):
+        PruneHidden(keep=0.75, samples=16)(model, task)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_what_was_frozen_is_frozen(family: str, task: Any) -> None:
     model = tiny.model(family)

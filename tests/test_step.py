@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny
@@ -51,6 +51,17 @@ def test_a_step_changes_a_copy_and_accounts_for_every_layer() -> None:
     assert set(entry["changed"]) | set(entry["skipped"]) == set(model.linears())
     assert entry["skipped"]["bert.pooler.dense"] == "it is the pooler"
     assert entry["parameters"] == [model.parameters(), model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["drop_layers", "prune_structured", "prune_weights", "reconstruct"])
+def test_weights_that_are_no_numbers_are_refused_before_any_work(name: str) -> None:
+    fields = {"drop_layers": {"keep": 1}, "prune_weights": {"sparsity": 0.5}, "reconstruct": {"teacher": "nowhere"}}
+    model = tiny.model()
+    with torch.no_grad():
+        model.module.bert.embeddings.LayerNorm.weight[3] = float("nan")
+    with pytest.raises(InputError, match=rf"^{name}: .* damaged: bert\.embeddings\.LayerNorm\.weight has numbers") as caught:
+        make(name, fields.get(name, {"speedup": 1.5}))(model, cast(Any, None))
+    assert len(caught.value.problems) == 1
 
 
 def test_a_step_can_use_its_model_up() -> None:

@@ -269,7 +269,7 @@ def test_what_cannot_be_pruned_is_one_clear_error(step: Any) -> None:
         (quantized, "already quantized"),
         (integers, "already quantized"),
         (empty, "no blocks with linear layers"),
-        (broken, "layer.0.output.dense has numbers that are not finite"),
+        (broken, "layer.0.intermediate.dense.weight has numbers that are not finite"),
     ):
         with pytest.raises(InputError, match=words) as caught:
             step(samples=4)(model, task)

@@ -68,6 +68,7 @@ class Step(ABC):
         """What calling the step gives, made of `model` itself, which is used up: memory never holds its weights twice."""
         if not self.takes_packed:
             refuse_packed(model.module, self.name)
+            _refuse_damaged(model.module, self.name)
         before = {name: (shape_of(part), _digest(part.weight)) for name, part in model.linears().items()}
         started, parameters = time.perf_counter(), model.parameters()
         notes = dict(self.apply(model, task) or {})
@@ -86,6 +87,13 @@ class Step(ABC):
             }
         )
         return model
+
+
+def _refuse_damaged(module: Any, step: str) -> None:
+    """What is ranked, solved or trained by weights that are no numbers would be nonsense, or an error of a library's."""
+    for name, weight in module.named_parameters():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise InputError(f"{step}: the model's weights are damaged: {name} has numbers that are not finite")
 
 
 def _digest(weight: torch.Tensor) -> bytes:

@@ -155,11 +155,13 @@ def fluctuation(weight: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def scores(module: nn.Module, moments: Mapping[str, Moments]) -> torch.Tensor:
-    """S, (channels,): the sum over matrices of the shares."""
+    """S, (channels,): the sum over matrices of the shares, refused where one is no number."""
     shares = []
     for name, each in moments.items():
         linear = cast(Linear, module.get_submodule(name))
         shares.append(fluctuation(matrix(linear), each.power if bias_of(module, name) is None else each.variance))
+        if not bool(shares[-1].isfinite().all()):
+            raise InputError(f"prune_hidden: {name}, or what flows into it, has numbers that are not finite")
     return torch.stack(shares).sum(0)
 
 
