@@ -181,6 +181,16 @@ def test_as_many_positions_as_tokens_are_all_counted() -> None:
     assert {name: each.count for name, each in moments.items()} == {**dict.fromkeys(names, 16), tokens: 11}
 
 
+def test_choices_are_texts() -> None:
+    config = tiny.model("bert").module.config
+    module = transformers.AutoModelForMultipleChoice.from_config(config).eval()
+    ids = torch.randint(5, 50, (2, 3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 2, 3:] = 0
+    name = "bert.encoder.layer.0.intermediate.dense"
+    assert input_moments(module, [name], [{"input_ids": ids, "attention_mask": mask}])[name].count == 2 * 3 * 8 - 5
+
+
 def test_numbers_that_are_not_finite_are_refused(task: Any) -> None:
     model = tiny.model("gpt2")
     with torch.no_grad():

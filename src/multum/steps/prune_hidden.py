@@ -132,6 +132,7 @@ def _flows(module: nn.Module, paths: Sequence[str], batches: Sequence[Batch]) ->
 def _rows(x: torch.Tensor, mask: torch.Tensor, flat: bool) -> torch.Tensor:
     """Of x (..., channels) the real tokens' rows, or all where it has none. Told by its shape, not by how many rows there are: so
     many positions may be tabled as a batch has tokens. Inside blocks tokens may stand in one axis (OPT)."""
+    mask = mask.flatten(0, -2)  # choices are texts
     if x.shape[:-1] == mask.shape or (flat and x.shape[:-1] == (mask.numel(),)):
         return x.flatten(0, -2)[mask.flatten()]
     return x.flatten(0, -2)
