@@ -207,8 +207,8 @@ def test_people_s_names_for_it_and_its_precisions(tmp_path: Path) -> None:
     (target / "runtime.json").write_text("{}")
     (tmp_path / "m" / "config.json").write_text("{}")
     assert targets_of([tmp_path / "m"], "gguf-int8") == targets_of([tmp_path / "m"], "gguf") == [target]
-    with pytest.raises(InputError, match=r"openvino has no 'int4'; .*\. llamacpp has it"):
-        exporter("openvino", "int4")
+    with pytest.raises(InputError, match=r"openvino has no 'q4_0'; .*\. llamacpp has it"):
+        exporter("openvino", "q4_0")
     with pytest.raises(InputError, match=r"onnxruntime has no 'bf16'; .*\. openvino has it"):
         exporter("onnxruntime", "bf16")
 
@@ -223,4 +223,5 @@ def test_other_tasks_are_refused(tmp_path: Path) -> None:
         exporter("llamacpp", "q4_0", tmp_path / "m", "text-classification")  # installed or not
     with pytest.raises(InputError) as caught:
         exporter("onnxruntime", "int4", tmp_path / "m", "text-classification")
+    assert "onnxruntime has no 'int4' for text-classification; it has: fp32, int8" in str(caught.value)
     assert "llamacpp" not in str(caught.value)

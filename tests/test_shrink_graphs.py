@@ -165,10 +165,12 @@ def test_the_plan_counts_exports_by_what_the_originals_took(graphs: None, tmp_pa
     assert ("rung-01: export to onnxruntime int8", 33.0) in stages
     # Behind the walk: what is near and not known to be needless, but for the form that is there.
     assert [stage for stage in stages if stage[0].startswith("export")] == [
+        ("export to onnxruntime int4", 33.0),
         ("export to openvino bf16", 33.0),
         ("export to openvino int8", 33.0),
+        ("export to openvino int4", 33.0),
     ]
-    assert all(stage in found._last() for stage in stages[-2:])
+    assert all(stage in found._last() for stage in stages[-4:])
     plain = ahead(TRANSLATORS_QUICK, 100, 0.01, INT8S, 1, step=1.5, taught=True)
     assert not [name for name, _ in plain if "export" in name]
     found.descent.exports = False

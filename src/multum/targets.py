@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import runtimes, units
+from . import runtimes, tasks, units
+from ._runtime_inputs import writes
 from .core.folders import digest, read_json, write_json
 from .errors import InputError
 
@@ -220,11 +221,12 @@ def exporter(runtime: str, precision: str, folder: Path | None = None, task: str
         problems.append(f"{folder} is an export already; give the model folder")
     if reason := _not_for(module, kind) or module.unavailable():
         problems.append(reason)
-    taken = {name: _precisions(runtimes.find(name)) for name in others}
+    taken = {name: _precisions(runtimes.find(name), kind) for name in others}
     if precision not in taken[runtime]:
         beside = [name for name in others if named(name, precision)[1] in taken[name] and not _not_for(runtimes.find(name), kind)]
         problems.append(
-            f"--precision: {runtime} has no {precision!r}; it has: {', '.join(taken[runtime])}"
+            f"--precision: {runtime} has no {precision!r}{f' for {kind}' if precision in _precisions(module) else ''}; "
+            f"it has: {', '.join(taken[runtime])}"
             + (f". {' and '.join(beside)} has it" if beside else "")
         )
     if problems:
@@ -232,9 +234,10 @@ def exporter(runtime: str, precision: str, folder: Path | None = None, task: str
     return module
 
 
-def _precisions(module: Any) -> tuple[str, ...]:
-    """All that a runtime exports to, some of them for models of one kind."""
-    return (*module.PRECISIONS, *getattr(module, "CALIBRATED", ()), *getattr(module, "WRITING", ()))
+def _precisions(module: Any, task: str = "") -> tuple[str, ...]:
+    """All that a runtime exports to, some of them only where models write; all where it is not known whether they do."""
+    writing = getattr(module, "WRITING", ()) if not task or writes(tasks.find(task)) else ()
+    return (*module.PRECISIONS, *getattr(module, "CALIBRATED", ()), *writing)
 
 
 def _not_for(module: Any, task: str) -> str | None:
