@@ -226,8 +226,7 @@ def exporter(runtime: str, precision: str, folder: Path | None = None, task: str
         beside = [name for name in others if named(name, precision)[1] in taken[name] and not _not_for(runtimes.find(name), kind)]
         problems.append(
             f"--precision: {runtime} has no {precision!r}{f' for {kind}' if precision in _precisions(module) else ''}; "
-            f"it has: {', '.join(taken[runtime])}"
-            + (f". {' and '.join(beside)} has it" if beside else "")
+            f"it has: {', '.join(taken[runtime])}" + (f". {' and '.join(beside)} has it" if beside else "")
         )
     if problems:
         raise InputError(*problems)
