@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import translators
-from planted import GONE, KEPT, planted
+from planted import GONE, KEPT, planted, told
 from transformers import AutoModel
 
 from multum import runtimes
@@ -86,10 +86,7 @@ def test_channels_that_are_zero_everywhere_go_and_the_answers_stay(family, chang
     where = channels_of(model.module, 24)
     planted(model.module, where)
     cut = PruneHidden(keep=0.75, samples=16)(model, task)
-    entry = cut.history[-1]
-    assert entry["hidden"] == [32, 24]
-    assert entry["kept_hidden"] == KEPT
-    assert entry["carried"] == pytest.approx(1.0)
+    told(cut.history[-1])
     assert torch.allclose(answers(cut.module), answers(model.module), atol=2e-4, rtol=1e-3)
     assert cut.parameters() < model.parameters()
     shared = [tables(each.module) for each in (model, cut)]
