@@ -140,9 +140,60 @@ def test_noise_never_makes_more_units_cheaper() -> None:
     assert table.feed_forward[192] == table.feed_forward[144]
 
 
+DEPTH, HELD = 6, 40.0
+
+
+def from_memory(blocks: Blocks) -> float:
+    """A machine whose cache holds weights of so much time, and that takes half as long again for what is beyond."""
+    return cost(blocks) + max(0.0, cost(blocks) - HELD) / 2
+
+
+def test_deep_stacks_tell_what_the_sum_of_the_parts_leaves_out() -> None:
+    table = LatencyTable.measure(lambda blocks: lambda: from_memory(blocks), heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH)
+    for heads, neurons in ((4, 384), (3, 288), (2, 192), (1, 96)):
+        blocks = [(heads, neurons)] * DEPTH
+        assert table.parts(blocks) == pytest.approx(cost(blocks))
+        assert table.total(blocks) == pytest.approx(from_memory(blocks))
+    assert from_memory([(4, 384)] * DEPTH) > 1.2 * cost([(4, 384)] * DEPTH)
+    # Neither so even nor so wide: on the line between two deep stacks, of which one is held and one is not.
+    for blocks in ([(4, 192)] * DEPTH, [(1, 384), (4, 96)] * 3, [(4, 384)] * 4):
+        assert table.total(blocks) == pytest.approx(from_memory(blocks), rel=0.05)
+    assert table.total([]) == BASE
+
+
+def test_the_room_of_parts_is_that_of_the_time_asked_for() -> None:
+    table = LatencyTable.measure(lambda blocks: lambda: from_memory(blocks), heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH)
+    whole = [(4, 384)] * DEPTH
+    assert table.room(whole, 1, "step") == pytest.approx(table.parts(whole))
+    # A third fits the cache: its parts may take more than a third of what they took.
+    assert table.room(whole, 3, "step") == pytest.approx(from_memory(whole) / 3, rel=0.05)
+    assert table.room(whole, 3, "step") > 1.1 * table.parts(whole) / 3
+    for speedup in (1.2, 1.7, 3.0):
+        room = table.room(whole, speedup, "step")
+        blocks = next([(1, n)] * DEPTH for n in range(2 * NEURONS, 0, -1) if table.parts([(1, n)] * DEPTH) <= room)
+        assert table.total(blocks) == pytest.approx(from_memory(whole) / speedup, rel=0.03)
+
+
+def test_what_comes_before_a_model_is_added_once() -> None:
+    table = LatencyTable.measure(lambda blocks: lambda: from_memory(blocks), heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH)
+    for blocks in ([(4, 384)] * DEPTH, [(2, 96)] * 3, []):
+        assert table.behind(7).total(blocks) == pytest.approx(table.total(blocks) + 7)
+    assert made().behind(7).total([(2, 96)]) == pytest.approx(made().total([(2, 96)]) + 7)
+
+
+def test_noise_never_makes_a_deep_stack_quicker_than_a_narrower_one() -> None:
+    def noisy(blocks: Blocks) -> Timer:
+        return lambda: cost(blocks) - (50.0 if len(blocks) == DEPTH and blocks[0] == (3, 288) else 0.0)
+
+    table = LatencyTable.measure(noisy, heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH)
+    times = [time for _, time in sorted(table.deep.items())]
+    assert times == sorted(times)
+    assert 0 < table.room([(4, 384)] * DEPTH, 2, "step") < table.parts([(4, 384)] * DEPTH)
+
+
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
     about = {"runtime": "onnxruntime", "threads": 1, "lengths": [8, 16]}
-    table = LatencyTable.measure(lambda blocks: lambda: cost(blocks), heads=HEADS, neurons=NEURONS, rounds=1, about=about)
+    table = LatencyTable.measure(lambda blocks: lambda: cost(blocks), heads=HEADS, neurons=NEURONS, rounds=1, about=about, depth=2)
     table.save(tmp_path / "table.json")
     loaded = LatencyTable.load(tmp_path / "table.json")
     assert loaded == table

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ class Bench:
             with self.progress.stage("measure the latency table"):
                 table = measured_table(model, self.task, precision=strongest["precision"], threads=threads, rounds=self.rounds)
             # Rungs are timed from text to scores, and cutting texts into tokens gets no faster.
-            replace(table, base=table.base + strongest["validation"]["speed"]["tokenize_p50_ms"]).save(path)
+            table.behind(strongest["validation"]["speed"]["tokenize_p50_ms"]).save(path)
         self.run.values["latency_table"] = read_json(path)
         return LatencyTable.load(path)
 
@@ -187,7 +186,8 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
     """
     lengths = sorted(len(row["input_ids"]) for row in task.encode(model, "validation"))
     lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    heads, neurons = (max(column) for column in zip(*heads_and_neurons(model.module), strict=True))
+    blocks = heads_and_neurons(model.module)
+    heads, neurons = (max(column) for column in zip(*blocks, strict=True))
     onnxruntime = runtimes.find("onnxruntime")
     timer, every_token = onnxruntime.stacks(model, precision=precision, lengths=lengths, threads=threads)
     return LatencyTable.measure(
@@ -197,6 +197,7 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
         rounds=rounds,
         about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
         every_token=every_token,
+        depth=len(blocks),
     )
 
 

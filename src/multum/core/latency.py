@@ -5,6 +5,10 @@ steps. So short stacks of blocks with random weights are timed in the runtime th
 part is read off as a difference. A search for a faster model then adds up costs that were seen, not counted. Where queries share
 keys and values, a head is a key/value head with all its queries.
 
+The sum is less than a large model takes: the weights of a short stack stay in the processor's cache, those of a deep one have to
+come from memory again in every pass. So stacks as deep as the model are timed too, at several widths, and a sum is read as the
+time of the deep stack whose parts sum up to as much.
+
 The last block that attends is cheaper where the task's head reads the first token only: its queries, its feed-forward and
 everything after are computed for that one token. Its costs stand in columns of their own.
 """
@@ -14,9 +18,9 @@ from __future__ import annotations
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ..errors import InputError
 from .folders import read_json, write_json
@@ -25,9 +29,12 @@ Blocks = Sequence[tuple[int, int]]
 """(heads, neurons) of every block, in order."""
 Timer = Callable[[], float]
 """One timed pass, in the table's unit."""
+Count = TypeVar("Count", int, float)
 
 STACK = 3
 """Equal blocks timed together when the cost of one is wanted."""
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
+"""Of the stacks as deep as the model: the share of its heads and neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +52,8 @@ class LatencyTable:
     """Runtime, precision, threads and text lengths it holds for."""
     every_token: bool = False
     """Whether all blocks work on every token, because the head reads them: the last one that attends is one like the others."""
+    deep: Mapping[float, float] = field(default_factory=dict)
+    """Sum of the parts -> time, of stacks as deep as the model and of none."""
 
     def block(self, heads: int, neurons: int, *, last: bool = False, after_last: bool = False) -> float:
         """Cost of one block. One with nothing left costs nothing, because it is dropped.
@@ -62,15 +71,20 @@ class LatencyTable:
         attention = 0.0 if after_last else _between(self.attention_last if last else self.attention, heads)
         return attention + _between(self.feed_forward_last if last or after_last else self.feed_forward, neurons)
 
-    def total(self, blocks: Blocks) -> float:
-        """Cost of a whole model."""
+    def parts(self, blocks: Blocks) -> float:
+        """Costs of all parts of a model, added up: what a search adds up too."""
         last = max((i for i, (heads, _) in enumerate(blocks) if heads), default=-1)
         return self.base + sum(
             self.block(heads, neurons, last=i == last, after_last=i > last) for i, (heads, neurons) in enumerate(blocks)
         )
 
+    def total(self, blocks: Blocks) -> float:
+        """Cost of a whole model."""
+        parts = self.parts(blocks)
+        return _between(self.deep, parts) if self.deep else parts
+
     def room(self, blocks: Blocks, speedup: float, step: str) -> float:
-        """What a model with these blocks may cost to be so many times cheaper than it is.
+        """What the parts of a model with these blocks may add up to, for it to be so many times cheaper than it is.
 
         Args:
             blocks: as they are.
@@ -80,13 +94,17 @@ class LatencyTable:
         Raises:
             InputError: a single head in a single block costs more.
         """
-        total, least = self.total(blocks), self.base + self.block(1, 0, last=True)
+        total, least = self.total(blocks), self.total([(1, 0)])
         if speedup > 1 and total / speedup < least:
             raise InputError(
                 f"{step}: no cut of this model is {speedup:g} times cheaper: with a single head left it takes {least:.3g} of "
                 f"{total:.3g} {self.unit}; ask for at most {int(10 * total / least) / 10:g}"
             )
-        return total / speedup
+        return _between({time: parts for parts, time in self.deep.items()}, total / speedup) if self.deep else total / speedup
+
+    def behind(self, cost: float) -> Self:
+        """The same for models that so much is done before, whatever their blocks are."""
+        return replace(self, base=self.base + cost, deep={parts + cost: time + cost for parts, time in self.deep.items()})
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -102,6 +120,7 @@ class LatencyTable:
         try:
             for name in ("attention", "attention_last", "feed_forward", "feed_forward_last"):
                 values[name] = {int(count): float(cost) for count, cost in values[name].items()}
+            values["deep"] = {float(parts): float(time) for parts, time in values.get("deep", {}).items()}
             return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{path} is no latency table; a run of shrink keeps one in latency.json") from error
@@ -155,6 +174,7 @@ class LatencyTable:
         rounds: int = 30,
         about: Mapping[str, Any] | None = None,
         every_token: bool = False,
+        depth: int = 0,
     ) -> Self:
         """Time stacks of blocks and read off the parts.
 
@@ -165,6 +185,7 @@ class LatencyTable:
             rounds: passes over all stacks, interleaved; medians count.
             about: what to note beside the figures.
             every_token: the timed models work on every token in all their blocks, so that the last one costs what others do.
+            depth: blocks of the whole model, for stacks as deep as it is; 0 for none.
         """
         head_grid, neuron_grid = grid(heads), grid(neurons)
         reference = (head_grid[1], neuron_grid[1])
@@ -177,6 +198,8 @@ class LatencyTable:
             stacks[f"feed_forward {n}"] = [(0, n)] * STACK + [reference]
             if not every_token:
                 stacks[f"feed_forward_last {n}"] = [(head_grid[1], n)]
+        deep = [[(max(1, round(share * heads)), max(1, round(share * neurons)))] * depth for share in WIDTHS if depth]
+        stacks |= {f"deep {number}": blocks for number, blocks in enumerate(deep)}
         time = interleave({name: timer(blocks) for name, blocks in stacks.items()}, rounds)
         base = time["base"]
         # A block with only one of its two parts still has the other's residual and norm: half of an empty block each.
@@ -190,7 +213,7 @@ class LatencyTable:
             feed_forward_last = _rising({n: time[f"feed_forward_last {n}"] - base - one_head for n in neuron_grid})
         # Fewer neurons than the least width measured cost as much as that one: a kernel has to be called for any.
         feed_forward, feed_forward_last = ({**costs, 1: costs[neuron_grid[1]]} for costs in (feed_forward, feed_forward_last))
-        return cls(
+        table = cls(
             base=base,
             attention=attention,
             attention_last=attention_last,
@@ -199,6 +222,8 @@ class LatencyTable:
             about=dict(about or {}),
             every_token=every_token,
         )
+        seen = {table.parts(blocks): time[f"deep {number}"] for number, blocks in enumerate(deep)}
+        return replace(table, deep=_rising({base: base, **seen})) if seen else table
 
 
 def grid(full: int) -> list[int]:
@@ -217,9 +242,9 @@ def interleave(timers: Mapping[str, Timer], rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in seen.items()}
 
 
-def _rising(costs: Mapping[int, float]) -> dict[int, float]:
+def _rising(costs: Mapping[Count, float]) -> dict[Count, float]:
     """More units never cost less: noise that says otherwise is evened out upwards."""
-    result: dict[int, float] = {}
+    result: dict[Count, float] = {}
     highest = 0.0
     for count in sorted(costs):
         highest = max(highest, costs[count])
@@ -227,7 +252,7 @@ def _rising(costs: Mapping[int, float]) -> dict[int, float]:
     return result
 
 
-def _between(costs: Mapping[int, float], count: int) -> float:
+def _between(costs: Mapping[Count, float], count: Count) -> float:
     counts = sorted(costs)
     at = bisect_left(counts, count)
     if at < len(counts) and counts[at] == count:

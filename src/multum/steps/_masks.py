@@ -69,9 +69,9 @@ def search_under(table: LatencyTable, scores: Sequence[Pair], budget: float) -> 
     Args:
         table: the real costs.
         scores: I per block.
-        budget: in the table's unit.
+        budget: what the parts may add up to, in the table's unit.
     """
-    kept = search(scores, table.total, budget, whole_sublayers=table.unit == "MACs")
+    kept = search(scores, table.parts, budget, whole_sublayers=table.unit == "MACs")
     if table.unit == "MACs" or all(
         bool(units) == (worth.size > 0)
         for block, pair in zip(kept, scores, strict=True)
@@ -79,15 +79,15 @@ def search_under(table: LatencyTable, scores: Sequence[Pair], budget: float) -> 
     ):
         return kept
     flat = replace(table, attention_last=table.attention, feed_forward_last=table.feed_forward)
-    low, high = budget, flat.total([(len(heads), len(neurons)) for heads, neurons in scores])
-    kept = search(scores, flat.total, high)
-    if table.total(_counts(kept)) <= budget:
+    low, high = budget, flat.parts([(len(heads), len(neurons)) for heads, neurons in scores])
+    kept = search(scores, flat.parts, high)
+    if table.parts(_counts(kept)) <= budget:
         return kept
-    kept = search(scores, flat.total, low)
+    kept = search(scores, flat.parts, low)
     for _ in range(BISECTIONS if flat != table else 0):
         middle = (low + high) / 2
-        tried = search(scores, flat.total, middle)
-        if table.total(_counts(tried)) <= budget:
+        tried = search(scores, flat.parts, middle)
+        if table.parts(_counts(tried)) <= budget:
             low, kept = middle, tried
         else:
             high = middle

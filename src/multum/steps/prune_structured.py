@@ -77,7 +77,7 @@ def choose(sublayers: Sequence[tuple[Prices, Prices]], table: LatencyTable, budg
     Args:
         sublayers: per block the prices of its head counts and of its neuron counts.
         table: costs.
-        budget: in the table's unit, the base included.
+        budget: what the parts may add up to, in the table's unit, the base included.
 
     Raises:
         InputError: not even one head fits.
