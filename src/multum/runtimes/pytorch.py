@@ -141,7 +141,8 @@ def stacks(model: Model, *, prompt: int, new: int, threads: int) -> Callable[[Bl
     """What the latency table of a causal model is measured with: a maker of timers of blocks.
 
     Args:
-        model: its embeddings, its head and copies of its first block, cut, make up what is timed.
+        model: its embeddings, its head and its first blocks, cut, make up what is timed: different ones, because the weights of
+            one block taken again and again would stay in the cache, as those of a whole model do not.
         prompt: tokens that are read.
         new: tokens that are written behind them.
         threads: to run on.
@@ -154,11 +155,14 @@ def stacks(model: Model, *, prompt: int, new: int, threads: int) -> Callable[[Bl
     from ..core.surgery import head_size, heads_and_neurons, keep_heads, keep_neurons
     from ..core.writing import Decoding, TorchWriter
 
-    (heads, neurons), family, size = heads_and_neurons(model.module)[0], family_of(model.module), head_size(model.module)
+    whole, family, size = heads_and_neurons(model.module), family_of(model.module), head_size(model.module)
 
     def timer(blocks: Blocks) -> Timer:
-        module = _shallow(model.module, [("", [0] * len(blocks))])
-        for block, (h, n) in zip(blocks_of(module), sorted(blocks, key=lambda counts: counts[0] == 0), strict=True):
+        numbers = [number % len(whole) for number in range(len(blocks))]
+        module = _shallow(model.module, [("", numbers)])
+        wanted = sorted(blocks, key=lambda counts: counts[0] == 0)
+        for block, number, (h, n) in zip(blocks_of(module), numbers, wanted, strict=True):
+            heads, neurons = whole[number]
             if h < heads:
                 keep_heads(block, family, list(range(h)), size)
             if n < neurons:
