@@ -188,7 +188,19 @@ def against_first(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-    head = ["model", "blocks", "parts ms", "predicted ms", "fixed ms", "measured ms", "error %", "range", "MACs", "speed-up", "speed-up / MACs"]
+    head = [
+        "model",
+        "blocks",
+        "parts ms",
+        "predicted ms",
+        "fixed ms",
+        "measured ms",
+        "error %",
+        "range",
+        "MACs",
+        "speed-up",
+        "speed-up / MACs",
+    ]
     rows = [[*head, "end to end", "95 %", "test accuracy"]]
     for precision, every in found.items():
         for one in every:

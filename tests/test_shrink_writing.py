@@ -22,14 +22,16 @@ from multum._measure_worker import about, answer, open_target
 from multum.bench import Bench, measured_depths, measured_writing
 from multum.budget import LANGUAGE_QUICK, TRANSLATORS_QUICK
 from multum.core.depth import DepthTable, shallower
+from multum.core.families import blocks_of, family_of
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
 from multum.core.packed import packed_parts
 from multum.core.step import make
-from multum.core.surgery import heads_and_neurons
+from multum.core.surgery import heads_and_neurons, keep_neurons
 from multum.descent import CausalDescent, TranslatorDescent, kind_of
 from multum.errors import BudgetNotMet, InputError
 from multum.progress import Progress
+from multum.runtimes import find
 from multum.tasks.fill_mask import FillMask
 from multum.tasks.text_generation import TextGeneration
 
@@ -307,6 +309,26 @@ def test_the_table_of_a_causal_model_is_timed_while_it_writes(family: str, monke
     assert table.total([(2, 48)] * 4) > table.total([(2, 48)] * 1) > table.base
     assert np.isfinite(list(table.attention.values())).all()
     assert model.fingerprint() == before
+
+
+def test_what_is_timed_are_different_blocks_of_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or else the weights of one would stay in the cache; and no second copy of a model is made."""
+    seen: list[Any] = []
+    monkeypatch.setattr("multum.core.writing.TorchWriter", lambda module, _: seen.append(module))
+    model = tiny.language_model(layers=3)
+    heads, neurons = heads_and_neurons(model.module)[0]
+    keep_neurons(blocks_of(model.module)[1], family_of(model.module), [0, 1, 2])
+    timer = find("pytorch").stacks(model, prompt=2, new=2, threads=1)
+    timer([(heads, neurons)] * 4)
+    whole, timed = ([weights(block) for block in blocks_of(module)] for module in (model.module, seen[0]))
+    assert timed == [*whole, whole[0]]
+    timer([(heads, 4), (0, 4)])  # the second has fewer left already
+    assert heads_and_neurons(seen[1]) == [(heads, 4), (0, 3)]
+    assert heads_and_neurons(model.module) == [(heads, neurons), (heads, 3), (heads, neurons)]
+
+
+def weights(block: Any) -> list[int]:
+    return [id(parameter) for parameter in block.parameters()]
 
 
 def test_the_prompts_of_a_table_leave_room_for_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
