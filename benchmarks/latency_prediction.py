@@ -6,8 +6,9 @@ A MiniLM fine-tuned on the film reviews is cut by `prune_structured` under a tab
 and once for fp32. The table holds for the graph alone, as a mean over texts of five lengths; beside it stands what the parts add
 up to without the stacks that are as deep as the model. Five validation texts of these
 lengths are answered one by one by the exported models, whole and cut, in turns; what cutting them into tokens takes is subtracted.
-The error is (predicted - measured) / measured. The table is measured `--repeats` times, first the one that the cuts are made under:
-the error is given for the median of the tables, with the range.
+The error is (predicted - measured) / measured. How much of the cache a machine's other users leave changes by the minute, so table
+and models are measured one right after the other, `--repeats` times: medians, and the range of the errors. The cuts are made under
+a table of their own.
 
 Then all of them answer the test texts end to end in processes of their own and in turns, as `multum measure` does it. For the
 speed-up no table is needed: that of the whole model's graph over the cut one's, against their multiply-accumulates; the goal
@@ -23,7 +24,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +86,21 @@ class Bench:
             model.save(folder)
         return folder
 
-    def tables(self, precision: str) -> list[LatencyTable]:
-        """As many as asked for, each measured anew."""
-        paths = [self.folder / f"latency-{precision}-{number}.json" for number in range(self.options.repeats)]
-        for path in paths:
-            if not path.exists():
-                print(path.name, file=sys.stderr, flush=True)
-                model, options = self.task.load(str(self.whole())), self.options
-                measured_table(model, self.task, precision=precision, threads=options.threads, rounds=options.rounds).save(path)
-        return [LatencyTable.load(path) for path in paths]
+    def table(self, precision: str, name: str) -> LatencyTable:
+        """The table of this name."""
+        path = self.folder / f"latency-{precision}-{name}.json"
+        if not path.exists():
+            print(path.name, file=sys.stderr, flush=True)
+            model, options = self.task.load(str(self.whole())), self.options
+            measured_table(model, self.task, precision=precision, threads=options.threads, rounds=options.rounds).save(path)
+        return LatencyTable.load(path)
 
     def cut(self, precision: str, speedup: float) -> Path:
         folder = self.folder / f"{precision}-{speedup:g}x"
         if not folder.exists():
+            self.table(precision, "cut")
             fields = {"speedup": speedup, "samples": self.options.samples}
-            fields["latency_table"] = str(self.folder / f"latency-{precision}-0.json")
+            fields["latency_table"] = str(self.folder / f"latency-{precision}-cut.json")
             make("prune_structured", fields)(self.task.load(str(self.whole())), self.task).save(folder)
         return folder
 
@@ -111,22 +112,27 @@ class Bench:
 
     def taken(self, precision: str) -> list[dict[str, Any]]:
         """The whole model and every cut, predicted and measured."""
-        tables = self.tables(precision)
         folders = [self.whole(), *(self.cut(precision, speedup) for speedup in self.options.speedups)]
         targets = [self.export(folder, precision) for folder in folders]
+        tables, times = [], []
+        for number in range(self.options.repeats):
+            kept, table = self.folder / f"graphs-{precision}-{number}.json", self.table(precision, str(number))
+            if not kept.exists():
+                write_json(kept, self.graphs(targets, table.about["lengths"]))
+            tables.append(table)
+            times.append(read_json(kept))
         kept = self.folder / f"measured-{precision}.json"
         if not kept.exists():
             print(f"measure {precision}", file=sys.stderr, flush=True)
             options = self.options
-            graphs = self.graphs(targets, tables[0].about["lengths"])
-            made = measure(targets, self.task, threads=options.threads, rounds=options.rounds, texts_per_round=options.texts)
-            write_json(kept, {"graph_ms": graphs, "metrics": made})
-        saved, names = read_json(kept), ["whole", *(f"{speedup:g}x" for speedup in self.options.speedups)]
-        lengths = tables[0].about["lengths"]
+            write_json(
+                kept, measure(targets, self.task, threads=options.threads, rounds=options.rounds, texts_per_round=options.texts)
+            )
+        names = ["whole", *(f"{speedup:g}x" for speedup in self.options.speedups)]
         models = [self.task.load(str(folder)) for folder in folders]
         blocks = [heads_and_neurons(model.module) for model in models]
-        macs = [macs_per_example(profile(model.module)["macs"], lengths) for model in models]
-        every = zip(names, blocks, macs, saved["graph_ms"], saved["metrics"], strict=True)
+        macs = [macs_per_example(profile(model.module)["macs"], tables[0].about["lengths"]) for model in models]
+        every = zip(names, blocks, macs, zip(*times, strict=True), read_json(kept), strict=True)
         found = against_first([figures(tables, *one) for one in every])
         for one, model in zip(found[1:], models[1:], strict=True):
             one["cut_s"] = model.history[-1]["seconds"]
@@ -161,18 +167,23 @@ def timer(call: Any, texts: list[Any]) -> Callable[[], float]:
 
 
 def figures(
-    tables: list[LatencyTable], name: str, blocks: list[tuple[int, int]], macs: int | None, measured: float, metrics: dict[str, Any]
+    tables: list[LatencyTable],
+    name: str,
+    blocks: list[tuple[int, int]],
+    macs: int | None,
+    measured: Sequence[float],
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """What is predicted of one model, what was measured, and how far they are apart."""
+    """What is predicted of one model by every table, what was measured right after it, and how far they are apart."""
     predicted = [each.total(blocks) for each in tables]
     return {
         "name": name,
         "blocks": blocks,
-        "predicted_ms": predicted,
         "parts_ms": [each.parts(blocks) for each in tables],
+        "predicted_ms": predicted,
         "fixed_ms": statistics.median(each.total([(1, 1)] * len(blocks)) for each in tables),
         "measured_ms": measured,
-        "error_percent": [100 * (value - measured) / measured for value in predicted],
+        "error_percent": [100 * (there - here) / here for there, here in zip(predicted, measured, strict=True)],
         "macs": macs,
         "end_to_end": metrics["speed"],
         "accuracy": metrics["quality"]["value"],
@@ -183,7 +194,8 @@ def against_first(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same with what became of multiply-accumulates and of time since the first."""
     first = every[0]
     for one in every:
-        one["macs_ratio"], one["speedup"] = first["macs"] / one["macs"], first["measured_ms"] / one["measured_ms"]
+        one["macs_ratio"] = first["macs"] / one["macs"]
+        one["speedup"] = statistics.median(a / b for a, b in zip(first["measured_ms"], one["measured_ms"], strict=True))
     return every
 
 
@@ -212,7 +224,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
                     f"{statistics.median(one['parts_ms']):.3f}",
                     f"{statistics.median(one['predicted_ms']):.3f}",
                     f"{one['fixed_ms']:.3f}",
-                    f"{one['measured_ms']:.3f}",
+                    f"{statistics.median(one['measured_ms']):.3f}",
                     f"{statistics.median(errors):+.1f}",
                     f"{min(errors):+.1f} to {max(errors):+.1f}",
                     f"1/{one['macs_ratio']:.2f}",
