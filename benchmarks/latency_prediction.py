@@ -5,7 +5,7 @@
 A MiniLM fine-tuned on the film reviews is cut by `prune_structured` under a table that is measured in onnxruntime, once for int8
 and once for fp32. The table holds for the graph alone, as a mean over texts of five lengths; beside it stands what the parts add
 up to without the stacks that are as deep as the model. Five validation texts of these
-lengths are answered one by one by the exported models, whole and cut, in turns; what cutting them into tokens takes is subtracted.
+lengths, cut into tokens before, are answered one by one by the exported models, whole and cut, in turns.
 The error is (predicted - measured) / measured. How much of the cache a machine's other users leave changes by the minute, so table
 and models are measured one right after the other, `--repeats` times: medians, and the range of the errors. The cuts are made under
 a table of their own.
@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import publish
 
 from multum._measure import macs_per_example, measure
@@ -139,19 +140,20 @@ class Bench:
         return found
 
     def graphs(self, targets: list[Path], lengths: list[int]) -> list[float]:
-        """Milliseconds of every target's graph, the mean over a validation text of each of these lengths."""
-        found = [find("onnxruntime").open(target, threads=self.options.threads) for target in targets]
-        of = dict(zip(found[0].lengths(self.task.inputs("validation")), self.task.inputs("validation"), strict=True))
-        texts = [of[length] for length in lengths]
-        timers = {}
-        for number, predictor in enumerate(found):
-            timers |= {f"{number} predict": timer(predictor.predict, texts), f"{number} tokenize": timer(predictor.tokenize, texts)}
-        times = interleave(timers, 2 * self.options.rounds)
-        return [times[f"{number} predict"] - times[f"{number} tokenize"] for number in range(len(found))]
+        """Milliseconds of every target's graph alone, the mean over a validation text of each of these lengths."""
+        rows = self.task.encode(self.task.load(str(self.whole())), "validation")["input_ids"]
+        of = {len(ids): np.array([ids], dtype=np.int64) for ids in rows}
+        columns = [
+            {"input_ids": of[n], "attention_mask": np.ones_like(of[n]), "token_type_ids": np.zeros_like(of[n])} for n in lengths
+        ]
+        threads = self.options.threads
+        passes = [find("onnxruntime").open(target, threads=threads).passes(threads) for target in targets]
+        times = interleave({str(number): timer(run, columns) for number, run in enumerate(passes)}, 2 * self.options.rounds)
+        return list(times.values())
 
 
-def timer(call: Any, texts: list[Any]) -> Callable[[], float]:
-    """Times one call a text: milliseconds, the mean over the texts.
+def timer(run: Callable[[Any], Any], texts: list[Any]) -> Callable[[], float]:
+    """Times one pass a text: milliseconds, the mean over the texts.
 
     Behind a pass that does not count, as the table is measured: the others that are timed in turns have pushed the weights out.
     """
@@ -160,7 +162,7 @@ def timer(call: Any, texts: list[Any]) -> Callable[[], float]:
         for _ in range(2):
             started = time.perf_counter()
             for text in texts:
-                call([text])
+                run(text)
         return 1e3 * (time.perf_counter() - started) / len(texts)
 
     return once
