@@ -126,7 +126,7 @@ def test_candidates_are_what_such_models_can_be_had_in() -> None:
     assert candidates("", translator) == [EAGER, *graphs]
     assert candidates("fp32", causal) == [EAGER, Form("llamacpp", "f32"), Form("onnxruntime", "fp32"), Form("openvino", "fp32")]
     nibbles = [Form("onnxruntime", "int4"), Form("openvino", "int4")]
-    assert candidates("int4", causal) == [EAGER, NIBBLE, Form("llamacpp", "q4_k"), *nibbles]
+    assert candidates("int4", causal) == [EAGER, NIBBLE, *(Form("llamacpp", each) for each in ("q4_1", "q4_k")), *nibbles]
     assert candidates("int4", translator) == [EAGER, *nibbles]
     assert candidates("int4", tiny.task()) == [EAGER], "what reads is not had in 4 bits"
     assert {"fp32", "int8", "bf16", "int4", "q8_0"} <= set(precisions())

@@ -18,9 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from multum.core.families import blocks_of, family_of
 from multum.core.model import Model
+from multum.core.step import make
 from multum.core.surgery import head_size, keep_heads, keep_neurons
 from multum.errors import InputError
+from multum.runtimes import llamacpp
 from multum.runtimes._gguf import FILE_TYPES, write_gguf
+from multum.runtimes._gguf_grid import quantized
 from multum.runtimes._gguf_tokenizer import UNKNOWN, tokenizer_fields
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gpt2")
@@ -159,6 +162,74 @@ def test_quantized_matrices_are_within_half_a_step(precision: str, levels: int, 
     shares = [_softmax(values) for values in (exact.logits(IDS), file.logits(IDS))]
     if precision == "q8_0":
         assert np.abs(shares[0] - shares[1]).max() < 0.05
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_blocks_on_a_grid_keep_their_numbers(kind: str) -> None:
+    rng, of = np.random.default_rng(0), gguf.GGMLQuantizationType[kind]
+    scales = torch.tensor(rng.uniform(1e-3, 0.3, (64, 1))).bfloat16().float().numpy()
+    middle = 8 if kind == "Q4_0" else rng.integers(0, 16, (64, 1))
+    codes = rng.integers(0, 16, (64, 32))
+    codes[:8] = rng.integers(6, 10, (8, 32))  # a part of the grid: llama.cpp's own rounding takes it for a finer one
+    weights = (scales * (codes - middle)).astype(np.float32)
+    weights[8], weights[9] = 0.0, weights[9, 0]
+    made, held = quantized(weights, of, own=True)
+    assert held
+    back, step = gguf.quants.dequantize(made, of), scales
+    assert (np.abs(back - weights) <= (0.0 if kind == "Q4_0" else step / 100)).all()
+    assert np.abs(gguf.quants.dequantize(gguf.quants.quantize(weights, of), of) - weights).max() > step.max() / 20
+    # Others are rounded as llama.cpp does, also where they stand between such as are on a grid.
+    weights[5] += rng.normal(size=32).astype(np.float32) * 1e-3
+    mixed, held = quantized(weights, of, own=True)
+    assert not held
+    np.testing.assert_array_equal(np.delete(mixed, 5, 0), np.delete(made, 5, 0))
+    np.testing.assert_array_equal(mixed[5], gguf.quants.quantize(weights, of)[5])
+    np.testing.assert_array_equal(quantized(weights, of, own=False)[0], gguf.quants.quantize(weights, of))
+
+
+def test_scales_that_float16_lacks_are_rounded_anew() -> None:
+    weights = np.tile(np.float32(2.0**-23 * 1.5) * np.arange(-7, 9, dtype=np.float32), (3, 2))
+    assert not quantized(weights, gguf.GGMLQuantizationType.Q4_0, own=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "packing"),
+    [
+        ("q4_0", {"bits": 4, "group": 32, "symmetric": True}),
+        ("q4_1", {"bits": 4, "group": 32, "symmetric": False}),
+        ("q4_1", {"bits": 4, "group": 64, "symmetric": False}),
+        ("q4_1", {"bits": 3, "group": 32, "symmetric": False}),
+        ("q4_1", {"bits": 4, "group": 32, "symmetric": False, "hqq": True}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_a_packed_model_keeps_its_numbers(family: str, precision: str, packing: dict[str, Any], tmp_path: Path) -> None:
+    """Queries and keys are turned, fused matrices split, neurons filled up; what comes out are the same weights."""
+    model = decoder(family, hidden=64, neurons=64 if family == "gpt2" else 40)
+    model = make("quantize", packing)(model, None)
+    exact = _written(model, tmp_path)
+    facts = write_gguf(model, tmp_path / "packed.gguf", precision)
+    file = Reference(tmp_path / "packed.gguf")
+    packed = [name for name, kind in file.types.items() if kind == precision.upper() and name != "token_embd.weight"]
+    # The zeros by which neurons are filled up are on no grid of HQQ's.
+    lost = [name for name in packed if "hqq" in packing and "ffn_down" in name and family != "gpt2"]
+    assert facts["own_codes"] == [len(packed) - len(lost), len(lost)]
+    assert len(packed) > len(lost)
+    for name, values in file.tensors.items():
+        if name in packed and name not in lost:
+            before = exact.tensors[name]
+            kept = values[tuple(slice(n) for n in before.shape)]
+            np.testing.assert_allclose(kept, before, atol=0 if precision == "q4_0" else np.abs(before).max() / 1000)
+    assert "own_codes" not in write_gguf(decoder(family, hidden=64, neurons=64), tmp_path / "plain.gguf", precision)
+
+
+def test_groups_across_blocks_are_rounded_anew_and_counted(tmp_path: Path) -> None:
+    model = make("quantize", {"bits": 4, "group": 48, "symmetric": True})(decoder("llama", hidden=64, neurons=64), None)
+    held, lost = write_gguf(model, tmp_path / "m.gguf", "q4_0")["own_codes"]
+    assert held < lost  # a row of 32 has one group
+    assert llamacpp._kept(held, lost)["note"].startswith(f"{lost} of {held + lost} matrices cannot be held")
+    assert llamacpp._kept(3, 0) == {"own_codes": 3}
+    assert llamacpp._kept(0, 0) == {}
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_pruned_models(family: str, first: bool, tmp_path: Path) -> None:
 
 
 @needs_llama
-@pytest.mark.parametrize(("precision", "kl"), [("f16", 1e-4), ("q8_0", 0.02), ("q4_0", 0.5), ("q4_k", 0.5)])
+@pytest.mark.parametrize(("precision", "kl"), [("f16", 1e-4), ("q8_0", 0.02), ("q4_0", 0.5), ("q4_1", 0.5), ("q4_k", 0.5)])
 def test_precisions(precision: str, kl: float, tmp_path: Path) -> None:
     """Weights that spread the answers of a tiny model less than those of the other tests, as a trained one's are."""
     model = decoder("llama", hidden=64, neurons=64)

@@ -36,7 +36,7 @@ FEW = 16
 FAITHFUL = 0.05
 """Mean KL in nats up to which a form of a model that writes is chosen without being asked for: 8 bits are far below."""
 FLOATS = ("fp32", "f32", "f16", "bf16")
-KNOWN_AS = {"f32": "fp32", "q8_0": "int8", "q4_0": "int4", "q4_k": "int4"}
+KNOWN_AS = {"f32": "fp32", "q8_0": "int8", "q4_0": "int4", "q4_1": "int4", "q4_k": "int4"}
 """What llama.cpp calls a precision -> what others do."""
 
 

@@ -12,13 +12,14 @@ import numpy as np
 
 from ..errors import MissingExtra
 from ._gguf_blocks import GROUP, Written
+from ._gguf_grid import MULTIPLES, quantized
 from ._gguf_model import read
 from ._gguf_tokenizer import tokenizer_fields
 
 if TYPE_CHECKING:
     from ..core.model import Model
 
-FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2}
+FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "q4_0": 2, "q4_1": 3}
 """Precision -> `general.file_type`."""
 EXACT = ("position_embd.weight", "rope_freqs.weight")
 """Never rounded, as small as they are."""
@@ -28,7 +29,8 @@ def write_gguf(model: Model, path: Path, precision: str) -> dict[str, Any]:
     """Write a model with its tokenizer.
 
     Matrices are of the precision asked for; but the output matrix, or the table of embeddings that serves as one, is Q8_0 where the
-    others are Q4_0, and F16 is what has rows that are not made up of whole groups of 32. Norms and biases are F32.
+    others have 4 bits, and F16 is what has rows that are not made up of whole groups of 32. Norms and biases are F32. Weights that
+    the model has in 4 bits already, in groups that are made up of such groups, keep their numbers (`_gguf_grid`).
 
     Args:
         model: a causal language model.
@@ -36,7 +38,8 @@ def write_gguf(model: Model, path: Path, precision: str) -> dict[str, Any]:
         precision: one of `FILE_TYPES`.
 
     Returns:
-        `architecture`, `context` in tokens, and `tensors`: how many are of which type.
+        `architecture`, `context` in tokens, and `tensors`: how many are of which type; of a model that is packed in 4 bits also
+        `own_codes`: how many matrices keep their numbers, and how many do not.
 
     Raises:
         MissingExtra: `gguf` is not installed.
@@ -63,11 +66,22 @@ def write_gguf(model: Model, path: Path, precision: str) -> dict[str, Any]:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    own, held = _is_packed(model.module), []
     for name, (_, make) in written.tensors.items():
-        writer.write_tensor_data(gguf.quants.quantize(make(), types[name]))
+        data, on_grid = quantized(make(), types[name], own=own)
+        writer.write_tensor_data(data)
+        held += [on_grid] * (types[name].name in MULTIPLES and name != "token_embd.weight")  # tables are packed in 8 bits, or not
     writer.close()
     counts = Counter(kind.name.lower() for kind in types.values())
-    return {"architecture": written.architecture, "context": written.context, "tensors": dict(sorted(counts.items()))}
+    facts = {"architecture": written.architecture, "context": written.context, "tensors": dict(sorted(counts.items()))}
+    return facts | ({"own_codes": [held.count(True), held.count(False)]} if own and held else {})
+
+
+def _is_packed(module: Any) -> bool:
+    """Whether some of its matrices have no more than 4 bits."""
+    from ..core.packed import packed_parts
+
+    return any(part.packing.bits <= 4 for part in packed_parts(module).values())
 
 
 def _type(written: Written, name: str, precision: str) -> str:

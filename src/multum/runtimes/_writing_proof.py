@@ -34,7 +34,7 @@ TEXTS, TOKENS = 12, 256
 PROMPTS, PROMPT, NEW = 4, 32, 24
 """Prompts that are continued, the tokens of one, and those that are written, at most."""
 DIVERGENCE = {"f32": 1e-5, "fp32": 1e-5, "f16": 1e-3, "bf16": 0.05, "int8": 0.05, "q8_0": 0.05}
-DIVERGENCE |= dict.fromkeys(("int4", "q4_k", "q4_0"), 0.5)
+DIVERGENCE |= dict.fromkeys(("int4", "q4_k", "q4_0", "q4_1"), 0.5)
 """Mean KL in nats above which an export is refused: rounding gives a small part of it, a wrong graph several nats."""
 FREE = ("f32", "fp32", "f16")
 """Precisions whose texts must be torch's, but where two tokens are as probable as rounding can tell."""

@@ -1,7 +1,9 @@
 """llama.cpp on the CPU: causal language models as GGUF files, which also run in any other program that is built on llama.cpp.
 
     f32, f16     as they are        q8_0, q4_0     8 and 4 bits, a scale for 32 weights        q4_k     llama.cpp's own mix, Q4_K_M
+    q4_1         4 bits, a scale and an offset for 32 weights
 
+A model that is packed in 4 bits already keeps its numbers in q4_1, and in q4_0 if it has no zero points.
 Decoding reads every weight once for a token, so that it is as fast as memory gives them: fewer bytes are faster.
 """
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from ..core.model import Model
     from ._llama import Session
 
-PRECISIONS = ("f16", "q8_0", "q4_0", "q4_k", "f32")
+PRECISIONS = ("f16", "q8_0", "q4_0", "q4_1", "q4_k", "f32")
 ALSO_CALLED = {"fp32": "f32", "int8": "q8_0", "int4": "q4_k"}
 """What others call a precision -> its name here."""
 EXTRA: str | None = "llamacpp"
@@ -55,7 +57,7 @@ def export(model: Model, folder: Path, *, precision: str, inputs: Sequence[Any],
         task: by name, for `measure`.
 
     Returns:
-        How far the answers agree (`_writing_proof.prove`).
+        How far the answers agree (`_writing_proof.prove`), and of a model packed in 4 bits how many matrices keep their numbers.
 
     Raises:
         MissingExtra: gguf or llama-cpp-python is not installed.
@@ -72,7 +74,7 @@ def export(model: Model, folder: Path, *, precision: str, inputs: Sequence[Any],
     with export_folder(model, folder, manifest) as work:
         facts = _write(model, work, precision)
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), **facts})
-        parity = proof(model, work, inputs)
+        parity = proof(model, work, inputs) | _kept(*facts.get("own_codes", (0, 0)))
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
         return parity | ({} if extra_kernels(work / FILE, precision) else {"slow": WITHOUT_AMX})
 
@@ -116,6 +118,13 @@ def check(model: Model) -> None:
     from ._gguf_model import read
 
     read(model.module)
+
+
+def _kept(held: int, lost: int) -> dict[str, Any]:
+    """For the proof: how many matrices of a packed model keep their numbers, and a word on the others."""
+    found: dict[str, Any] = {"own_codes": held} if held or lost else {}
+    note = f"{lost} of {held + lost} matrices cannot be held as the model has them, and were rounded anew"
+    return found | ({"note": note} if lost else {})
 
 
 def _write(model: Model, work: Path, precision: str) -> dict[str, Any]:
