@@ -1,13 +1,13 @@
 """The main job for the other applications: the original, its fastest form, every rung and what ships; quality, latency, bytes.
 
-    python benchmarks/applications.py NAME [--texts N] [--full] [--seed 0] [-o runs/applications]
+    python benchmarks/applications.py NAME [--texts N] [--full] [--time-limit MINUTES] [--seed 0] [-o runs/applications]
 
 NAME is one of reviews-zh, cloze-qa, translation, black-box, summarization, text-generation; `reviews.py` is that of English
 reviews. The original of black-box learns from what the Bergamot engine wrote, and is measured by what people wrote.
 Originals that no package carries are trained first, on the first `--texts` training texts (by default as many as two cores take
 within some hours); `shrink` then walks down from them with `--quick`, or with all its effort (`--full`), to the drop of the goal.
-Rungs are scored on validation, by which they are chosen; the original, its fastest form and what ships also on test, timed
-together in turns. A run that was stopped goes on where it was.
+With a time limit no rung is begun that would end behind it. Rungs are scored on validation, by which they are chosen; the original,
+its fastest form and what ships also on test, timed together in turns. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("name", choices=list(APPLICATIONS))
     parser.add_argument("--texts", type=int, help="training texts; 0 for all")
     parser.add_argument("--full", action="store_true", help="with all the effort of shrink")
+    parser.add_argument("--time-limit", type=float, help="minutes of the walk; those that the original takes are not among them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/applications"))
     options = parser.parse_args()
@@ -81,12 +82,15 @@ def main() -> None:
     original = trained(one, data, folder / "original", options.seed) if one.first else fetch(one.model)
     output = folder / ("full" if options.full else "quick")
     job: dict[str, Any] = {"task": one.task, "data": str(data), "output": output, "seed": options.seed, "quick": not options.full}
+    limit = options.time_limit and 60 * options.time_limit
     try:
-        multum.shrink(str(original), **job, max_drop=one.max_drop, progress=Progress())
+        multum.shrink(str(original), **job, time_limit_s=limit, max_drop=one.max_drop, progress=Progress())
     except BudgetNotMet as error:
         print(error)
     run = read_json(output / "run.json")
-    command = f"applications.py {options.name}{f' --texts {texts}' if texts else ''}{' --full' if options.full else ''}"
+    asked = {" --texts": texts, " --time-limit": options.time_limit}
+    command = f"applications.py {options.name}{''.join(f'{name} {value:g}' for name, value in asked.items() if value)}"
+    command += " --full" if options.full else ""
     values = {"run": {key: run[key] for key in ("chosen", "met", "why", "candidates", "elapsed_s", "data", "budget")}}
     rows = table(run, open_task(one.task, str(data), seed=options.seed))
     publish(f"application_{options.name.replace('-', '_')}", rows, values, summary=words(one, run), command=command)
