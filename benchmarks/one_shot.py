@@ -21,7 +21,6 @@ import argparse
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def of_seed(seed: int, folder: Path) -> dict[str, Any]:
     if not found:
         table = measured_table(model, task, precision="int8", threads=THREADS, rounds=12)
         (whole,) = measure([exports / "whole"], task, split="validation", threads=THREADS, rounds=5)
-        replace(table, base=table.base + whole["speed"]["tokenize_p50_ms"]).save(folder / "latency.json")
+        table.behind(whole["speed"]["tokenize_p50_ms"]).save(folder / "latency.json")
     targets, seconds = {"whole": exports / "whole"}, {"whole": 0.0}
     for name, (step, fields) in left.items():
         started = time.process_time()
@@ -132,7 +131,7 @@ def cut_otherwise(step: str, model: Model, task: Any, *, speedup: float, latency
         [(max(1, int(share * heads)), max(1, int(share * neurons))) for heads, neurons in counts]
         for share in np.linspace(1, 0, 1001)
     )
-    sizes = next(each for each in shares if table.total(each) <= room)
+    sizes = next(each for each in shares if table.parts(each) <= room)
     return cut(model, drawn(counts, sizes, seed) if step == RANDOM else told(model, task, counts, sizes, measure, seed))[0]
 
 

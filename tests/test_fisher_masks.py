@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -277,6 +278,18 @@ def test_a_measured_table_is_used(tmp_path):
     entry = result.history[-1]
     assert entry["unit"] == "ms"
     assert table.total(heads_and_neurons(result.module)) == entry["predicted"][1] <= table.total([(4, 32)] * 2) / 1.5
+
+
+def test_a_budget_of_time_is_not_taken_for_one_of_parts(tmp_path):
+    costs = [{n: 0.0 if n == 0 else 1.0 + n / each for n in range(full + 1)} for full, each in ((4, 1), (32, 8))]
+    table = LatencyTable(base=1.0, attention=costs[0], attention_last=costs[0], feed_forward=costs[1], feed_forward_last=costs[1])
+    parts = table.parts([(4, 32)] * 2)
+    replace(table, deep={1.0: 1.0, parts / 2: parts / 2, parts: 2 * parts}).save(tmp_path / "latency.json")
+    for speedup in (1.5, 3.0):
+        step = FisherMasks(speedup=speedup, samples=32, tune=False, latency_table=str(tmp_path / "latency.json"))
+        before, after = step(tiny.model(), tiny.task()).history[-1]["predicted"]
+        assert before == pytest.approx(2 * parts)
+        assert 0.8 * before / speedup <= after <= before / speedup * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -23,7 +23,7 @@ from multum.core.surgery import head_size, keep_heads, keep_neurons
 from multum.errors import InputError
 from multum.runtimes import llamacpp
 from multum.runtimes._gguf import FILE_TYPES, write_gguf
-from multum.runtimes._gguf_grid import quantized
+from multum.runtimes._gguf_grid import on_grid, quantized
 from multum.runtimes._gguf_tokenizer import UNKNOWN, tokenizer_fields
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gpt2")
@@ -147,8 +147,8 @@ def test_quantized_matrices_are_within_half_a_step(precision: str, levels: int, 
     assert file.field("feed_forward_length") == 64  # filled up with neurons of zeros
     output = "token_embd.weight" if tied else "output.weight"
     for name, values in file.tensors.items():
-        before = np.zeros_like(values)
-        before[tuple(slice(n) for n in exact.tensors[name].shape)] = exact.tensors[name]
+        missing = [(0, more - has) for more, has in zip(values.shape, exact.tensors[name].shape, strict=True)]
+        before = np.pad(exact.tensors[name], missing, mode="edge" if "ffn_down" in name else "constant")  # read from zeros
         if values.ndim == 1:
             assert file.types[name] == "F32"
             np.testing.assert_array_equal(values, before)
@@ -187,9 +187,26 @@ def test_blocks_on_a_grid_keep_their_numbers(kind: str) -> None:
     np.testing.assert_array_equal(quantized(weights, of, own=False)[0], gguf.quants.quantize(weights, of))
 
 
-def test_scales_that_float16_lacks_are_rounded_anew() -> None:
-    weights = np.tile(np.float32(2.0**-23 * 1.5) * np.arange(-7, 9, dtype=np.float32), (3, 2))
-    assert not quantized(weights, gguf.GGMLQuantizationType.Q4_0, own=True)[1]
+def test_a_scale_must_be_one_that_float16_has() -> None:
+    codes = np.tile(np.arange(-8, 8, dtype=np.float32), (3, 2))
+    for scale, has in ((2.0**-23 * 1.5, True), (2.0**-24 * 1.5, False), (2.0**13, True), (2.0**16, False)):
+        assert len(on_grid(np.float32(scale) * codes, "Q4_0")[0]) == 3 * has
+
+
+def test_an_offset_may_not_move_weights_far() -> None:
+    """Zero points of HQQ's may be anything."""
+    codes = np.tile(np.arange(16, dtype=np.float32), (3, 2))
+    for scale, zero, kept in (
+        (0.25, 7.5, True),
+        (0.1015625, 15, True),
+        (0.1015625, 300.25, False),
+        (2.0**-24, 7.5, False),
+        (4096, 20, False),
+    ):
+        assert len(on_grid(np.float32(scale) * (codes - np.float32(zero)), "Q4_1")[0]) == 3 * kept, (scale, zero)
+    for value in (1e30, np.inf, np.nan):
+        assert len(on_grid(np.full((2, 32), value, dtype=np.float32), "Q4_1")[0]) == 0
+    assert len(on_grid(np.full((2, 32), -0.3, dtype=np.float32), "Q4_1")[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -202,25 +219,35 @@ def test_scales_that_float16_lacks_are_rounded_anew() -> None:
         ("q4_1", {"bits": 4, "group": 32, "symmetric": False, "hqq": True}),
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
-def test_a_packed_model_keeps_its_numbers(family: str, precision: str, packing: dict[str, Any], tmp_path: Path) -> None:
+def test_a_packed_model_keeps_its_numbers(
+    family: str, dtype: torch.dtype, precision: str, packing: dict[str, Any], tmp_path: Path
+) -> None:
     """Queries and keys are turned, fused matrices split, neurons filled up; what comes out are the same weights."""
     model = decoder(family, hidden=64, neurons=64 if family == "gpt2" else 40)
+    model.module.to(dtype)
     model = make("quantize", packing)(model, None)
     exact = _written(model, tmp_path)
     facts = write_gguf(model, tmp_path / "packed.gguf", precision)
     file = Reference(tmp_path / "packed.gguf")
     packed = [name for name, kind in file.types.items() if kind == precision.upper() and name != "token_embd.weight"]
-    # The zeros by which neurons are filled up are on no grid of HQQ's.
-    lost = [name for name in packed if "hqq" in packing and "ffn_down" in name and family != "gpt2"]
-    assert facts["own_codes"] == [len(packed) - len(lost), len(lost)]
-    assert len(packed) > len(lost)
-    for name, values in file.tensors.items():
-        if name in packed and name not in lost:
-            before = exact.tensors[name]
-            kept = values[tuple(slice(n) for n in before.shape)]
-            np.testing.assert_allclose(kept, before, atol=0 if precision == "q4_0" else np.abs(before).max() / 1000)
+    assert len(packed) == facts["own_codes"][0] >= 8
+    assert facts["own_codes"][1] == 0
+    for name in packed:
+        before = exact.tensors[name]
+        kept = file.tensors[name][tuple(slice(n) for n in before.shape)]
+        np.testing.assert_allclose(kept, before, atol=0 if precision == "q4_0" else np.abs(before).max() / 1000)
     assert "own_codes" not in write_gguf(decoder(family, hidden=64, neurons=64), tmp_path / "plain.gguf", precision)
+
+
+def test_matrices_that_are_not_packed_are_not_counted(tmp_path: Path) -> None:
+    """A table in 4 bits serves as the head of a tied model, which has 8 in the file; of others it keeps its numbers."""
+    for tied in (True, False):
+        model = decoder("llama", hidden=64, neurons=64, tie_word_embeddings=tied)
+        model = make("quantize_embeddings", {"bits": 4, "group": 32, "head": False})(model, None)
+        facts = write_gguf(model, tmp_path / "m.gguf", "q4_0")
+        assert facts.get("own_codes") == (None if tied else [1, 0])
 
 
 def test_groups_across_blocks_are_rounded_anew_and_counted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -181,14 +182,29 @@ def test_what_comes_before_a_model_is_added_once() -> None:
     assert made().behind(7).total([(2, 96)]) == pytest.approx(made().total([(2, 96)]) + 7)
 
 
-def test_noise_never_makes_a_deep_stack_quicker_than_a_narrower_one() -> None:
+@pytest.mark.parametrize("odd", [(3, 288), (4, 384)])
+def test_a_wider_deep_stack_that_was_no_slower_is_noise(odd: tuple[int, int]) -> None:
     def noisy(blocks: Blocks) -> Timer:
-        return lambda: cost(blocks) - (50.0 if len(blocks) == DEPTH and blocks[0] == (3, 288) else 0.0)
+        return lambda: from_memory(blocks) - (50.0 if len(blocks) == DEPTH and blocks[0] == odd else 0.0)
 
-    table = LatencyTable.measure(noisy, heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH)
-    times = [time for _, time in sorted(table.deep.items())]
-    assert times == sorted(times)
-    assert 0 < table.room([(4, 384)] * DEPTH, 2, "step") < table.parts([(4, 384)] * DEPTH)
+    table, whole = LatencyTable.measure(noisy, heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH), [(4, 384)] * DEPTH
+    assert len(table.deep) == 4  # no block at all, and three of the four
+    for speedup in (1.0, 1.05, 1.3, 2.0, 3.0):
+        parts = table.room(whole, speedup, "step")
+        assert _at(table, parts) == pytest.approx(table.total(whole) / speedup)
+
+
+def _at(table: LatencyTable, parts: float) -> float:
+    """The time of a model whose parts sum up to this much: a block of it."""
+    free = {0: 0.0, 1: 0.0}
+    return replace(table, base=0.0, attention_last=free, feed_forward_last={0: 0.0, 1: parts}).total([(1, 1)])
+
+
+def test_at_a_speed_up_of_one_there_is_room_for_the_model_itself() -> None:
+    table = LatencyTable.measure(lambda blocks: lambda: from_memory(blocks), heads=HEADS, neurons=NEURONS, rounds=1, depth=DEPTH)
+    for heads, neurons in product((1, 2, 3, 4), (4, 30, 99, 201, 384)):
+        blocks = [(heads, neurons), (4, 17), (2, 333)]
+        assert table.room(blocks, 1, "step") == table.parts(blocks)
 
 
 def test_save_and_load_round_trip(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,18 @@ def test_the_prediction_keeps_the_budget(speedup: float, tmp_path: Path) -> None
         step = PruneStructured(speedup=speedup, samples=16, neuron_group=4, latency_table=file)
         before, after = step(model, tiny.task()).history[-1]["predicted"]
         assert 0 < after <= before / speedup * (1 + 1e-9)
+
+
+def test_a_budget_of_time_is_not_taken_for_one_of_parts(tmp_path: Path) -> None:
+    """Where large models take twice the sum of their parts, half of the time leaves more than half of the parts."""
+    table, model = fake(), tiny.model(layers=3)
+    parts = table.parts([(4, 32)] * 3)
+    replace(table, deep={table.base: table.base, parts / 2: parts / 2, parts: 2 * parts}).save(tmp_path / "table.json")
+    for speedup in (1.5, 3.0):
+        step = PruneStructured(speedup=speedup, samples=16, neuron_group=4, latency_table=str(tmp_path / "table.json"))
+        before, after = step(model, tiny.task()).history[-1]["predicted"]
+        assert before == pytest.approx(2 * parts)
+        assert 0.8 * before / speedup <= after <= before / speedup * (1 + 1e-9)
 
 
 def test_the_history_says_what_was_done(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from multum.bench import Bench, measured_table
 from multum.budget import QUICK
 from multum.core.latency import LatencyTable
 from multum.core.model import Model
+from multum.core.surgery import heads_and_neurons
 from multum.errors import InputError
 
 EFFORT = replace(
@@ -101,3 +102,19 @@ def test_the_table_of_a_tagger_has_no_cheap_last_block() -> None:
     assert table.base > 0
     assert table.attention_last == table.attention
     assert set(table.about["lengths"]) <= {len(row["input_ids"]) for row in task.encode(model, "validation")}
+
+
+def test_stacks_as_deep_as_the_model_are_timed_unless_any_would_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, task, depths = taggers.tagger("bert"), taggers.tagging(), []
+
+    def noted(timer: Any, **options: Any) -> LatencyTable:
+        depths.append(options["depth"])
+        return measured(timer, **options)
+
+    measured = LatencyTable.measure
+    monkeypatch.setattr(LatencyTable, "measure", noted)
+    table = measured_table(model, task, precision="fp32", threads=1, rounds=1)
+    assert len(table.deep) > 1
+    monkeypatch.setattr("multum.bench.DEEP", 0)
+    assert not measured_table(model, task, precision="fp32", threads=1, rounds=1).deep
+    assert depths == [len(heads_and_neurons(model.module)), 0]

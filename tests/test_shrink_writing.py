@@ -319,11 +319,17 @@ def test_what_is_timed_are_different_blocks_of_the_model_itself(monkeypatch: pyt
     heads, neurons = heads_and_neurons(model.module)[0]
     keep_neurons(blocks_of(model.module)[1], family_of(model.module), [0, 1, 2])
     timer = find("pytorch").stacks(model, prompt=2, new=2, threads=1)
-    timer([(heads, neurons)] * 4)
+    timer([(heads, 3)] * 4)
     whole, timed = ([weights(block) for block in blocks_of(module)] for module in (model.module, seen[0]))
-    assert timed == [*whole, whole[0]]
-    timer([(heads, 4), (0, 4)])  # the second has fewer left already
-    assert heads_and_neurons(seen[1]) == [(heads, 4), (0, 3)]
+    assert heads_and_neurons(seen[0]) == [(heads, 3)] * 4
+    assert timed[1] == whole[1]
+    assert all(set(timed[i]) & set(whole[i % 3]) for i in range(4))
+    timer([(heads, neurons)] * 3)  # which the second block has not
+    assert [weights(block) for block in blocks_of(seen[1])] == [whole[0], whole[2], whole[0]]
+    timer([(heads, 4), (0, 4), (heads, 0)])
+    assert heads_and_neurons(seen[2]) == [(heads, 4), (heads, 0), (0, 4)]
+    timer([(heads, neurons + 1)])  # heads and neurons of different blocks
+    assert heads_and_neurons(seen[3]) == [(heads, neurons)]
     assert heads_and_neurons(model.module) == [(heads, neurons), (heads, 3), (heads, neurons)]
 
 

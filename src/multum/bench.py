@@ -11,7 +11,7 @@ from . import runtimes
 from ._measure import DISTURBED, measure, time_again, unsteady
 from ._pace import NEW, longest_prompt
 from .core.depth import DepthTable
-from .core.families import stacks_of
+from .core.families import blocks_of, stacks_of
 from .core.folders import read_json
 from .core.latency import LatencyTable
 from .core.likelihood import context_of
@@ -27,6 +27,8 @@ from .targets import export_model, fingerprint
 
 WORTH = {"bleu": 1.0, "rouge2": 0.01}
 """Metric -> below what an original that writes is worth nothing."""
+DEEP = 2**27
+"""Weights in all blocks up to which stacks as deep as the model are timed. Of larger models even short ones fill any cache."""
 WRITING_ROUNDS = 8
 """Of the table of a causal model, in which every pass writes a text."""
 
@@ -188,6 +190,7 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
     lengths = [lengths[round(share * (len(lengths) - 1))] for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
     blocks = heads_and_neurons(model.module)
     heads, neurons = (max(column) for column in zip(*blocks, strict=True))
+    weights = sum(parameter.numel() for block in blocks_of(model.module) for parameter in block.parameters())
     onnxruntime = runtimes.find("onnxruntime")
     timer, every_token = onnxruntime.stacks(model, precision=precision, lengths=lengths, threads=threads)
     return LatencyTable.measure(
@@ -197,7 +200,7 @@ def measured_table(model: Model, task: Any, *, precision: str, threads: int, rou
         rounds=rounds,
         about={"runtime": "onnxruntime", "precision": precision, "lengths": lengths, "threads": threads},
         every_token=every_token,
-        depth=len(blocks),
+        depth=len(blocks) if weights <= DEEP else 0,
     )
 
 

@@ -77,7 +77,7 @@ Precision = Annotated[
         metavar="P",
         help="int8 (the default; of auto any) or fp32, int4 of models that write; of openvino bf16 too; of onnxruntime also "
         "int8-minmax, int8-percentile and int8-mse, whose ranges of activations are taken from training texts; of llamacpp f16, "
-        "f32, q4_0, q4_1 (which keeps what is packed in 4 bits already), q8_0 or q4_k, the last two called int8 and int4 too.",
+        "f32, q4_0, q4_1 (which keeps 4 bits in groups of 32 as they are), q8_0 or q4_k, the last two called int8 and int4 too.",
     ),
 ]
 Lengths = Annotated[

@@ -53,7 +53,7 @@ class LatencyTable:
     every_token: bool = False
     """Whether all blocks work on every token, because the head reads them: the last one that attends is one like the others."""
     deep: Mapping[float, float] = field(default_factory=dict)
-    """Sum of the parts -> time, of stacks as deep as the model and of none."""
+    """Sum of the parts -> time, of stacks as deep as the model and of none, both rising; none where no such stacks were timed."""
 
     def block(self, heads: int, neurons: int, *, last: bool = False, after_last: bool = False) -> float:
         """Cost of one block. One with nothing left costs nothing, because it is dropped.
@@ -100,6 +100,8 @@ class LatencyTable:
                 f"{step}: no cut of this model is {speedup:g} times cheaper: with a single head left it takes {least:.3g} of "
                 f"{total:.3g} {self.unit}; ask for at most {int(10 * total / least) / 10:g}"
             )
+        if speedup == 1:
+            return self.parts(blocks)
         return _between({time: parts for parts, time in self.deep.items()}, total / speedup) if self.deep else total / speedup
 
     def behind(self, cost: float) -> Self:
@@ -222,8 +224,11 @@ class LatencyTable:
             about=dict(about or {}),
             every_token=every_token,
         )
-        seen = {table.parts(blocks): time[f"deep {number}"] for number, blocks in enumerate(deep)}
-        return replace(table, deep=_rising({base: base, **seen})) if seen else table
+        curve = {base: base}
+        for parts, cost in sorted((table.parts(blocks), time[f"deep {number}"]) for number, blocks in enumerate(deep)):
+            if parts > base and cost > max(curve.values()):  # a wider one that was no slower is noise
+                curve[parts] = cost
+        return replace(table, deep=curve) if len(curve) > 1 else table
 
 
 def grid(full: int) -> list[int]:

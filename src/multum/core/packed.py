@@ -54,14 +54,14 @@ class Packed(nn.Module):
         if self.zeros is not None:
             self.zeros.copy_(cast(torch.Tensor, quantized.zeros).half().view(torch.int16))
 
-    def read(self, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """These rows of W, (..., inputs), or all of it, in the layer's dtype."""
+    def read(self, rows: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """These rows of W, (..., inputs), or all of it, in this dtype or the layer's; float32 has every number of the grid."""
         parts = (self.codes, self.scales, self.zeros)
         codes, scales, zeros = (part if part is None or rows is None else part[rows] for part in parts)
         assert codes is not None and scales is not None  # noqa: S101, PT018 - only zeros may be missing
         whole = unpack(codes, self.packing.bits, self.inputs)
         z = None if zeros is None else zeros.view(torch.float16).float()
-        return values(whole, scales.view(torch.bfloat16).float(), z, self.packing).to(self.like.dtype)
+        return values(whole, scales.view(torch.bfloat16).float(), z, self.packing).to(dtype or self.like.dtype)
 
     @property
     def weight(self) -> torch.Tensor:

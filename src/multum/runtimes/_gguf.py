@@ -66,22 +66,16 @@ def write_gguf(model: Model, path: Path, precision: str) -> dict[str, Any]:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    own, held = _is_packed(model.module), []
+    held = []
     for name, (_, make) in written.tensors.items():
+        own = name in written.own and types[name].name in MULTIPLES
         data, on_grid = quantized(make(), types[name], own=own)
         writer.write_tensor_data(data)
-        held += [on_grid] * (types[name].name in MULTIPLES and name != "token_embd.weight")  # tables are packed in 8 bits, or not
+        held += [on_grid] * own
     writer.close()
     counts = Counter(kind.name.lower() for kind in types.values())
     facts = {"architecture": written.architecture, "context": written.context, "tensors": dict(sorted(counts.items()))}
-    return facts | ({"own_codes": [held.count(True), held.count(False)]} if own and held else {})
-
-
-def _is_packed(module: Any) -> bool:
-    """Whether some of its matrices have no more than 4 bits."""
-    from ..core.packed import packed_parts
-
-    return any(part.packing.bits <= 4 for part in packed_parts(module).values())
+    return facts | ({"own_codes": [held.count(True), held.count(False)]} if held else {})
 
 
 def _type(written: Written, name: str, precision: str) -> str:

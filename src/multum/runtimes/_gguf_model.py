@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ._gguf_blocks import Parts, Written, add, add_gpt2, add_llama, add_norm, numbers
+from ._gguf_blocks import Parts, Written, add_gpt2, add_llama, add_norm, numbers
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "phi3": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma"}
 ARCHITECTURES |= {"gpt2": "gpt2"}
@@ -62,7 +62,7 @@ def read(module: Any, *, group: int = 1) -> Written:
     for number, i in enumerate(kept):
         parts = _parts(module, blocks[i], *counts[i])
         if made.architecture == "gpt2":
-            found = parts.heads, add_gpt2(made.tensors, f"blk.{number}", parts, group)
+            found = parts.heads, add_gpt2(made, f"blk.{number}", parts, group)
         else:
             found = add_llama(made, f"blk.{number}", parts, group, first=number == 0)
         heads.append(found[0])
@@ -167,15 +167,15 @@ def _around(module: Any, made: Written) -> None:
     """What stands before and behind the blocks."""
     from ..core.families import base_of
 
-    base, tensors = base_of(module), made.tensors
+    base = base_of(module)
     table, head = module.get_input_embeddings(), module.get_output_embeddings()
-    add(tensors, "token_embd.weight", lambda: numbers(table.weight), table.weight.shape)
+    made.add("token_embd.weight", lambda: numbers(table.weight), table.weight.shape, table)
     if made.architecture == "gpt2":
         positions: Any = base.get_submodule("wpe").weight
-        add(tensors, "position_embd.weight", lambda: numbers(positions), positions.shape)
+        made.add("position_embd.weight", lambda: numbers(positions), positions.shape)
     add_norm(made, "output_norm", base.get_submodule("ln_f" if made.architecture == "gpt2" else "norm"))
     if not _tied(module):
-        add(tensors, "output.weight", lambda: numbers(head.weight), head.weight.shape)
+        made.add("output.weight", lambda: numbers(head.weight), head.weight.shape, head)
 
 
 def _tied(module: Any) -> bool:

@@ -3,7 +3,7 @@
     f32, f16     as they are        q8_0, q4_0     8 and 4 bits, a scale for 32 weights        q4_k     llama.cpp's own mix, Q4_K_M
     q4_1         4 bits, a scale and an offset for 32 weights
 
-A model that is packed in 4 bits already keeps its numbers in q4_1, and in q4_0 if it has no zero points.
+A model that is packed in 4 bits already, in groups of 32 or a multiple, keeps its numbers in q4_1, and in q4_0 if it is symmetric.
 Decoding reads every weight once for a token, so that it is as fast as memory gives them: fewer bytes are faster.
 """
 

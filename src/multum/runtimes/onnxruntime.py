@@ -221,7 +221,7 @@ def probe(
 
     encoder = _encoder.draw(hidden, head_size, blocks, tokens=max(lengths), every_token=every_token)
     # Many of these are timed in turns: threads that go on spinning after a pass would slow down the next one's.
-    session = _session(_encoder_graph.write(encoder, precision=precision).SerializeToString(), threads or cores(), quiet=True)
+    session = _session(_serialized(_encoder_graph.write(encoder, precision=precision)), threads or cores(), quiet=True)
     ids = [np.ones((1, length), dtype=np.int64) for length in lengths]
 
     def once() -> float:

@@ -141,8 +141,8 @@ def stacks(model: Model, *, prompt: int, new: int, threads: int) -> Callable[[Bl
     """What the latency table of a causal model is measured with: a maker of timers of blocks.
 
     Args:
-        model: its embeddings, its head and its first blocks, cut, make up what is timed: different ones, because the weights of
-            one block taken again and again would stay in the cache, as those of a whole model do not.
+        model: its embeddings, its head and blocks of its own, cut, make up what is timed: different ones where it has some that are
+            wide enough, because the weights of one taken again and again would stay in the cache, as those of a whole model do not.
         prompt: tokens that are read.
         new: tokens that are written behind them.
         threads: to run on.
@@ -158,9 +158,11 @@ def stacks(model: Model, *, prompt: int, new: int, threads: int) -> Callable[[Bl
     whole, family, size = heads_and_neurons(model.module), family_of(model.module), head_size(model.module)
 
     def timer(blocks: Blocks) -> Timer:
-        numbers = [number % len(whole) for number in range(len(blocks))]
+        wanted, numbers = sorted(blocks, key=lambda counts: counts[0] == 0), []
+        for place, (h, n) in enumerate(wanted):
+            fit = [i for i, (heads, neurons) in enumerate(whole) if heads >= h and neurons >= n]
+            numbers.append(fit[place % len(fit)] if fit else max(range(len(whole)), key=lambda i: whole[i]))
         module = _shallow(model.module, [("", numbers)])
-        wanted = sorted(blocks, key=lambda counts: counts[0] == 0)
         for block, number, (h, n) in zip(blocks_of(module), numbers, wanted, strict=True):
             heads, neurons = whole[number]
             if h < heads:
