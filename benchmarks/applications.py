@@ -4,8 +4,8 @@
 
 NAME is one of reviews-zh, cloze-qa, translation, black-box, summarization, text-generation; `reviews.py` is that of English
 reviews. The original of black-box learns from what the Bergamot engine wrote, and is measured by what people wrote.
-Originals that no package carries are trained first, on the first `--texts` training texts (by default as many as two cores take
-within some hours); `shrink` then walks down from them with `--quick`, or with all its effort (`--full`), to the drop of the goal.
+Originals that no package carries are trained first: encoder-decoders on all training texts, others on the first `--texts`. `shrink`
+then walks down from them with `--quick`, or with all its effort (`--full`), to the drop of the goal; the first `--texts` teach.
 With a time limit no rung is begun that would end behind it. Rungs are scored on validation, by which they are chosen; the original,
 its fastest form and what ships also on test, timed together in turns. A run that was stopped goes on where it was.
 """
@@ -35,8 +35,9 @@ class Application:
     Args:
         task, model, data: names of the task and of two examples.
         max_drop: in the task's own unit.
-        texts: that teach the original and its rungs, by default; None for all.
+        texts: that teach the rungs, by default; None for all.
         first: steps that make the original, where no package carries one.
+        all_first: these take all training texts.
     """
 
     task: str
@@ -45,9 +46,15 @@ class Application:
     max_drop: float
     texts: int | None = None
     first: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    all_first: bool = False
 
 
-WRITER = [("finetune", {"epochs": 10, "learning_rate": 7e-4, "batch_size": 64})]
+def writer(task: str, model: str, data: str, max_drop: float, *, epochs: int) -> Application:
+    """An encoder-decoder with random weights. One epoch of many texts teaches it more than many of few."""
+    first: list[tuple[str, dict[str, Any]]] = [("finetune", {"epochs": epochs, "learning_rate": 7e-4, "batch_size": 64})]
+    return Application(task, model, data, max_drop, texts=20000, first=first, all_first=True)
+
+
 APPLICATIONS = {
     "reviews-zh": Application(
         "text-classification",
@@ -58,9 +65,9 @@ APPLICATIONS = {
         first=[("trim_vocabulary", {}), ("finetune", {"epochs": 2, "learning_rate": 1e-4})],
     ),
     "cloze-qa": Application("question-answering", "minilm", "cloze-en", 1.5, texts=6000),
-    "translation": Application("translation", "untrained-en-it", "translations-en-it", 1.0, texts=20000, first=WRITER),
-    "black-box": Application("translation", "untrained-en-pt", "bergamot-en-pt", 1.0, first=WRITER),
-    "summarization": Application("summarization", "untrained-summaries", "summaries-en", 0.7, texts=10000, first=WRITER),
+    "translation": writer("translation", "untrained-en-it", "translations-en-it", 1.0, epochs=4),
+    "black-box": writer("translation", "untrained-en-pt", "bergamot-en-pt", 1.0, epochs=12),
+    "summarization": writer("summarization", "untrained-summaries", "summaries-en", 0.7, epochs=6),
     "text-generation": Application("text-generation", "smollm2", "plain-en", 10.0),
 }
 
@@ -79,7 +86,8 @@ def main() -> None:
     folder = options.output / f"{options.name}-{texts or 'all'}-{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data = fewer(fetch(one.data), texts, folder / "data") if texts else fetch(one.data)
-    original = trained(one, data, folder / "original", options.seed) if one.first else fetch(one.model)
+    first = fetch(one.data) if one.all_first else data
+    original = trained(one, first, folder / "original", options.seed) if one.first else fetch(one.model)
     output = folder / ("full" if options.full else "quick")
     job: dict[str, Any] = {"task": one.task, "data": str(data), "output": output, "seed": options.seed, "quick": not options.full}
     limit = options.time_limit and 60 * options.time_limit
