@@ -126,7 +126,7 @@ def rungs_on_test(run: dict[str, Any], task: Any, folder: Path) -> dict[str, flo
     for candidate in run["candidates"]:
         name = candidate["name"]
         if name.startswith("rung-") and "," not in name and not candidate["test"] and name not in found:
-            answers = open_target(folder / candidate["target"]).predict(task.inputs("test"), batch_size=1)
+            answers = open_target(folder / candidate["target"], run["threads"]).predict(task.inputs("test"), batch_size=1)
             found[name] = task.drop_of(whole, {"quality": asdict(task.score(answers, "test"))})
             write_json(path, found)
     return found
