@@ -1,6 +1,6 @@
 """The main job for the other applications: the original, its fastest form, every rung and what ships; quality, latency, bytes.
 
-    python benchmarks/applications.py NAME [--texts N] [--full] [--time-limit MINUTES] [--seed 0] [-o runs/applications]
+    python benchmarks/applications.py NAME [--texts N] [--epochs N] [--full] [--time-limit MINUTES] [--seed 0]
 
 NAME is one of reviews-zh, cloze-qa, translation, black-box, summarization, text-generation; `reviews.py` is that of English
 reviews. The original of black-box learns from what the Bergamot engine wrote, and is measured by what people wrote.
@@ -14,7 +14,7 @@ told too, for the table alone. A run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +78,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=list(APPLICATIONS))
     parser.add_argument("--texts", type=int, help="training texts; 0 for all")
+    parser.add_argument("--epochs", type=int, help="of an encoder-decoder's first training")
     parser.add_argument("--full", action="store_true", help="with all the effort of shrink")
     parser.add_argument("--time-limit", type=float, help="minutes of the walk; those that the original takes are not among them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/applications"))
     options = parser.parse_args()
     one = APPLICATIONS[options.name]
+    if options.epochs:
+        one = replace(one, first=[(step, {**fields, "epochs": options.epochs}) for step, fields in one.first])
     texts = one.texts if options.texts is None else options.texts or None
-    folder = options.output / f"{options.name}-{texts or 'all'}-{options.seed}"
+    folder = options.output / f"{options.name}-{texts or 'all'}-{options.epochs or ''}-{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data = fewer(fetch(one.data), texts, folder / "data") if texts else fetch(one.data)
     first = fetch(one.data) if one.all_first else data
@@ -98,7 +101,7 @@ def main() -> None:
     except BudgetNotMet as error:
         print(error)
     run = read_json(output / "run.json")
-    asked = {" --texts": texts, " --time-limit": options.time_limit}
+    asked = {" --texts": texts, " --epochs": options.epochs, " --time-limit": options.time_limit}
     command = f"applications.py {options.name}{''.join(f'{name} {value:g}' for name, value in asked.items() if value)}"
     command += " --full" if options.full else ""
     values = {"run": {key: run[key] for key in ("chosen", "met", "why", "candidates", "elapsed_s", "data", "budget")}}
