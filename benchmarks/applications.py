@@ -88,7 +88,7 @@ def main() -> None:
     if options.epochs:
         one = replace(one, first=[(step, {**fields, "epochs": options.epochs}) for step, fields in one.first])
     texts = one.texts if options.texts is None else options.texts or None
-    folder = options.output / f"{options.name}-{texts or 'all'}-{options.epochs or ''}-{options.seed}"
+    folder = options.output / f"{options.name}-{texts or 'all'}{f'-{options.epochs}' if options.epochs else ''}-{options.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data = fewer(fetch(one.data), texts, folder / "data") if texts else fetch(one.data)
     first = fetch(one.data) if one.all_first else data
