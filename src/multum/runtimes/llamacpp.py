@@ -73,8 +73,9 @@ def export(model: Model, folder: Path, *, precision: str, inputs: Sequence[Any],
     manifest = {"runtime": "llamacpp", "precision": precision, "task": task}
     with export_folder(model, folder, manifest) as work:
         facts = _write(model, work, precision)
+        own_codes = facts.pop("own_codes", (0, 0))
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), **facts})
-        parity = proof(model, work, inputs) | _kept(*facts.get("own_codes", (0, 0)))
+        parity = proof(model, work, inputs) | _kept(*own_codes)
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
         return parity | ({} if extra_kernels(work / FILE, precision) else {"slow": WITHOUT_AMX})
 
