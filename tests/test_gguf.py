@@ -21,10 +21,10 @@ from multum.core.model import Model
 from multum.core.step import make
 from multum.core.surgery import head_size, keep_heads, keep_neurons
 from multum.errors import InputError
-from multum.runtimes import llamacpp
 from multum.runtimes._gguf import FILE_TYPES, write_gguf
 from multum.runtimes._gguf_grid import on_grid, quantized
 from multum.runtimes._gguf_tokenizer import UNKNOWN, tokenizer_fields
+from multum.runtimes._own_codes import kept
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma", "gpt2")
 WIDE = {"use_sliding_window": False, "sliding_window": None}
@@ -196,14 +196,14 @@ def test_a_scale_must_be_one_that_float16_has() -> None:
 def test_an_offset_may_not_move_weights_far() -> None:
     """Zero points of HQQ's may be anything."""
     codes = np.tile(np.arange(16, dtype=np.float32), (3, 2))
-    for scale, zero, kept in (
+    for scale, zero, held in (
         (0.25, 7.5, True),
         (0.1015625, 15, True),
         (0.1015625, 300.25, False),
         (2.0**-24, 7.5, False),
         (4096, 20, False),
     ):
-        assert len(on_grid(np.float32(scale) * (codes - np.float32(zero)), "Q4_1")[0]) == 3 * kept, (scale, zero)
+        assert len(on_grid(np.float32(scale) * (codes - np.float32(zero)), "Q4_1")[0]) == 3 * held, (scale, zero)
     for value in (1e30, np.inf, np.nan):
         assert len(on_grid(np.full((2, 32), value, dtype=np.float32), "Q4_1")[0]) == 0
     assert len(on_grid(np.full((2, 32), -0.3, dtype=np.float32), "Q4_1")[0]) == 2
@@ -254,9 +254,9 @@ def test_groups_across_blocks_are_rounded_anew_and_counted(tmp_path: Path) -> No
     model = make("quantize", {"bits": 4, "group": 48, "symmetric": True})(decoder("llama", hidden=64, neurons=64), None)
     held, lost = write_gguf(model, tmp_path / "m.gguf", "q4_0")["own_codes"]
     assert held < lost  # a row of 32 has one group
-    assert llamacpp._kept(held, lost)["note"].startswith(f"{lost} of {held + lost} matrices cannot be held")
-    assert llamacpp._kept(3, 0) == {"own_codes": 3}
-    assert llamacpp._kept(0, 0) == {}
+    assert kept(held, lost)["note"].startswith(f"{lost} of {held + lost} packed matrices cannot be held")
+    assert kept(3, 0) == {"own_codes": 3}
+    assert kept(0, 0) == {}
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:

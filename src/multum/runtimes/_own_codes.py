@@ -93,12 +93,14 @@ class OwnCodes:
 
     def facts(self) -> dict[str, Any]:
         """For the proof: how many packed matrices are exported as they are; nothing where none is packed."""
-        if not self.known:
-            return {}
-        lost = len(self.known) - len(self.held)
-        found: dict[str, Any] = {"own_codes": len(self.held)}
-        note = f"{lost} of {len(self.known)} packed matrices cannot be held as they are, and were rounded anew"
-        return found | ({"note": note} if lost else {})
+        return kept(len(self.held), len(self.known) - len(self.held))
+
+
+def kept(held: int, lost: int) -> dict[str, Any]:
+    """For the proof: how many packed matrices keep their codes, and a word on the others; nothing where none is packed."""
+    found: dict[str, Any] = {"own_codes": held} if held or lost else {}
+    note = f"{lost} of {held + lost} packed matrices cannot be held as they are, and were rounded anew"
+    return found | ({"note": note} if lost else {})
 
 
 def _codes(part: Packed) -> Codes:

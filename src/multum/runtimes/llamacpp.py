@@ -20,6 +20,7 @@ from ..errors import InputError, MissingExtra, ParityError
 from ._continuing import ContinuingPredictor, facts_of
 from ._folder import MANIFEST, TOKENIZER, export_folder, read_manifest
 from ._gguf import write_gguf
+from ._own_codes import kept
 from ._predictor import cores
 from ._writing_proof import TEXTS
 
@@ -75,7 +76,7 @@ def export(model: Model, folder: Path, *, precision: str, inputs: Sequence[Any],
         facts = _write(model, work, precision)
         own_codes = facts.pop("own_codes", (0, 0))
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), **facts})
-        parity = proof(model, work, inputs) | _kept(*own_codes)
+        parity = proof(model, work, inputs) | kept(*own_codes)
         write_json(work / MANIFEST, {**read_json(work / MANIFEST), "parity": parity})
         return parity | ({} if extra_kernels(work / FILE, precision) else {"slow": WITHOUT_AMX})
 
@@ -119,13 +120,6 @@ def check(model: Model) -> None:
     from ._gguf_model import read
 
     read(model.module)
-
-
-def _kept(held: int, lost: int) -> dict[str, Any]:
-    """For the proof: how many matrices of a packed model keep their numbers, and a word on the others."""
-    found: dict[str, Any] = {"own_codes": held} if held or lost else {}
-    note = f"{lost} of {held + lost} matrices cannot be held as the model has them, and were rounded anew"
-    return found | ({"note": note} if lost else {})
 
 
 def _write(model: Model, work: Path, precision: str) -> dict[str, Any]:
