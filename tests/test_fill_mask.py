@@ -11,8 +11,11 @@ import tiny
 import torch
 
 from multum._measure import measure
+from multum._score import score
+from multum.core import sentences
+from multum.core.likelihood import context_of
 from multum.core.model import Model
-from multum.core.sentences import masked_sums
+from multum.core.sentences import alone_sums, masked_sums, torch_told
 from multum.core.task import IGNORED, UNKNOWN
 from multum.errors import InputError
 from multum.steps.distill import Distill
@@ -108,6 +111,35 @@ def test_a_long_text_goes_through_windows_side_by_side() -> None:
     assert table[:, 2].tolist() == [max(1, round(0.15 * part)) for part in parts]
 
 
+def test_hidden_alone_all_tokens_of_a_text_are_what_score_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = tiny.language_model("bert", positions=128), task()
+    texts = list(made.inputs("test"))
+    before = alone_sums(model.tokenizer, texts, 128, torch_told(model.module))
+    monkeypatch.setattr(sentences, "ALONE", 1000)
+    every = alone_sums(model.tokenizer, texts, 128, torch_told(model.module))
+    scored = score(model, texts)
+    for table, one in zip(every, scored.texts, strict=True):
+        assert table[:, 1].sum() == len(one.tokens)
+        assert table[:, 0].sum() == pytest.approx(-one.log_likelihood, rel=1e-5)
+    hidden = masked_sums(model.module, model.tokenizer, texts)
+    found = made.score(np.concatenate([np.stack(hidden), np.stack(every)], axis=-1), "test")
+    assert found.others.pop("pseudo_perplexity") == pytest.approx(scored.total.perplexity, rel=1e-5)
+    assert found == made.score(np.stack(hidden), "test")
+    assert not np.allclose(np.stack(before), np.stack(every)), "four of a window are not all of them"
+    assert np.array_equal(np.stack(before)[..., 1], np.stack(every)[..., 1])
+
+
+def test_tokens_hidden_alone_stand_for_all() -> None:
+    """Of a model for which all tokens are equally likely any sample gives the vocabulary's size, however long the windows are."""
+    tokenizer = tiny.language_model("bert").tokenizer
+    texts = ["word", " ".join(tiny.passages(4))]
+    tables = alone_sums(tokenizer, texts, 32, lambda _, places: np.zeros((len(places), 9000), dtype=np.float32))
+    for text, table in zip(texts, tables, strict=True):
+        tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        assert table[:, 1].sum() == tokens
+        assert table[:, 0].sum() == pytest.approx(tokens * np.log(9000))
+
+
 def test_an_encoder_without_a_head_gets_one_that_is_trained(tmp_path: Path) -> None:
     base = tiny.model("bert")
     base.module.bert.save_pretrained(tmp_path / "base")
@@ -142,6 +174,11 @@ def test_steps_run_and_the_folder_is_measured(step: Any, tmp_path: Path) -> None
         predictions = masked_sums(again.module, again.tokenizer, list(made.inputs("test")))
         width = max(map(len, predictions))
         padded = np.stack([np.pad(p, ((0, width - len(p)), (0, 0)), constant_values=np.nan) for p in predictions])
+        told = alone_sums(
+            again.tokenizer, list(made.inputs("test")), context_of(again.module, again.tokenizer), torch_told(again.module)
+        )
+        loss, tokens = np.concatenate(told).sum(0)
+        assert metrics["quality"]["others"]["pseudo_perplexity"] == pytest.approx(np.exp(loss / tokens), rel=1e-4)
         assert metrics["quality"]["others"]["cross_entropy"] == pytest.approx(
             made.score(padded, "test").others["cross_entropy"], rel=1e-4
         )

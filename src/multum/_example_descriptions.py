@@ -20,6 +20,9 @@ from pathlib import Path
 from ._example_debian import Archive, Text
 
 TEST, VALIDATION = 1000, 500
+ASKED = 3000, 1500
+"""Questions of test and of validation. An answer is mostly right or wrong, so that of no more questions than there are texts the
+difference between two models would be uncertain by two points of F1, which is more than may be lost."""
 SHARE = 10
 """At most one row in so many goes into the test split, half as many into validation."""
 EACH = 4
@@ -81,7 +84,7 @@ def summaries(archive: Archive, folder: Path) -> str:
 
 def cloze(archive: Archive, folder: Path) -> str:
     """Sentences with a gap, and the passages that have what belongs there, in SQuAD's format; what is in the three files."""
-    splits = split(questions(archive))
+    splits = split(questions(archive), *ASKED)
     for name, rows in splits.items():
         articles: dict[str, list[dict[str, object]]] = defaultdict(list)
         for number, row in enumerate(rows):
@@ -148,7 +151,7 @@ def asked(text: Text) -> Iterator[Question]:
                     break
 
 
-def split(rows: Iterable[Row]) -> Splits:
+def split(rows: Iterable[Row], test: int = TEST, validation: int = VALIDATION) -> Splits:
     """Rows with different texts in three splits, whole source packages in an order that depends on nothing but their names."""
     once: dict[str, Row] = {}
     for row in rows:
@@ -159,7 +162,7 @@ def split(rows: Iterable[Row]) -> Splits:
     left = sorted(sources, key=_number)
     result: Splits = {}
     taken: set[str] = set()
-    for name, size in (("test", min(TEST, len(once) // SHARE)), ("validation", min(VALIDATION, len(once) // SHARE // 2))):
+    for name, size in (("test", min(test, len(once) // SHARE)), ("validation", min(validation, len(once) // SHARE // 2))):
         found: list[Row] = []
         while left and len(found) < size:
             for row in sorted(sources[left.pop(0)], key=lambda row: _number(row.cells[0]))[:EACH]:

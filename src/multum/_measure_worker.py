@@ -48,6 +48,7 @@ def about(predictor: Any) -> dict[str, Any]:
     if hasattr(predictor.reader, "scored"):  # it writes texts
         predictor.reader.scored = False  # what nobody who reads a text waits for
         facts["generation"] = predictor.generation
+    facts["hides"] = predictor.reader.task == "fill-mask"
     facts["continues"] = predictor.reader.task == "text-generation"
     if hasattr(predictor, "module"):
         from .core.profile import profile
@@ -66,6 +67,9 @@ def answer(predictor: Any, order: dict[str, Any]) -> Any:
             seconds = time.perf_counter() - started
             np.save(order["save"], logits)
             return seconds
+        case "alone":
+            np.save(order["save"], predictor.alone(texts))
+            return None
         case "count":
             return [predictor.lengths([text]) for text in texts]
         case "time":

@@ -5,7 +5,9 @@ Every window of a text gives one row, so that the windows of long texts are what
     causal    -Σ log p, scored tokens, their bytes in UTF-8         (windows, 3), windows of at most 1024 tokens, half as far apart
     masked    -Σ log p, tokens that came first, tokens asked for    (windows, 3), windows side by side
 
-Which tokens a masked model is asked for depends on the text alone: 15 % of each window, all of them hidden.
+Which tokens a masked model is asked for depends on the text alone: 15 % of each window, all of them hidden. For the
+pseudo-perplexity (Salazar et al. 2020, arXiv:1910.14659: PPPL) a token is hidden alone, which takes a look for each; a few of a
+window stand for all.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,6 +26,8 @@ from .windows import specials, windows
 
 WINDOW = 1024
 """Tokens of a window, at most."""
+ALONE = 4
+"""Tokens of a window that are hidden alone, at most."""
 Text = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat."""
 Told = Callable[[Sequence[int], Sequence[int]], np.ndarray]
@@ -138,6 +143,51 @@ def hidden_rows(tokenizer: Any, text: Text, context: int) -> Iterator[tuple[list
     Raises:
         InputError: the tokenizer has no mask token.
     """
+    for window in _hiding(tokenizer, text, context):
+        yield window.hide(window.chosen)
+
+
+def alone_sums(tokenizer: Any, texts: Sequence[Text], context: int, told: Told) -> list[np.ndarray]:
+    """For each text -Σ log p(w_i | all others) over all tokens of every window, and their count, (windows, 2) float64.
+
+    The sum is the tokens' count times the mean of `ALONE` of them, drawn by the text: exact where a window has no more.
+
+    Args:
+        tokenizer, texts, context, told: as of `hidden_sums`.
+    """
+    found = []
+    for text in texts:
+        table = []
+        for window in _hiding(tokenizer, text, context):
+            losses = []
+            for place in window.sample:
+                row, places, truth = window.hide([place])
+                losses.append(-log_softmax(told(row, places).astype(np.float64))[0, truth[0]])
+            table.append((len(window.ids) * np.mean(losses), len(window.ids)))
+        found.append(np.array(table or [(0.0, 0)]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Hiding:
+    """A window, and what may be hidden in it."""
+
+    ids: list[int]
+    around: tuple[list[int], list[int]]
+    mask: int
+    chosen: list[int]
+    """Places of 15 % of the tokens."""
+    sample: list[int]
+    """Places of those that are hidden alone."""
+
+    def hide(self, places: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+        """The window without these, where they are in it with what stands around it, and what they were."""
+        (before, behind), hidden = self.around, set(places)
+        seen = [self.mask if place in hidden else token for place, token in enumerate(self.ids)]
+        return [*before, *seen, *behind], [len(before) + place for place in places], [self.ids[place] for place in places]
+
+
+def _hiding(tokenizer: Any, text: Text, context: int) -> Iterator[_Hiding]:
     from .masking import choose
 
     (before, behind), mask = specials(tokenizer), tokenizer.mask_token_id
@@ -145,12 +195,11 @@ def hidden_rows(tokenizer: Any, text: Text, context: int) -> Iterator[tuple[list
         raise InputError("the tokenizer has no mask token, which masked language models are measured with")
     size, plain = min(context, WINDOW) - len(before) - len(behind), written(text, tokenizer)
     ids = tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"]
-    rng = random.Random(plain)
+    rng, alone = random.Random(plain), random.Random(f"{plain} alone")
     for start in range(0, len(ids), size):
         part = ids[start : start + size]
         chosen = choose([True] * len(part), rng)
-        seen = [mask if place in chosen else token for place, token in enumerate(part)]
-        yield [*before, *seen, *behind], [len(before) + place for place in chosen], [part[place] for place in chosen]
+        yield _Hiding(part, (before, behind), mask, chosen, alone.sample(range(len(part)), min(ALONE, len(part))))
 
 
 class NextTokens:

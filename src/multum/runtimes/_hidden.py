@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..core.reading import together
-from ..core.sentences import Text, Told, hidden_rows, hidden_sums
+from ..core.sentences import Text, Told, alone_sums, hidden_rows, hidden_sums
 from ._rows import RowPredictor
 
 PROVED = 16
@@ -23,6 +23,10 @@ class HiddenPredictor(RowPredictor):
         if not inputs:
             return np.empty((0, 0, 3), dtype=np.float32)
         return together(hidden_sums(self.tokenizer, inputs, self.max_length, self._told))
+
+    def alone(self, inputs: Sequence[Any]) -> np.ndarray:
+        """For each text what `core.sentences.alone_sums` tells, (texts, windows, 2), padded with nan."""
+        return together(alone_sums(self.tokenizer, inputs, self.max_length, self._told))
 
     def items(self, inputs: Sequence[Any]) -> list[np.ndarray]:
         """The logits of the hidden tokens of every window, as `_parity.as_items` has them."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.reading import reader_of, together, token_limit
+from ..core.sentences import alone_sums, torch_told
 from ..errors import InputError
 from ._parity import COLUMNS, takes, torch_items
 from ._predictor import Rows, Run, cores
@@ -120,6 +121,12 @@ class TorchPredictor(Rows):
                 for place, part in zip(chosen, self._answer([inputs[i] for i in chosen], batch_size), strict=True):
                     parts[place] = part
         return together(parts)
+
+    def alone(self, inputs: Sequence[Any]) -> np.ndarray:
+        """Of a masked language model for each text what `core.sentences.alone_sums` tells, (texts, windows, 2), padded with nan."""
+        from ..core.likelihood import context_of
+
+        return together(alone_sums(self.tokenizer, inputs, context_of(self.module, self.tokenizer), torch_told(self.module)))
 
     def _answer(self, inputs: Sequence[Any], batch_size: int) -> list[np.ndarray]:
         if hasattr(self.reader, "run"):  # it takes more than one look at a row

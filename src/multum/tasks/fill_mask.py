@@ -2,9 +2,12 @@
 
     accuracy = hits / asked for          cross entropy = Σ -log p / asked for          perplexity = exp(cross entropy)
 
+    pseudo-perplexity = exp(Σ -log p(w_i | all others) / tokens)                (Salazar et al. 2020, arXiv:1910.14659: PPPL)
+
 over the windows of all texts (`core/sentences`): 15 % of the tokens, the same ones for every model that reads the same tokens. The
 interval is that of a bootstrap over windows. Training asks for other tokens in the way of BERT (`core/masking`). The perplexity is
-that of 15 % hidden at a time; the pseudo-perplexity of a text, one token at a time, is what `multum score` tells.
+that of 15 % hidden at a time. In the pseudo-perplexity each token is hidden alone; `multum score` does so with all of a text,
+`measure` with at most four of every window, the same ones for every model, which stand for the others.
 """
 
 from __future__ import annotations
@@ -63,17 +66,18 @@ class FillMask(LanguageTask):
         return known_cross_entropy(outputs.logits[asked], batch["labels"][asked])
 
     def score(self, predictions: np.ndarray, split: SplitName) -> Quality:
-        """Accuracy of what `core.sentences.masked_sums` tells, (texts, windows, 3), padded with nan."""
+        """Accuracy of what `core.sentences.masked_sums` tells, (texts, windows, 3), padded with nan, `alone_sums` behind it."""
         sums = counted_windows(predictions, column=2)
-        nll, hits, asked = sums.sum(0)
+        nll, hits, asked, *alone = sums.sum(0)
         return Quality(
             metric="accuracy",
             value=float(hits / asked),
-            ci95=bootstrap(sums[:, 1:], mean_of),
+            ci95=bootstrap(sums[:, 1:3], mean_of),
             n=len(sums),
             others={
                 "cross_entropy": float(nll / asked),
                 "perplexity": float(np.exp(nll / asked)),
                 "masked_tokens": float(asked),
+                **({"pseudo_perplexity": float(np.exp(alone[0] / alone[1]))} if alone else {}),
             },
         )
