@@ -25,6 +25,7 @@ bench: $(READY)
 	for script in startup.py distil_cost.py one_shot.py latency_agreement.py "distillation.py --texts 1000 --epochs 12" "distillation.py --data reviews-zh --model e5-small --texts 1000 --epochs 12" "reviews.py --quick" reviews.py; do $(BIN)/python benchmarks/$$script || exit 1; done
 
 bench-applications: $(READY)
+	$(BIN)/python benchmarks/recipes.py
 	for name in reviews-zh cloze-qa translation black-box summarization text-generation; do $(BIN)/python benchmarks/applications.py $$name || exit 1; done
 
 clean:

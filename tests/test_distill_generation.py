@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ def test_references_alone_are_fine_tuning_whatever_the_teacher_writes(tmp_path: 
     step = DistillGeneration(teacher=str(tmp_path / "m"), beams=1, mix=1.0, cache=str(tmp_path / "c"), **COMMON)
     taught = step(student, task)
     assert taught.fingerprint() == Finetune(**COMMON)(student, task).fingerprint()
+    assert not (tmp_path / "c").exists(), "it was asked for nothing"
     half = DistillGeneration(teacher=str(tmp_path / "m"), beams=1, mix=0.5, cache=str(tmp_path / "c"), **COMMON)(student, task)
-    assert 10 < half.history[-1]["texts"]["references"] < 38
+    assert 10 < (references := half.history[-1]["texts"]["references"]) < 38
+    kept = [json.loads(path.read_text(encoding="utf-8"))["texts"] for path in (tmp_path / "c").glob("*.texts/*.json")]
+    assert sum(map(len, kept)) == 48 - references, "it writes for those alone that learn from it"
     assert half.fingerprint() != taught.fingerprint()
 
 

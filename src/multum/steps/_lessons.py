@@ -112,13 +112,13 @@ class Prompts:
 def mixed(lessons: Lessons, mix: float, seed: int) -> tuple[list[int], list[Continuation], int]:
     """The sources that are learnt, what is to be written for each, and of how many that is the data's own reference.
 
-    Each of the training sources keeps its reference with probability `mix`. The teacher writes for all of them or, if `mix` is 1,
-    for none; sources for which nothing is written are left out.
+    Each of the training sources keeps its reference with probability `mix`, and the teacher writes for the others; sources for
+    which nothing is written are left out.
     """
     own, rng = len(lessons.references), random.Random(seed)
     kept = [rng.random() < mix for _ in range(own)]
-    asked = range(own if mix == 1 else 0, len(lessons.sources))
+    asked = [i for i in range(len(lessons.sources)) if i >= own or not kept[i]]
     written = dict(zip(asked, lessons.written(asked), strict=True)) if asked else {}
-    texts = [lessons.references[i] if i < own and kept[i] else written[i] for i in range(len(lessons.sources))]
+    texts = [written[i] if i in written else lessons.references[i] for i in range(len(lessons.sources))]
     chosen = [i for i, text in enumerate(texts) if text.text]
     return chosen, [texts[i] for i in chosen], sum(kept)
