@@ -74,6 +74,8 @@ def test_to_keep_all_changes_nothing(family, task):
     assert made.fingerprint() == model.fingerprint()
     assert made.settings() == model.settings()
     assert made.history[-1]["kept_hidden"] == list(range(32))
+    nearly = PruneHidden(keep=0.97, samples=8)(model, task).history[-1]
+    assert nearly["summary"] == "nothing was removed: the width nearest to 0.97 of 32 is 32"
 
 
 class Ids:

@@ -286,13 +286,15 @@ class PruneHidden(Step):
         except InputError as error:
             raise InputError(*(f"{self.name}: {problem}" for problem in error.problems)) from None
         if new == old:
-            return {"hidden": [old, old], "kept_hidden": list(range(old)), "carried": 1.0, "calibration_tokens": 0}
+            said = f"nothing was removed: the width nearest to {self.keep:g} of {old} is {old}"
+            return {"hidden": [old, old], "kept_hidden": list(range(old)), "carried": 1.0, "calibration_tokens": 0, "summary": said}
         batches = calibration(task, model, self.samples, seed=self.seed, step=self.name)
         with on_accelerator(module):
             kept, carried = prune(module, channels_of(module, new), new, batches)
         return {
             "hidden": [old, new],
             "kept_hidden": kept,
+            "summary": f"{new} of {old} channels of the hidden width are left",
             "carried": carried,
             "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         }

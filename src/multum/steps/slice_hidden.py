@@ -220,6 +220,7 @@ class SliceHidden(Step):
             rotate(module, where, q[:, :new])
         return {
             "hidden": [old, new],
+            "summary": f"{new} of {old} directions of the hidden width are left",
             "carried": float(share[:new].sum()),
             "calibration_tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
         }
