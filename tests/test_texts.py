@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from multum.errors import InputError
 from multum.texts import read
 
 TEXTS = ["one\u2028and the same line", "a\x0cb\x85c", "last"]
@@ -49,3 +50,30 @@ def test_what_a_summary_is_made_of_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("source,document,text\na,b,c\n")
     assert read(tmp_path / "in.csv", names=("source", None)) == ["a"]
     assert read(tmp_path / "in.csv", {"text": "text"}, names=("source", None)) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("in.csv", "text\ngood\nboring, dull\n", "in.csv, line 3: 2 fields, and the header names 1; put a text that contains"),
+        ("in.tsv", 'text\tlabel\ngood\ta\n"open\tb\nnext\tc\n', "in.tsv, line 3: a quote opens a text and none closes it"),
+        ("in.csv", 'text\ngood\n""\n', "in.csv, row 2: no 'text'"),
+        ("in.xlsx", "PK\x03\x04\0\0\n", "in.xlsx is no text file"),
+        (
+            "in.txt",
+            "caf\xe9",
+            "in.txt is not UTF-8 (byte 3); save it as UTF-8, for example: iconv -f LATIN1 -t UTF-8 in.txt -o utf8.txt",
+        ),
+    ],
+)
+def test_damaged_files_are_refused(name: str, content: str, said: str, tmp_path: Path) -> None:
+    """Before they were: half of a text was answered as if it were the whole."""
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError) as error:
+        read(tmp_path / name)
+    assert said in str(error.value)
+
+
+def test_quotes_that_are_closed_and_endings_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "IN.CSV").write_text('text,label\n"a ""good"" film,\nin two lines",x\n"odd" quotes,y\nit is 5" wide,z\n')
+    assert read(tmp_path / "IN.CSV") == ['a "good" film,\nin two lines', "odd quotes", 'it is 5" wide']

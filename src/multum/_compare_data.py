@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .errors import InputError
+from .errors import InputError, not_utf8
 from .evidence.groups import ENOUGH, length_groups
 from .evidence.perturbations import lexicon_of
 from .tables import from_disk, from_hub, from_texts
@@ -173,7 +173,7 @@ def read_lexicon(path: Path) -> dict[str, list[str]]:
     except OSError as error:
         raise InputError(f"--lexicon: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--lexicon: {path} is not UTF-8") from error
+        raise InputError(f"--lexicon: {not_utf8(path, error.start)}") from error
     if not (found := lexicon_of(lines)):
         raise InputError(f"--lexicon: {path} has no line with two words; write words that mean the same on one line: film, movie")
     return found

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, not_utf8
 from .evidence.privacy import exposure
 
 TEXTS, TOKENS = {"quick": 50, "full": 200}, 256
@@ -134,7 +134,7 @@ def read_canaries(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"--canaries: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--canaries: {path} is not UTF-8") from error
+        raise InputError(f"--canaries: {not_utf8(path, error.start)}") from error
     if not found:
         raise InputError(f"--canaries: {path} has no line; write one text a line, with the digits that are its secret")
     return found

@@ -6,9 +6,11 @@ line prints it without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -72,3 +74,11 @@ def of_the_system(error: BaseException) -> str | None:
     if found := _OS_ERROR.search(str(error)):
         return os.strerror(int(found[1]))
     return None
+
+
+def not_utf8(path: Path, byte: int) -> InputError:
+    """What to say of a text file of another encoding, whose first byte that is no UTF-8 is this one."""
+    with path.open("rb") as file:
+        now = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "LATIN1"
+    example = f"iconv -f {now} -t UTF-8 {path.name} -o utf8{path.suffix}"
+    return InputError(f"{path} is not UTF-8 (byte {byte}); save it as UTF-8, for example: {example}")

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from .errors import InputError
+from .errors import InputError, not_utf8
 from .targets import shipped_by
 
 STAGE = "stage:"
@@ -216,7 +216,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError as error:
         raise InputError(f"no such recipe: {path}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise not_utf8(path, error.start) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 

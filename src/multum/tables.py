@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import pandas as pd
 from datasets import ClassLabel, Features
 from pyarrow.parquet import read_schema
 
-from .errors import InputError
+from .errors import InputError, not_utf8
 
 SPLITS = ("train", "validation", "test")
 ALIASES = {"validation": ("validation", "valid", "val", "dev"), "train": ("train", "training"), "test": ("test",)}
@@ -64,7 +63,7 @@ def from_disk(path: Path) -> dict[str, pd.DataFrame]:
     tables, problems = {}, []
     for split in SPLITS:
         found = [
-            file for file in sorted(path.iterdir()) if file.stem.lower() in ALIASES[split] and file.suffix in (*SUFFIXES, PLAIN)
+            file for file in sorted(path.iterdir()) if file.stem.lower() in ALIASES[split] and kind_of(file) in (*SUFFIXES, PLAIN)
         ]
         if len(found) > 1:
             problems.append(f"{path}: several files for {split}: {', '.join(file.name for file in found)}; keep one")
@@ -98,9 +97,9 @@ def from_texts(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     kinds = f"a .txt file with one text a line, or a {', '.join(SUFFIXES)} file"
     if not path.is_file():
         raise InputError(f"{path} {'is a folder' if path.is_dir() else 'is not there'}; unlabelled texts are {kinds}")
-    if path.suffix not in (*SUFFIXES, ".txt"):
+    if kind_of(path) not in (*SUFFIXES, PLAIN):
         raise InputError(f"{path}: cannot read {path.suffix or 'a file without an ending'}; unlabelled texts are {kinds}")
-    if path.suffix != ".txt":
+    if kind_of(path) != PLAIN:
         return table_of(path)
     if len(columns) != 1:
         raise InputError(f"{path} has one text a line, but the data has the columns {', '.join(columns)}; give a file with these")
@@ -130,7 +129,7 @@ def _texts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
+        raise not_utf8(path, error.start) from error
     if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty")
     return lines if lines[-1] else lines[:-1]
@@ -142,22 +141,23 @@ def table_of(path: Path) -> pd.DataFrame:
     Raises:
         InputError: another kind of file, empty, damaged, or not UTF-8.
     """
-    if path.suffix not in (*SUFFIXES, PLAIN):
+    kind = kind_of(path)
+    if kind not in (*SUFFIXES, PLAIN):
         raise InputError(f"{path}: cannot read {path.suffix or 'a file without an ending'}; one of {', '.join(SUFFIXES)} is needed")
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty")
     try:
-        if path.suffix == ".parquet":
+        if kind == ".parquet":
             table = _named(pd.read_parquet(path), Features.from_arrow_schema(read_schema(path)))
-        elif path.suffix in READERS:
-            table = READERS[path.suffix](path)
+        elif kind in READERS:
+            table = READERS[kind](path)
         else:
             # Only an empty field is missing: "NA", "null" and "None" are words that texts and labels may be.
-            table = _separated(path, "\t" if path.suffix == ".tsv" else ",")
+            table = _separated(path, "\t" if kind == ".tsv" else ",")
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
+        raise not_utf8(path, error.start) from error
     except pd.errors.ParserError as error:
-        raise InputError(f"{path} is no well-formed {path.suffix[1:]}: {str(error).strip().splitlines()[0]}") from error
+        raise InputError(f"{path} is no well-formed {kind[1:]}: {str(error).strip().splitlines()[0]}") from error
     except (OSError, ValueError) as error:  # pyarrow's errors are both
         raise InputError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if table.empty:
@@ -174,6 +174,11 @@ def _separated(path: Path, separator: str) -> pd.DataFrame:
             'put texts that contain the separator in quotes ("a text, with a comma",label), and none at the end of rows'
         )
     return table
+
+
+def kind_of(path: Path) -> str:
+    """What a file is in, by the ending of its name: `.csv`, in whatever letters that is written."""
+    return path.suffix.lower()
 
 
 def unfolded(table: pd.DataFrame) -> pd.DataFrame:
@@ -282,13 +287,6 @@ def _lines(path: Path) -> pd.DataFrame:
 
 def _of_json(error: json.JSONDecodeError) -> str:
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> InputError:
-    with path.open("rb") as file:
-        now = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "LATIN1"
-    example = f"iconv -f {now} -t UTF-8 {path.name} -o utf8{path.suffix}"
-    return InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8, for example: {example}")
 
 
 READERS = {PLAIN: _passages, ".jsonl": _lines, ".json": _json, ".conll": _conll}

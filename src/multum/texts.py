@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, not_utf8
 
 TEXT, PAIR = "text", "text_pair"
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 AS_DATA = (".json", ".parquet", ".conll")
 """Files that are read as data is, which takes pandas: the nested form of SQuAD, for example."""
 ALSO_CALLED = {"source": "document"}
@@ -30,30 +31,31 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
             `source` also `document`.
 
     Raises:
-        InputError: missing, empty or badly encoded file, or no such column.
+        InputError: missing, empty, damaged or badly encoded file, no such column, or rows without a text.
     """
     path, columns = Path(path), columns or {}
+    kind = path.suffix.lower()
     try:
-        if path.suffix in (".csv", ".tsv"):
-            csv.field_size_limit(2**31 - 1)  # a context may be a book
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-        elif path.suffix == ".jsonl":
+        if kind in SEPARATORS:
+            rows = _separated(path, SEPARATORS[kind])
+        elif kind == ".jsonl":
             rows = _json_lines(path)
-        elif path.suffix in AS_DATA:
+        elif kind in AS_DATA:
             rows = _of_data(path)
         else:
             rows = [{TEXT: line} for _, line in _lines(path)]
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        raise not_utf8(path, error.start) from error
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
     except csv.Error as error:
-        raise InputError(f"{path} is no well-formed {path.suffix[1:]}: {error}") from error
+        raise InputError(f"{path} is no well-formed {kind[1:]}: {error}") from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     if not rows:
         raise InputError(f"{path} has no texts")
+    if any("\0" in value for value in rows[0].values() if isinstance(value, str)):
+        raise InputError(f"{path} is no text file; save it as .csv, .jsonl or .txt")
     return _column(path, rows, columns, names)
 
 
@@ -73,7 +75,7 @@ def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], 
         f"{path}, row {number}: no {name!r}"
         for number, row in enumerate(rows, 1)
         for name in wanted
-        if not isinstance(row.get(name), str) and not (second is None and _is_words(row.get(name)))
+        if not _is_text(row.get(name)) and not (second is None and _is_words(row.get(name)))
     ]
     more = [f"and {len(lacking) - SHOWN} more such rows"] if len(lacking) > SHOWN else []
     if problems := problems or [*lacking[:SHOWN], *more]:
@@ -81,8 +83,45 @@ def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], 
     return [tuple(row[name] for name in wanted) if len(wanted) > 1 else row[text] for row in rows]
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _is_words(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(word, str) for word in value)
+
+
+def _separated(path: Path, separator: str) -> list[dict[str, Any]]:
+    """The rows of a file of fields.
+
+    Raises:
+        InputError: rows of more fields than the header names, or a quote that is never closed, which would take the rest along.
+    """
+    csv.field_size_limit(2**31 - 1)  # a context may be a book
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = file.readlines()
+    reader = csv.DictReader(lines, delimiter=separator)
+    named, rows, starts = len(reader.fieldnames or ()), [], [reader.line_num]
+    for row in reader:
+        rows.append(row)
+        starts.append(reader.line_num)
+    problems = [
+        f"{path}, line {start + 1}: {named + len(row[None])} fields, and the header names {named}; put a text that contains the "
+        "separator in quotes"
+        for start, row in zip(starts, rows, strict=False)
+        if None in row
+    ]
+    if len(problems) > SHOWN:
+        problems[SHOWN:] = [f"and {len(problems) - SHOWN} more such rows"]
+    try:
+        list(csv.reader(lines[starts[len(rows) - 1] :] if rows else [], delimiter=separator, strict=True))
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            last = starts[len(rows) - 1] + 1
+            problems.append(f"{path}, line {last}: a quote opens a text and none closes it; write quotes inside of texts twice")
+    if problems:
+        raise InputError(*problems)
+    return rows
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, not_utf8
 from .likelihood import specials
 from .masking import Masks, choose
 from .packing import documents, pack, positions, separator_of
@@ -153,6 +153,6 @@ def _not_utf8(path: Path) -> str | None:
             try:
                 decoder.decode(piece)
             except UnicodeDecodeError as error:
-                return f"{path} is not UTF-8 (byte {place - held + error.start}); save it as UTF-8, for example: iconv -t UTF-8"
+                return str(not_utf8(path, place - held + error.start))
             place += len(piece)
     return f"{path} ends in half a character" if decoder.getstate()[0] else None

@@ -35,7 +35,7 @@ from ..core.step import Step
 from ..core.task import Task
 from ..core.width import has_one_table
 from ..core.words import text_of
-from ..errors import InputError
+from ..errors import InputError, not_utf8
 
 Spec = dict[str, Any]
 """A fast tokenizer as its JSON says it."""
@@ -297,4 +297,4 @@ def _lines(path: str | None) -> list[str]:
     except OSError as error:
         raise InputError(f"trim_vocabulary: extra_texts: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"trim_vocabulary: extra_texts: {path} is not UTF-8 ({error.reason})") from error
+        raise InputError(f"trim_vocabulary: extra_texts: {not_utf8(Path(path), error.start)}") from error
