@@ -691,6 +691,8 @@ def test_measure_prints_json_alone_and_looks_up_the_run_s_data(places, work):
     assert first["n"] == 16
     assert second["size"]["parameters"] < first["size"]["parameters"]
     table = call("measure", "out/model", "--threads", "1", "--rounds", "3")
+    assert "f1 macro" in table.stdout
+    assert f"{json.loads(result.stdout)[1]['quality']['others']['f1_macro']:.4g}" in table.stdout
     assert "accuracy" in table.stdout
     assert "out/model" in table.stdout
 

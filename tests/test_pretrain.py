@@ -32,10 +32,10 @@ CAUSAL, MASKED = Objective(False), Objective(True)
 
 @pytest.fixture
 def books(tmp_path: Path) -> Path:
-    """Three files, one in a folder of its own."""
-    folder = tmp_path / "books"
+    """Three files, one in a folder of its own, in a folder whose name could be taken for a pattern."""
+    folder = tmp_path / "books [1]"
     (folder / "more").mkdir(parents=True)
-    for name, part in (("a.txt", TEXTS[:20]), ("b.txt", TEXTS[20:40]), ("more/c.txt", TEXTS[40:])):
+    for name, part in (("a.txt", TEXTS[:20]), ("b.TXT", TEXTS[20:40]), ("more/c.txt", TEXTS[40:])):
         (folder / name).write_text("\n\n".join(part) + "\n", encoding="utf-8")
     return folder
 
@@ -133,7 +133,7 @@ def test_the_loss_of_a_step_is_transformers_own(family: str, books: Path) -> Non
     entry = step(model, TASK).history[-1]
     assert entry["training"]["loss"] == pytest.approx(float(own), abs=1e-4)
     assert (entry["tokens"], entry["block"], entry["files"]) == (8 * 64, 64, 3)
-    assert entry["bytes"] == sum(file.stat().st_size for file in books.rglob("*.txt"))
+    assert entry["bytes"] == sum(file.stat().st_size for file in books.rglob("*.*"))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -301,7 +301,7 @@ def test_files_are_looked_at_before_any_work(books: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError) as caught:
         Corpus.of(str(books))
     assert ["byte 16" in caught.value.problems[0], "half a character" in caught.value.problems[1]] == [True, True]
-    for file in books.rglob("*.txt"):
+    for file in books.rglob("*.*"):
         file.write_text("")
     with pytest.raises(InputError, match="all files are empty"):
         Corpus.of(str(books))

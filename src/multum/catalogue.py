@@ -29,10 +29,11 @@ def describe(name: str) -> dict[str, Any]:
         InputError: no step of that name.
     """
     if name not in names():
-        raise InputError(f"no step named {name!r}; there are: {', '.join(names())}")
-    module = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+        having = [other for other in names() if name in (field["name"] for field in _fields(_read(other)[1]))]
+        instead = f"{name} is a field of {', '.join(having)}" if having else f"there are: {', '.join(names())}"
+        raise InputError(f"no step named {name!r}; {instead}")
+    module, step = _read(name)
     formula = ast.get_docstring(module) or ""
-    step = next(node for node in module.body if isinstance(node, ast.ClassDef) and _is_step(node))
     fields, example = _fields(step), _constant(module, "EXAMPLE")
     return {
         "name": name,
@@ -42,6 +43,12 @@ def describe(name: str) -> dict[str, Any]:
         "fields": fields,
         "example": example or " ".join(f"--{field['name']} ..." for field in fields if field["default"] is None),
     }
+
+
+def _read(name: str) -> tuple[ast.Module, ast.ClassDef]:
+    """A step's file, and the step in it."""
+    module = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    return module, next(node for node in module.body if isinstance(node, ast.ClassDef) and _is_step(node))
 
 
 def _constant(module: ast.Module, name: str) -> str | None:

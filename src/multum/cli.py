@@ -185,7 +185,7 @@ def measure(
         terminal.print_json(metrics)
     else:
         places = [str(getattr(target, "target", target)) for target in targets]
-        terminal.print_rows(terminal.metric_rows(places, metrics), f"On the {split} split, n = {metrics[0]['n']}")
+        terminal.print_metrics(places, metrics, f"On the {split} split, n = {metrics[0]['n']}")
     remark(metrics, opened.notes)
 
 

@@ -74,7 +74,7 @@ def from_disk(path: Path) -> dict[str, pd.DataFrame]:
                 problems.extend(error.problems)
     if not tables and not problems:
         tables = _side_by_side(path)
-    if not tables and not problems and (plain := sorted(path.glob(f"*{PLAIN}"))):
+    if not tables and not problems and (plain := sorted(file for file in path.iterdir() if kind_of(file) == PLAIN)):
         return {"all": pd.concat([table_of(file) for file in plain], ignore_index=True)}
     if "train" not in tables and not problems:
         others = ", ".join(SUFFIXES[1:])

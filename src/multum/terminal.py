@@ -138,6 +138,18 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
     console.print(table)
 
 
+def print_metrics(names: Sequence[str], metrics: Sequence[Mapping[str, Any]], title: str) -> None:
+    """`metrics.json` dicts as a table, and another of the further figures that the task tells of quality, by their names there."""
+    print_rows(metric_rows(names, metrics), title)
+    further = [{key: value for key, value in one["quality"]["others"].items() if isinstance(value, int | float)} for one in metrics]
+    if keys := list(dict.fromkeys(key for one in further for key in one)):
+        rows = [
+            [name, *(_short(float(one[key])) if key in one else "-" for key in keys)]
+            for name, one in zip(names, further, strict=True)
+        ]
+        print_rows([["", *(key.replace("_", " ") for key in keys)], *rows], "Further figures")
+
+
 def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """`metrics.json` dicts as a table, header first; speed-ups are against the first. Qualities that are shares are in per cent."""
     metric = metrics[0]["quality"]["metric"].replace("_", " ")

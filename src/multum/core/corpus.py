@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Corpus:
             InputError: there are none; or lists those that are empty of text or not in UTF-8. All of them are read once for that.
         """
         path = Path(source).expanduser()
-        files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
+        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt")
         if not files:
             raise InputError(f"{source}: {'no .txt file in this folder' if path.is_dir() else 'no such file or folder'}")
         problems = [problem for file in files if (problem := _not_utf8(file))]
@@ -68,7 +69,7 @@ class Corpus:
         """A `datasets.IterableDataset` with a column `text`."""
         from datasets import load_dataset
 
-        names = [str(file.resolve()) for file in self.files]
+        names = [glob.escape(str(file.resolve())) for file in self.files]
         options: dict[str, Any] = {"sample_by": SAMPLE_BY[self.unit], "encoding": "utf-8-sig"}
         stream: Any = load_dataset("text", data_files={"train": names}, split="train", streaming=True, **options)
         return stream.shuffle(seed=self.seed, buffer_size=self.shuffle) if self.shuffle else stream
