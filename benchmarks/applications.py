@@ -79,8 +79,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = fewer(source, texts, folder / "data") if texts else source
     if one.stage:
-        ran = whole(one.recipe, options.output / "recipes", None if one.all_first else texts, options.seed)
-        original = ran / next(name for name in made.stages if name.endswith(one.stage))
+        stage = next(name for name in made.stages if name.endswith(one.stage))
+        limits = (None, options.seed) if one.all_first else (texts, options.seed, stage)
+        original = whole(one.recipe, options.output / "recipes", *limits) / stage
     else:
         original = fetch(made.model.removeprefix(EXAMPLE))
     output = folder / ("full" if options.full else "quick")
@@ -91,7 +92,7 @@ def main() -> None:
     except BudgetNotMet as error:
         print(error)
     run = read_json(output / "run.json")
-    asked = {" --texts": texts, " --time-limit": options.time_limit}
+    asked = {" --texts": options.texts, " --time-limit": options.time_limit, " --seed": options.seed}
     command = f"applications.py {options.name}{''.join(f'{name} {value:g}' for name, value in asked.items() if value)}"
     command += " --full" if options.full else ""
     values = {"run": {key: run[key] for key in ("chosen", "met", "why", "candidates", "elapsed_s", "data", "budget")}}

@@ -44,7 +44,8 @@ def main() -> None:
     for name in options.names:
         run = read_json(whole(name, options.output, options.texts, options.seed) / "run.json")
         values = {key: run[key] for key in ("recipe", "data", "candidates", "stages", "threads")}
-        command = f"recipes.py {name}{f' --texts {options.texts}' if options.texts else ''}"
+        asked = {" --texts": options.texts, " --seed": options.seed}
+        command = f"recipes.py {name}{''.join(f'{option} {value}' for option, value in asked.items() if value)}"
         publish(f"recipe_{name.replace('-', '_')}", table(run), {"run": values}, summary=words(name, run), command=command)
 
 
@@ -53,10 +54,12 @@ def recipe(name: str) -> Recipe:
     return read(FOLDER / f"{name}.yaml")
 
 
-def whole(name: str, output: Path, texts: int | None, seed: int) -> Path:
-    """The run folder of a recipe, run to its end."""
-    folder, found = output / f"{name}-{texts or 'all'}-{seed}", recipe(name)
+def whole(name: str, output: Path, texts: int | None, seed: int, until: str = "") -> Path:
+    """The run folder of a recipe, run to its end or to this stage."""
+    folder, found = output / f"{name}-{texts or 'all'}-{seed}{until and f'-{until}'}", recipe(name)
     changes: dict[str, Any] = {"seed": seed}
+    if until:
+        changes["steps"] = found.steps[: found.stages.index(until) + 1]
     if texts:
         changes["data"] = str(fewer(fetch(found.data.removeprefix(EXAMPLE)), texts, folder / "data"))
     multum.run(found.model_copy(update=changes), folder / "run", progress=Progress())

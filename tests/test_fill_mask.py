@@ -114,8 +114,9 @@ def test_a_long_text_goes_through_windows_side_by_side() -> None:
 def test_hidden_alone_all_tokens_of_a_text_are_what_score_says(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = tiny.language_model("bert", positions=128), task()
     texts = list(made.inputs("test"))
+    monkeypatch.setattr(sentences, "SPLIT", 0)
     before = alone_sums(model.tokenizer, texts, 128, torch_told(model.module))
-    monkeypatch.setattr(sentences, "ALONE", 1000)
+    monkeypatch.setattr(sentences, "SPLIT", 10**6)
     every = alone_sums(model.tokenizer, texts, 128, torch_told(model.module))
     scored = score(model, texts)
     for table, one in zip(every, scored.texts, strict=True):

@@ -12,7 +12,7 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from multum.core import corpus as corpus_module
+from multum import errors
 from multum.core import new_tokenizer
 from multum.core.corpus import Blocks, Corpus, Objective
 from multum.core.model import Model
@@ -293,14 +293,14 @@ def test_what_does_not_fit_is_refused(family: str, fields: dict[str, Any], said:
 
 
 def test_files_are_looked_at_before_any_work(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "PIECE", 7)  # pieces end within characters
+    monkeypatch.setattr(errors, "_PIECE", 7)  # pieces end within characters
     (books / "a.txt").write_text("Grüße aus Zürich. " * 9, encoding="utf-8")
     assert Corpus.of(str(books / "a.txt")).bytes == (books / "a.txt").stat().st_size
     (books / "a.txt").write_bytes(b"abcdefghijkl caf\xe9 noir")
     (books / "b.txt").write_bytes("caf\u00e9".encode()[:-1])
     with pytest.raises(InputError) as caught:
         Corpus.of(str(books))
-    assert ["byte 16" in caught.value.problems[0], "half a character" in caught.value.problems[1]] == [True, True]
+    assert ["byte 16" in caught.value.problems[0], "byte 3" in caught.value.problems[1]] == [True, True]
     for file in books.rglob("*.*"):
         file.write_text("")
     with pytest.raises(InputError, match="all files are empty"):

@@ -12,6 +12,7 @@ import on_disk
 import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
+from transformers import AutoModel, AutoTokenizer
 
 from multum import _measure_ahead, _run
 from multum._measure_ahead import START, Pace, tried
@@ -140,6 +141,8 @@ def test_a_pace_is_that_of_what_measuring_asks_for(monkeypatch):
     reader = SimpleNamespace(task="text-generation")
     monkeypatch.setattr(_measure_ahead, "paces", lambda _, texts: clock.__setitem__(0, clock[0] + 7))
     assert tried(SimpleNamespace(predict=answer, reader=reader), ["a"]) == Pace(2.0, 7.0, 3)
+    reader, alone = SimpleNamespace(task="fill-mask"), lambda _: clock.__setitem__(0, clock[0] + 5)
+    assert tried(SimpleNamespace(predict=answer, reader=reader, alone=alone), ["a"]) == Pace(7.0, 2.0, 55)
     reader = SimpleNamespace(task="translation", scored=True)
     tried(SimpleNamespace(predict=answer, reader=reader), ["a"])
     assert reader.scored is False
@@ -224,6 +227,16 @@ def test_a_model_that_cannot_be_loaded_leaves_nothing_behind(places, tmp_path):
     with pytest.raises(InputError, match="damaged"):
         run(recipe_of(places, model=str(broken)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_model_without_a_head_is_compared_with_is_its_first_training(places, tmp_path):
+    encoder = AutoModel.from_pretrained(places[0])
+    encoder.save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(places[0]).save_pretrained(tmp_path / "encoder")
+    steps = [{"drop_layers": {"keep": 2}}, {"finetune": {"epochs": 1}}, {"drop_layers": {"keep": 1}}]
+    summary = run(recipe_of(places, model=str(tmp_path / "encoder"), steps=steps), tmp_path / "out", rounds=3, threads=1)
+    assert [one["name"] for one in summary["candidates"]] == ["02-finetune", "03-drop_layers"]
+    assert all(one["test"] for one in summary["candidates"])
 
 
 def test_unlabelled_texts_and_a_student_without_layers_go_through_to_the_end(places, tmp_path):

@@ -173,7 +173,7 @@ def read_lexicon(path: Path) -> dict[str, list[str]]:
     except OSError as error:
         raise InputError(f"--lexicon: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--lexicon: {not_utf8(path, error.start)}") from error
+        raise InputError(f"--lexicon: {not_utf8(path)}") from error
     if not (found := lexicon_of(lines)):
         raise InputError(f"--lexicon: {path} has no line with two words; write words that mean the same on one line: film, movie")
     return found

@@ -134,7 +134,7 @@ def read_canaries(path: Path) -> list[str]:
     except OSError as error:
         raise InputError(f"--canaries: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"--canaries: {not_utf8(path, error.start)}") from error
+        raise InputError(f"--canaries: {not_utf8(path)}") from error
     if not found:
         raise InputError(f"--canaries: {path} has no line; write one text a line, with the digits that are its secret")
     return found

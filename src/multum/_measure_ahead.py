@@ -61,9 +61,11 @@ def tried(predictor: Any, inputs: Sequence[Any]) -> Pace:
     """Time what `measure` asks of a target."""
     if hasattr(predictor.reader, "scored"):  # it writes texts, and nobody who reads one waits for that
         predictor.reader.scored = False
-    answered = _each(lambda one: predictor.predict([one]), inputs)
+    answered = timed = _each(lambda one: predictor.predict([one]), inputs)
+    if predictor.reader.task == "fill-mask":
+        answered += _each(lambda one: predictor.alone([one]), inputs)
     if predictor.reader.task != "text-generation":
-        return Pace(answered, answered, WARM_UP + TEXTS)
+        return Pace(answered, timed, WARM_UP + TEXTS)
     return Pace(answered, _each(lambda one: paces(predictor, [one]), inputs), CONTINUED)
 
 

@@ -157,7 +157,7 @@ class _Chain:
                 shutil.copytree(last, work, dirs_exist_ok=True, ignore=shutil.ignore_patterns("metrics*.json", "predictions"))
         if self.summary["candidates"]:  # measured by an earlier call
             return self.summary
-        names = [ORIGINAL, *self.recipe.stages] if self.summary["trained"] else self.recipe.stages
+        names = [ORIGINAL, *self.recipe.stages] if self.summary["trained"] else self._from_the_first_trained()
         folders = [self.folder / name for name in names]
         ends = [folders[0], final]
         self._announce(folders, ends, threads, rounds)
@@ -179,6 +179,12 @@ class _Chain:
         }
         write_json(self.folder / RUN, self.summary)
         return self.summary
+
+    def _from_the_first_trained(self) -> Sequence[str]:
+        """The stages of a model that came without a trained head, but for those before the first that trains it."""
+        stages = self.recipe.stages
+        trains = ("training" in read_json(self.folder / stage / "recipe.json")["steps"][-1] for stage in stages)
+        return stages[next((place for place, found in enumerate(trains) if found), 0) :]
 
     def _announce(self, folders: Sequence[Path], ends: Sequence[Path], threads: int | None, rounds: int) -> None:
         """Say what is measured, and about how long it takes if every model is like the first."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import codecs
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+_PIECE = 2**20
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -76,9 +78,25 @@ def of_the_system(error: BaseException) -> str | None:
     return None
 
 
-def not_utf8(path: Path, byte: int) -> InputError:
-    """What to say of a text file of another encoding, whose first byte that is no UTF-8 is this one."""
+def not_utf8(path: Path) -> InputError | None:
+    """What to say of a text file if it is none, or of another encoding; read in pieces."""
+    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
     with path.open("rb") as file:
-        now = "UTF-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "LATIN1"
-    example = f"iconv -f {now} -t UTF-8 {path.name} -o utf8{path.suffix}"
-    return InputError(f"{path} is not UTF-8 (byte {byte}); save it as UTF-8, for example: {example}")
+        start = file.read(_PIECE)
+        wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if b"\0" in start and not wide:
+            return InputError(f"{path} is no text file")
+        piece = start
+        while True:
+            held = len(decoder.getstate()[0])
+            try:
+                decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                byte = place - held + error.start
+                names = [shlex.quote(name) for name in (path.name, f"utf8{path.suffix}")]
+                example = f"iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8 {names[0]} -o {names[1]}"
+                return InputError(f"{path} is not UTF-8 (byte {byte}); save it as UTF-8, for example: {example}")
+            if not piece:
+                return None
+            place += len(piece)
+            piece = file.read(_PIECE)

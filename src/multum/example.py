@@ -85,11 +85,13 @@ class Described:
     """What else it is made from."""
     remark: str = ""
     """What else to know before drawing conclusions."""
+    revision: str = ""
+    """Told apart by it in the cache from what it was made in another way before."""
 
     @property
     def version(self) -> str:
         """What its folder in the cache is told apart by."""
-        return _example_debian.SUITE
+        return _example_debian.SUITE + self.revision
 
     def fill(self, folder: Path) -> str:
         """Fetch the descriptions and make it; what to write about it.
@@ -241,6 +243,7 @@ EXAMPLES |= {
         about="31,000 sentences with a name left out, and passages that have the name, in SQuAD's format, in three splits",
         languages=(),
         make=_example_descriptions.cloze,
+        revision="-2",
         remark=(
             "This is no SQuAD: nobody asked these questions. A name in a description's line or in one of its sentences is hidden,\n"
             "and the rest is the passage (after Hermann et al. 2015, arXiv:1506.03340). Some can be answered without reading it."

@@ -216,7 +216,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError as error:
         raise InputError(f"no such recipe: {path}") from error
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+        raise (not_utf8(path) or error) from error
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
 

@@ -74,7 +74,7 @@ def from_disk(path: Path) -> dict[str, pd.DataFrame]:
                 problems.extend(error.problems)
     if not tables and not problems:
         tables = _side_by_side(path)
-    if not tables and not problems and (plain := sorted(file for file in path.iterdir() if kind_of(file) == PLAIN)):
+    if not tables and not problems and (plain := sorted(one for one in path.iterdir() if kind_of(one) == PLAIN and one.is_file())):
         return {"all": pd.concat([table_of(file) for file in plain], ignore_index=True)}
     if "train" not in tables and not problems:
         others = ", ".join(SUFFIXES[1:])
@@ -111,11 +111,11 @@ def _side_by_side(path: Path) -> dict[str, pd.DataFrame]:
     tables, problems = {}, []
     for split in SPLITS:
         files = [file for file in sorted(path.iterdir()) if file.is_file() and file.stem.lower() in ALIASES[split] and file.suffix]
-        if len(files) < 2 or len({file.suffix for file in files}) < len(files):
+        if len(files) < 2 or len({kind_of(file) for file in files}) < len(files):
             continue
-        columns = {file.suffix[1:]: _texts(file) for file in files}
+        columns = {kind_of(file)[1:]: _texts(file) for file in files}
         if len({len(lines) for lines in columns.values()}) > 1:
-            counts = ", ".join(f"{file.name} has {len(columns[file.suffix[1:]])}" for file in files)
+            counts = ", ".join(f"{file.name} has {len(columns[kind_of(file)[1:]])}" for file in files)
             problems.append(f"{path}: files side by side need as many lines each, the first with the first and so on; {counts}")
         else:
             tables[split] = pd.DataFrame(columns)
@@ -129,7 +129,7 @@ def _texts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+        raise (not_utf8(path) or error) from error
     if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty")
     return lines if lines[-1] else lines[:-1]
@@ -155,7 +155,7 @@ def table_of(path: Path) -> pd.DataFrame:
             # Only an empty field is missing: "NA", "null" and "None" are words that texts and labels may be.
             table = _separated(path, "\t" if kind == ".tsv" else ",")
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+        raise (not_utf8(path) or error) from error
     except pd.errors.ParserError as error:
         raise InputError(f"{path} is no well-formed {kind[1:]}: {str(error).strip().splitlines()[0]}") from error
     except (OSError, ValueError) as error:  # pyarrow's errors are both

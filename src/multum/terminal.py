@@ -144,10 +144,13 @@ def print_metrics(names: Sequence[str], metrics: Sequence[Mapping[str, Any]], ti
     further = [{key: value for key, value in one["quality"]["others"].items() if isinstance(value, int | float)} for one in metrics]
     if keys := list(dict.fromkeys(key for one in further for key in one)):
         rows = [
-            [name, *(_short(float(one[key])) if key in one else "-" for key in keys)]
-            for name, one in zip(names, further, strict=True)
+            [name, *(_figure(one[key]) if key in one else "-" for key in keys)] for name, one in zip(names, further, strict=True)
         ]
-        print_rows([["", *(key.replace("_", " ") for key in keys)], *rows], "Further figures")
+        print_rows([["", *(key.replace("_", " ") for key in keys)], *rows], "Further figures, as metrics.json has them")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) > 1 else f"{value:.4g}"
 
 
 def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
         else:
             rows = [{TEXT: line} for _, line in _lines(path)]
     except UnicodeDecodeError as error:
-        raise not_utf8(path, error.start) from error
+        raise (not_utf8(path) or error) from error
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
     except csv.Error as error:
@@ -55,7 +55,7 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
     if not rows:
         raise InputError(f"{path} has no texts")
     if any("\0" in value for value in rows[0].values() if isinstance(value, str)):
-        raise InputError(f"{path} is no text file; save it as .csv, .jsonl or .txt")
+        raise InputError(f"{path} is no text file")
     return _column(path, rows, columns, names)
 
 
@@ -72,7 +72,7 @@ def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], 
         if name not in rows[0]
     ]
     lacking = [
-        f"{path}, row {number}: no {name!r}"
+        f"{path}, row {number}: {name!r} is {'empty' if isinstance(row.get(name), str) else 'missing'}"
         for number, row in enumerate(rows, 1)
         for name in wanted
         if not _is_text(row.get(name)) and not (second is None and _is_words(row.get(name)))
@@ -95,33 +95,44 @@ def _separated(path: Path, separator: str) -> list[dict[str, Any]]:
     """The rows of a file of fields.
 
     Raises:
-        InputError: rows of more fields than the header names, or a quote that is never closed, which would take the rest along.
+        InputError: rows of more fields than the header names, names that are there twice, or a quote that opens a text and takes
+            other rows along, because it is never closed or not where the text ends.
     """
     csv.field_size_limit(2**31 - 1)  # a context may be a book
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = file.readlines()
-    reader = csv.DictReader(lines, delimiter=separator)
-    named, rows, starts = len(reader.fieldnames or ()), [], [reader.line_num]
-    for row in reader:
-        rows.append(row)
-        starts.append(reader.line_num)
-    problems = [
-        f"{path}, line {start + 1}: {named + len(row[None])} fields, and the header names {named}; put a text that contains the "
-        "separator in quotes"
-        for start, row in zip(starts, rows, strict=False)
-        if None in row
-    ]
+    reader, problems = csv.reader(lines, delimiter=separator), []
+    names: list[str] = []
+    rows: list[dict[str, Any]] = []
+    end = 0
+    for fields in reader:
+        begin, end = end, reader.line_num
+        if not fields:
+            continue
+        if end - begin > 1 and not _well_quoted(lines[begin:end], separator):
+            problems.append(f"line {begin + 1}: a quote opens a text and takes the next line along; write quotes in a text twice")
+        elif names and len(fields) > len(names):
+            problems.append(
+                f"line {begin + 1}: {len(fields)} fields, and the header names {len(names)}; put texts that have "
+                "the separator in quotes, and none at the end of rows"
+            )
+        elif names:
+            rows.append(dict(zip(names, [*fields, *[None] * (len(names) - len(fields))], strict=True)))
+        elif len(set(fields)) < len(fields):
+            problems.append(f"line {begin + 1}: the header has a name twice: {', '.join(fields)}")
+        names = names or fields
     if len(problems) > SHOWN:
-        problems[SHOWN:] = [f"and {len(problems) - SHOWN} more such rows"]
-    try:
-        list(csv.reader(lines[starts[len(rows) - 1] :] if rows else [], delimiter=separator, strict=True))
-    except csv.Error as error:
-        if "unexpected end" in str(error):
-            last = starts[len(rows) - 1] + 1
-            problems.append(f"{path}, line {last}: a quote opens a text and none closes it; write quotes inside of texts twice")
+        problems[SHOWN:] = [f"and {len(problems) - SHOWN} more such lines"]
     if problems:
-        raise InputError(*problems)
+        raise InputError(*(f"{path}, {problem}" for problem in problems))
     return rows
+
+
+def _well_quoted(lines: Sequence[str], separator: str) -> bool:
+    try:
+        return len(list(csv.reader(lines, delimiter=separator, strict=True))) == 1
+    except csv.Error:
+        return False
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import glob
 import random
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from .task import IGNORED
 Unit = Literal["paragraph", "line", "file"]
 """What a document is: text between empty lines, a line, a whole file (which then has to fit into memory)."""
 SAMPLE_BY = {"paragraph": "paragraph", "line": "line", "file": "document"}
-PIECE = 2**24
 
 
 @dataclass(frozen=True)
@@ -43,10 +41,12 @@ class Corpus:
             InputError: there are none; or lists those that are empty of text or not in UTF-8. All of them are read once for that.
         """
         path = Path(source).expanduser()
-        files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() == ".txt")
+        files = (
+            [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.suffix.lower() == ".txt" and one.is_file())
+        )
         if not files:
             raise InputError(f"{source}: {'no .txt file in this folder' if path.is_dir() else 'no such file or folder'}")
-        problems = [problem for file in files if (problem := _not_utf8(file))]
+        problems = [str(problem) for file in files if (problem := not_utf8(file))]
         if not any(file.stat().st_size for file in files):
             problems.append(f"{source}: all files are empty")
         if problems:
@@ -143,17 +143,3 @@ class Blocks(torch.utils.data.IterableDataset[Any]):
             "input_ids": [*before, *seen, *behind],
             "labels": [*[IGNORED] * len(before), *labels, *[IGNORED] * len(behind)],
         }
-
-
-def _not_utf8(path: Path) -> str | None:
-    """What is wrong with a file's encoding; read in pieces."""
-    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
-    with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            held = len(decoder.getstate()[0])
-            try:
-                decoder.decode(piece)
-            except UnicodeDecodeError as error:
-                return str(not_utf8(path, place - held + error.start))
-            place += len(piece)
-    return f"{path} ends in half a character" if decoder.getstate()[0] else None

@@ -26,8 +26,8 @@ from .windows import specials, windows
 
 WINDOW = 1024
 """Tokens of a window, at most."""
-ALONE = 4
-"""Tokens of a window that are hidden alone, at most."""
+ALONE, SPLIT = 4, 4000
+"""Tokens that are hidden alone, at most: of a window, or more if all windows together would have less than `SPLIT`."""
 Text = str | Sequence[Mapping[str, str]]
 """A text, or the messages of a chat."""
 Told = Callable[[Sequence[int], Sequence[int]], np.ndarray]
@@ -150,17 +150,19 @@ def hidden_rows(tokenizer: Any, text: Text, context: int) -> Iterator[tuple[list
 def alone_sums(tokenizer: Any, texts: Sequence[Text], context: int, told: Told) -> list[np.ndarray]:
     """For each text -Σ log p(w_i | all others) over all tokens of every window, and their count, (windows, 2) float64.
 
-    The sum is the tokens' count times the mean of `ALONE` of them, drawn by the text: exact where a window has no more.
+    The sum is the tokens' count times the mean of some of them, drawn by the text (`ALONE`, `SPLIT`): exact where these are all.
 
     Args:
         tokenizer, texts, context, told: as of `hidden_sums`.
     """
+    split = [list(_hiding(tokenizer, text, context)) for text in texts]
+    most = max(ALONE, math.ceil(SPLIT / max(sum(map(len, split)), 1)))
     found = []
-    for text in texts:
+    for windows_of_text in split:
         table = []
-        for window in _hiding(tokenizer, text, context):
+        for window in windows_of_text:
             losses = []
-            for place in window.sample:
+            for place in window.order[:most]:
                 row, places, truth = window.hide([place])
                 losses.append(-log_softmax(told(row, places).astype(np.float64))[0, truth[0]])
             table.append((len(window.ids) * np.mean(losses), len(window.ids)))
@@ -177,8 +179,8 @@ class _Hiding:
     mask: int
     chosen: list[int]
     """Places of 15 % of the tokens."""
-    sample: list[int]
-    """Places of those that are hidden alone."""
+    order: list[int]
+    """All places, in the order in which they are hidden alone."""
 
     def hide(self, places: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
         """The window without these, where they are in it with what stands around it, and what they were."""
@@ -199,7 +201,7 @@ def _hiding(tokenizer: Any, text: Text, context: int) -> Iterator[_Hiding]:
     for start in range(0, len(ids), size):
         part = ids[start : start + size]
         chosen = choose([True] * len(part), rng)
-        yield _Hiding(part, (before, behind), mask, chosen, alone.sample(range(len(part)), min(ALONE, len(part))))
+        yield _Hiding(part, (before, behind), mask, chosen, alone.sample(range(len(part)), len(part)))
 
 
 class NextTokens:

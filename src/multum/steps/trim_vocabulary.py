@@ -297,4 +297,4 @@ def _lines(path: str | None) -> list[str]:
     except OSError as error:
         raise InputError(f"trim_vocabulary: extra_texts: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"trim_vocabulary: extra_texts: {not_utf8(Path(path), error.start)}") from error
+        raise InputError(f"trim_vocabulary: extra_texts: {not_utf8(Path(path))}") from error

@@ -7,7 +7,8 @@
 over the windows of all texts (`core/sentences`): 15 % of the tokens, the same ones for every model that reads the same tokens. The
 interval is that of a bootstrap over windows. Training asks for other tokens in the way of BERT (`core/masking`). The perplexity is
 that of 15 % hidden at a time. In the pseudo-perplexity each token is hidden alone; `multum score` does so with all of a text,
-`measure` with at most four of every window, the same ones for every model, which stand for the others.
+`measure` with about 4000 of a split, the same ones for every model, which stand for the others: where tokens' losses differ by 3
+nats, it is known to a tenth.
 """
 
 from __future__ import annotations
