@@ -31,6 +31,8 @@ NAMES = (
     "translation",
     "translation-black-box",
 )
+ROUNDS = 10
+"""Of timing, in turns."""
 FOLDER = Path(__file__).parents[1] / "recipes"
 
 
@@ -62,7 +64,7 @@ def whole(name: str, output: Path, texts: int | None, seed: int, until: str = ""
         changes["steps"] = found.steps[: found.stages.index(until) + 1]
     if texts:
         changes["data"] = str(fewer(fetch(found.data.removeprefix(EXAMPLE)), texts, folder / "data"))
-    multum.run(found.model_copy(update=changes), folder / "run", progress=Progress())
+    multum.run(found.model_copy(update=changes), folder / "run", rounds=ROUNDS, progress=Progress())
     return folder / "run"
 
 
