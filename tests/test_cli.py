@@ -631,7 +631,7 @@ def test_predict_from_the_command_line_and_from_files(places, work):
         ("broken.jsonl", b'{"text": "a"}\n{"text"\n', "line 2"),
         ("gap.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "row 2"),
         ("number.jsonl", b'{"text": 3}\n', "row 1"),
-        ("many.jsonl", b'{"text": "a"}\n' + 99 * b'{"txt": "b"}\n', "row 4: no 'text'\n  - and 96 more such rows\n"),
+        ("many.jsonl", b'{"text": "a"}\n' + 99 * b'{"txt": "b"}\n', "row 4: 'text' is missing\n  - and 96 more such rows\n"),
         ("number.json", b'{"text": 3}', "list of objects"),
         ("none.parquet", None, "no such file"),
     ],
