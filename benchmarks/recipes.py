@@ -101,10 +101,10 @@ def fetched(source: str) -> Path:
 def words(name: str, run: dict[str, Any]) -> str:
     metric = run["candidates"][0]["validation"]["quality"]["metric"]
     sizes = ", ".join(f"{count} {split}" for split, count in run["data"]["sizes"].items())
-    hours = sum(stage["seconds"] for stage in run["stages"]) / 3600
+    took = ", ".join(f"{stage['name']} {stage['seconds'] / 60:.0f}" for stage in run["stages"])
     return (
         f"`recipes/{name}.yaml` ({sizes}); quality is {metric}. In torch, fp32, batch 1 at the texts' own lengths, "
-        f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}; {hours:.1f} hours in all."
+        f"{run['threads']} thread{'s' if run['threads'] > 1 else ''}. Minutes: {took}."
     )
 
 
