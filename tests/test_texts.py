@@ -57,9 +57,10 @@ def test_what_a_summary_is_made_of_is_a_document(tmp_path: Path) -> None:
     [
         ("in.csv", "text\ngood\n\nboring, dull\n", "in.csv, line 4: 2 fields, and the header names 1; put texts that have"),
         ("in.csv", "text,text\na,b\n", "in.csv, line 1: the header has a name twice: text, text"),
-        ("in.tsv", 'text\tlabel\ngood\ta\n"open\tb\nnext\tc\n', "in.tsv, line 3: a quote opens a text and takes the next line"),
+        ("in.tsv", 'text\tlabel\ngood\ta\n"open\tb\nnext\tc\n', "in.tsv, line 3: a quote opens a text and takes what follows"),
         ("in.tsv", 'text\tlabel\n"A fine\ta\nnext\tb\n"Bad" film\tc\nlast\td\n', "in.tsv, line 2: a quote opens a text"),
         ("in.csv", 'text,label\n"open,a\nnext,b\n"fine text",c\n', "in.csv, line 2: a quote opens a text"),
+        ("in.tsv", 'text\tlabel\ngood\ta\n"open\tb\n', "in.tsv, line 3: a quote opens a text"),
         ("in.csv", 'text\ngood\n""\n', "in.csv, row 2: 'text' is empty"),
         ("in.csv", "label,text\na,good\nb\n", "in.csv, row 2: 'text' is missing"),
         ("in.xlsx", "PK\x03\x04\0\0\n", "in.xlsx is no text file"),

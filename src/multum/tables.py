@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import pandas as pd
 from datasets import ClassLabel, Features
 from pyarrow.parquet import read_schema
 
+from ._quotes import check_quotes, lines_of
 from .errors import InputError, not_utf8
 
 SPLITS = ("train", "validation", "test")
@@ -158,7 +160,7 @@ def table_of(path: Path) -> pd.DataFrame:
         raise (not_utf8(path) or error) from error
     except pd.errors.ParserError as error:
         raise InputError(f"{path} is no well-formed {kind[1:]}: {str(error).strip().splitlines()[0]}") from error
-    except (OSError, ValueError) as error:  # pyarrow's errors are both
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's errors are both
         raise InputError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
     if table.empty:
         raise InputError(f"{path} has no rows")
@@ -166,6 +168,8 @@ def table_of(path: Path) -> pd.DataFrame:
 
 
 def _separated(path: Path, separator: str) -> pd.DataFrame:
+    if misquoted := check_quotes(path, lines_of(path), separator):
+        raise InputError(*misquoted)
     table = pd.read_csv(path, sep=separator, encoding="utf-8-sig", keep_default_na=False, na_values=[""])
     if not isinstance(table.index, pd.RangeIndex):  # pandas takes what stands before the named fields for the rows' names
         more = table.index.nlevels

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ._quotes import SHOWN, check_quotes, lines_of
 from .errors import InputError, not_utf8
 
 TEXT, PAIR = "text", "text_pair"
@@ -16,7 +17,6 @@ AS_DATA = (".json", ".parquet", ".conll")
 """Files that are read as data is, which takes pandas: the nested form of SQuAD, for example."""
 ALSO_CALLED = {"source": "document"}
 """A column -> what data for another task with such models calls it."""
-SHOWN = 3
 Input = str | tuple[str, str] | list[str]
 
 
@@ -98,9 +98,9 @@ def _separated(path: Path, separator: str) -> list[dict[str, Any]]:
         InputError: rows of more fields than the header names, names that are there twice, or a quote that opens a text and takes
             other rows along, because it is never closed or not where the text ends.
     """
-    csv.field_size_limit(2**31 - 1)  # a context may be a book
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = file.readlines()
+    lines = lines_of(path)
+    if misquoted := check_quotes(path, lines, separator):
+        raise InputError(*misquoted)
     reader, problems = csv.reader(lines, delimiter=separator), []
     names: list[str] = []
     rows: list[dict[str, Any]] = []
@@ -109,9 +109,7 @@ def _separated(path: Path, separator: str) -> list[dict[str, Any]]:
         begin, end = end, reader.line_num
         if not fields:
             continue
-        if end - begin > 1 and not _well_quoted(lines[begin:end], separator):
-            problems.append(f"line {begin + 1}: a quote opens a text and takes the next line along; write quotes in a text twice")
-        elif names and len(fields) > len(names):
+        if names and len(fields) > len(names):
             problems.append(
                 f"line {begin + 1}: {len(fields)} fields, and the header names {len(names)}; put texts that have "
                 "the separator in quotes, and none at the end of rows"
@@ -126,13 +124,6 @@ def _separated(path: Path, separator: str) -> list[dict[str, Any]]:
     if problems:
         raise InputError(*(f"{path}, {problem}" for problem in problems))
     return rows
-
-
-def _well_quoted(lines: Sequence[str], separator: str) -> bool:
-    try:
-        return len(list(csv.reader(lines, delimiter=separator, strict=True))) == 1
-    except csv.Error:
-        return False
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
