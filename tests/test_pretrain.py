@@ -296,6 +296,8 @@ def test_files_are_looked_at_before_any_work(books: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(errors, "_PIECE", 7)  # pieces end within characters
     (books / "a.txt").write_text("Grüße aus Zürich. " * 9, encoding="utf-8")
     assert Corpus.of(str(books / "a.txt")).bytes == (books / "a.txt").stat().st_size
+    (books / "a.txt").write_bytes(b"a text with a zero \0 in it")
+    assert Corpus.of(str(books / "a.txt")).bytes == 26
     (books / "a.txt").write_bytes(b"abcdefghijkl caf\xe9 noir")
     (books / "b.txt").write_bytes("caf\u00e9".encode()[:-1])
     with pytest.raises(InputError) as caught:

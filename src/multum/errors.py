@@ -79,19 +79,19 @@ def of_the_system(error: BaseException) -> str | None:
 
 
 def not_utf8(path: Path) -> InputError | None:
-    """What to say of a text file if it is none, or of another encoding; read in pieces."""
+    """What to say of a file that is not UTF-8, which may be no text at all; None if it is. Read in pieces."""
     decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
     with path.open("rb") as file:
         start = file.read(_PIECE)
         wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        if b"\0" in start and not wide:
-            return InputError(f"{path} is no text file")
         piece = start
         while True:
             held = len(decoder.getstate()[0])
             try:
                 decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
+                if b"\0" in start and not wide:
+                    return InputError(f"{path} is no text file")
                 byte = place - held + error.start
                 names = [shlex.quote(name) for name in (path.name, f"utf8{path.suffix}")]
                 example = f"iconv -f {'UTF-16' if wide else 'LATIN1'} -t UTF-8 {names[0]} -o {names[1]}"
