@@ -247,7 +247,7 @@ def test_what_is_extra_is_trained_with_the_model_and_leaves_it_again() -> None:
     nn.init.eye_(extra.weight)
     names = sorted(model.module.state_dict())
     fit(model, list(task.encode(model, "train")), scaled(extra), extra=extra, epochs=2, learning_rate=1e-2, batch_size=16)
-    assert torch.all(extra.weight != torch.eye(2))  # the zeros of a new projection are trained
+    assert torch.all(extra.weight.cpu() != torch.eye(2))  # the zeros of a new projection are trained
     assert sorted(model.module.state_dict()) == names
     assert extra.weight.requires_grad
 

@@ -197,7 +197,7 @@ def test_all_kept_changes_nothing():
 def test_importance_records_what_it_saw():
     model, task = tiny.model(layers=3), tiny.task()
     entry = DropLayers(keep=1, which="importance", samples=16, seed=3)(model, task).history[-1]
-    assert entry["influence"] == block_influence(model.module, task.calibration(model, 16, seed=3))
+    assert entry["influence"] == pytest.approx(block_influence(model.module, task.calibration(model, 16, seed=3)), rel=1e-5)
     assert entry["kept_blocks"] == [entry["influence"].index(max(entry["influence"]))]
 
 

@@ -122,7 +122,7 @@ def gradients(start: Model, head: nn.Module, rows: list[Any], loss: Any, **how: 
     for name, p in model.module.named_parameters():
 
         def add(gradient: torch.Tensor, total: torch.Tensor = sums[name]) -> None:
-            total.add_(gradient)
+            total.add_(gradient.cpu())
 
         p.register_hook(add)
     fit(model, rows, loss, epochs=1, **how, **QUICK)
@@ -277,6 +277,21 @@ def test_autocast_is_for_an_accelerator_as_well(monkeypatch: pytest.MonkeyPatch)
         assert asked == {"cpu": False, "cuda": True}
     assert resolve_precision("auto") == "bf16"
     assert resolve_precision("auto", "cpu") == "fp32"
+
+
+def test_a_second_training_of_a_module_is_under_autocast_too() -> None:
+    model, seen = tiny.model(), []
+
+    def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        found = module(**batch)
+        seen.append(bool(torch.is_autocast_enabled("cpu")))
+        return found.loss
+
+    model.module.base_model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled(training.accelerator())))
+    for precision in ("bf16", "bf16", "fp32"):
+        seen.clear()
+        fit(model, rows_of(model, 4), loss, **{**QUICK, "epochs": 1, "batch_size": 4, "precision": precision})
+        assert seen == [precision == "bf16", False]
 
 
 def test_a_module_comes_back_from_the_accelerator() -> None:

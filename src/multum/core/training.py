@@ -153,7 +153,7 @@ def fit(
             callbacks=[AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
         result = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
-        _without_autocast(module)
+        _as_before_accelerate(module)
     training_loss = trainer.over_processes(result.training_loss)
     if not math.isfinite(training_loss):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
@@ -202,9 +202,10 @@ def _tell_what_it_takes(
         remark(f"{examples:,.0f} examples: {found.line()}")
 
 
-def _without_autocast(module: nn.Module) -> None:
-    """Take off what accelerate leaves around `forward`, which a saved and loaded copy would not have."""
-    for name in ("forward", "_original_forward"):
+def _as_before_accelerate(module: nn.Module) -> None:
+    """Take off what accelerate leaves: around `forward`, which a saved and loaded copy would not have, and its mark, because of
+    which the next training would not be under autocast."""
+    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
         module.__dict__.pop(name, None)
 
 

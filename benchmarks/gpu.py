@@ -1,0 +1,211 @@
+"""What a GPU changes: the same steps on this machine's processor and on its GPU, and a model too large for a small machine.
+
+    python benchmarks/gpu.py [--samples 32] [--steps 30] [--cpu-steps 3]
+
+SmolLM2-135M on newspaper text: Wanda, SparseGPT, GPTQ and AWQ on the same blocks of 256 tokens, with the perplexity of what each
+made, which may differ in rounding alone; then training it, in fp32 and under bf16 autocast, with the estimate that `multum` gives
+beforehand beside the memory that it took. The CPU takes fewer steps of training: only their pace is compared. At last the same on
+the shape of SmolLM2-1.7B, untrained, on the GPU alone: what it costs in time and memory does not depend on what the weights are.
+
+Processor and GPU work in processes of their own, one after the other; each does everything once before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import publish
+from quantize_smollm2 import INT4, Texts, tokens
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from multum.core import estimate
+from multum.core.folders import read_json, write_json
+from multum.core.likelihood import causal_log_probs
+from multum.core.model import Model
+from multum.core.reporting import listening
+from multum.core.step import make
+from multum.core.training import fit, on_accelerator
+from multum.example import fetch
+
+WINDOW, LENGTH, BATCH = 256, 512, 8
+"""Tokens of a scored window, of a training text; texts of a training batch."""
+HELD_OUT = 8192
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Wanda, 2:4": ("wanda", {"pattern": "2:4"}),
+    "SparseGPT, 2:4": ("sparsegpt", {"pattern": "2:4"}),
+    "GPTQ, int4": ("gptq", INT4),
+    "AWQ, int4": ("awq", INT4),
+}
+LARGER = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+}
+"""SmolLM2-1.7B beside SmolLM2-135M."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--samples", type=int, default=32, help="blocks of text for calibration")
+    parser.add_argument("--steps", type=int, default=30, help="of training that are timed on the GPU")
+    parser.add_argument("--cpu-steps", type=int, default=3, help="and on the CPU")
+    parser.add_argument("--work", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work[0], Path(options.work[1]), options)
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use; `multum doctor` says what it finds")
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for what in ("gpu", "larger", "cpu"):
+            file = Path(scratch) / f"{what}.json"
+            hidden = {"CUDA_VISIBLE_DEVICES": ""} if what == "cpu" else {}
+            given = ["--samples", options.samples, "--steps", options.steps, "--cpu-steps", options.cpu_steps]
+            subprocess.run(
+                [sys.executable, __file__, "--work", what, str(file), *map(str, given)], check=True, env=os.environ | hidden
+            )
+            found[what] = read_json(file)
+            print(json.dumps(found[what]), file=sys.stderr, flush=True)
+    publish("gpu", table(found), found, summary=words(options, found["cpu"], found["gpu"]))
+
+
+def table(found: dict[str, Any]) -> list[list[str]]:
+    rows = [["SmolLM2", "work", "CPU", "GPU", "x faster", "perplexity: CPU", "GPU", "GPU memory, GB", "said before"]]
+    for size, gpu, cpu in (("135M", found["gpu"], found["cpu"]), ("1.7B", found["larger"], None)):
+        for name, one in gpu["ways"].items():
+            other = cpu and cpu["ways"][name]
+            rows.append(
+                [
+                    size,
+                    name,
+                    f"{other['seconds']:.1f} s" if other else "",
+                    f"{one['seconds']:.1f} s",
+                    f"{other['seconds'] / one['seconds']:.1f}" if other else "",
+                    f"{other['perplexity']:.3f}" if other else "",
+                    f"{one['perplexity']:.3f}" if other else "",
+                    f"{one['gpu_bytes'] / 1e9:.1f}",
+                    "",
+                ]
+            )
+        for precision, one in gpu["training"].items():
+            other = cpu and cpu["training"][precision]
+            rows.append(
+                [
+                    size,
+                    f"training, {precision}",
+                    f"{other['tokens_per_second']:,.0f} tokens/s" if other else "",
+                    f"{one['tokens_per_second']:,.0f} tokens/s",
+                    f"{one['tokens_per_second'] / other['tokens_per_second']:.1f}" if other else "",
+                    "",
+                    "",
+                    f"{one['gpu_bytes'] / 1e9:.1f}",
+                    f"{one['said_bytes'] / 1e9:.1f}",
+                ]
+            )
+    return rows
+
+
+def words(options: argparse.Namespace, cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
+    before, threads = f"{cpu['perplexity']:.3f} and {gpu['perplexity']:.3f}", cpu["threads"]
+    return (
+        f"{torch.cuda.get_device_name()} and {threads} threads of the processor. One-shot ways on {options.samples} blocks of "
+        f"{WINDOW} tokens. Training: batches of {BATCH} texts of {LENGTH} tokens, {options.steps} steps on the GPU, "
+        f"{options.cpu_steps} on the CPU. The 1.7B model has that shape and untrained weights. Perplexity before: {before}."
+    )
+
+
+def work(what: str, file: Path, options: argparse.Namespace) -> None:
+    """Everything on one device; what is done by then is in the file."""
+    text, small = fetch("plain-en"), Model.load(str(fetch("smollm2")), auto_class="AutoModelForCausalLM")
+    small.module.config.use_cache = False
+    count = max(options.samples * WINDOW, 24 * LENGTH)
+    task, held_out = Texts(tokens(small, text / "train.csv", count)), tokens(small, text / "test.csv", HELD_OUT)
+    windows = [held_out[start : start + WINDOW] for start in range(0, len(held_out) - WINDOW + 1, WINDOW)]
+    model = larger(small) if what == "larger" else small
+    steps = options.cpu_steps if what == "cpu" else options.steps
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "ways": {}, "training": {}}
+    one_shot("wanda", {"samples": 8}, model, task)
+    if what != "larger":
+        found["perplexity"] = perplexity(model, windows)
+    for name, (step, fields) in WAYS.items():
+        made, cost = one_shot(step, {**fields, "samples": options.samples}, model, task)
+        found["ways"][name] = cost if what == "larger" else {**cost, "perplexity": perplexity(made, windows)}
+        write_json(file, found)
+    rows = [{"input_ids": part.tolist(), "attention_mask": [1] * LENGTH} for part in task.ids[: 24 * LENGTH].split(LENGTH)]
+    for precision in ("fp32", "bf16"):
+        found["training"][precision] = trained(model, rows, precision, steps)
+        write_json(file, found)
+
+
+def larger(small: Model) -> Model:
+    """The larger shape with weights as training begins with, which torch draws on the GPU in no time."""
+    config = type(small.module.config)(**{**small.module.config.to_dict(), **LARGER})
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        module = AutoModelForCausalLM.from_config(config)
+    return replace(small, module=module.eval().cpu())
+
+
+def one_shot(step: str, fields: dict[str, Any], model: Model, task: Any) -> tuple[Model, dict[str, float]]:
+    copy = model.copy()
+    return _timed(lambda: make(step, fields).take(copy, task))
+
+
+def _timed(job: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    made = job()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return made, {"seconds": seconds, "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0}
+
+
+def perplexity(model: Model, windows: list[list[int]]) -> float:
+    with on_accelerator(model.module):
+        scored = causal_log_probs(model.module, windows, WINDOW, WINDOW, batch_size=8)
+    return math.exp(-sum(float(each.sum()) for each in scored) / sum(map(len, scored)))
+
+
+def trained(model: Model, rows: list[dict[str, Any]], precision: Any, steps: int) -> dict[str, float]:
+    """Pace and memory of training a copy, after a step of it that is not timed."""
+    estimate.WORTH = 0
+    said: list[estimate.Estimate] = []
+    line = estimate.Estimate.line
+    estimate.Estimate.line = lambda self: said.append(self) or line(self)  # type: ignore[method-assign]
+    copy = model.copy()
+    given = {"learning_rate": 1e-5, "batch_size": BATCH, "precision": precision}
+    with listening(lambda share: None, lambda text: None):
+        fit(copy, rows, loss, epochs=1, steps=1, **given)
+    result, cost = _timed(lambda: fit(copy, rows, loss, epochs=steps, steps=steps, **given))
+    return {
+        "tokens_per_second": steps * BATCH * LENGTH / result["seconds"],
+        "said_bytes": said[0].bytes,
+        "gpu_bytes": cost["gpu_bytes"],
+        "loss": result["loss"],
+    }
+
+
+def loss(module: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return module(**batch, labels=batch["input_ids"]).loss
+
+
+if __name__ == "__main__":
+    main()
