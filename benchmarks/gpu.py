@@ -1,19 +1,19 @@
-"""What a GPU changes: the same steps on this machine's processor and on its GPU, and a model too large for a small machine.
+"""What a GPU changes: the same steps on a processor and on a GPU, and a model too large for a small machine.
 
-    python benchmarks/gpu.py [--samples 32] [--steps 30] [--cpu-steps 3]
+    python benchmarks/gpu.py [gpu] [cpu] [larger] [--samples 32] [--steps 30] [--cpu-steps 3]
 
 SmolLM2-135M on newspaper text: Wanda, SparseGPT, GPTQ and AWQ on the same blocks of 256 tokens, with the perplexity of what each
 made, which may differ in rounding alone; then training it, in fp32 and under bf16 autocast, with the estimate that `multum` gives
-beforehand beside the memory that it took. The CPU takes fewer steps of training: only their pace is compared. At last the same on
-the shape of SmolLM2-1.7B, untrained, on the GPU alone: what it costs in time and memory does not depend on what the weights are.
+beforehand beside the memory that it took. The CPU takes fewer steps of training: only the pace is told. `larger` is the shape of
+SmolLM2-1.7B, untrained, on the GPU alone: what it costs in time and memory does not depend on what the weights are.
 
-Processor and GPU work in processes of their own, one after the other; each does everything once before it is timed.
+Each part works in a process of its own, does everything once before it is timed, and is kept with the device it ran on: the table
+has every part that was ever run.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import publish
+from common import RESULTS, publish
 from quantize_smollm2 import INT4, Texts, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from multum.core import estimate
 from multum.core.folders import read_json, write_json
 from multum.core.likelihood import causal_log_probs
-from multum.core.model import Model
+from multum.core.model import Model, machine
 from multum.core.reporting import listening
 from multum.core.step import make
 from multum.core.training import fit, on_accelerator
@@ -49,6 +49,11 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPTQ, int4": ("gptq", INT4),
     "AWQ, int4": ("awq", INT4),
 }
+PARTS = ("gpu", "cpu", "larger")
+SUMMARY = (
+    f"One-shot ways on blocks of {WINDOW} tokens, in bf16 where the device has it. Training: batches of {BATCH} texts of {LENGTH} "
+    "tokens. The 1.7B model has that shape and untrained weights."
+)
 LARGER = {
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -61,73 +66,54 @@ LARGER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=PARTS, choices=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
     parser.add_argument("--samples", type=int, default=32, help="blocks of text for calibration")
     parser.add_argument("--steps", type=int, default=30, help="of training that are timed on the GPU")
     parser.add_argument("--cpu-steps", type=int, default=3, help="and on the CPU")
-    parser.add_argument("--work", nargs=2, metavar=("WHAT", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work[0], Path(options.work[1]), options)
+        work(options.parts[0], options.work, options)
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no GPU that torch can use; `multum doctor` says what it finds")
-    found = {}
+    if set(options.parts) - {"cpu"} and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use; `multum doctor` says what it finds, `gpu.py cpu` needs none")
+    kept = RESULTS / "gpu.json"
+    found = {part: one for part, one in (read_json(kept) if kept.exists() else {}).items() if part in PARTS}
     with tempfile.TemporaryDirectory() as scratch:
-        for what in ("gpu", "larger", "cpu"):
-            file = Path(scratch) / f"{what}.json"
-            hidden = {"CUDA_VISIBLE_DEVICES": ""} if what == "cpu" else {}
+        for part in options.parts:
+            file = Path(scratch) / f"{part}.json"
+            hidden = {"CUDA_VISIBLE_DEVICES": ""} if part == "cpu" else {}
             given = ["--samples", options.samples, "--steps", options.steps, "--cpu-steps", options.cpu_steps]
-            subprocess.run(
-                [sys.executable, __file__, "--work", what, str(file), *map(str, given)], check=True, env=os.environ | hidden
-            )
-            found[what] = read_json(file)
-            print(json.dumps(found[what]), file=sys.stderr, flush=True)
-    publish("gpu", table(found), found, summary=words(options, found["cpu"], found["gpu"]))
+            command = [sys.executable, __file__, part, "--work", file, *given]
+            subprocess.run([str(each) for each in command], check=True, env=os.environ | hidden)
+            found[part] = read_json(file)
+            publish("gpu", table(found), found, summary=SUMMARY)
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:
-    rows = [["SmolLM2", "work", "CPU", "GPU", "x faster", "perplexity: CPU", "GPU", "GPU memory, GB", "said before"]]
-    for size, gpu, cpu in (("135M", found["gpu"], found["cpu"]), ("1.7B", found["larger"], None)):
-        for name, one in gpu["ways"].items():
-            other = cpu and cpu["ways"][name]
+    rows = [["SmolLM2", "on", "work", "seconds", "tokens/s", "perplexity", "GPU memory, GB", "said before"]]
+    for part, one in found.items():
+        where = ["1.7B" if part == "larger" else "135M", one["device"]]
+        gigabytes = [f"{each['gpu_bytes'] / 1e9:.2f}" if part != "cpu" else "" for each in one["ways"].values()]
+        if "perplexity" in one:
+            rows.append([*where, "as it is", "", "", f"{one['perplexity']:.3f}", "", ""])
+        for (name, each), memory in zip(one["ways"].items(), gigabytes, strict=True):
             rows.append(
                 [
-                    size,
+                    *where,
                     name,
-                    f"{other['seconds']:.1f} s" if other else "",
-                    f"{one['seconds']:.1f} s",
-                    f"{other['seconds'] / one['seconds']:.1f}" if other else "",
-                    f"{other['perplexity']:.3f}" if other else "",
-                    f"{one['perplexity']:.3f}" if other else "",
-                    f"{one['gpu_bytes'] / 1e9:.1f}",
+                    f"{each['seconds']:.1f}",
+                    "",
+                    f"{each['perplexity']:.2f}" if "perplexity" in each else "",
+                    memory,
                     "",
                 ]
             )
-        for precision, one in gpu["training"].items():
-            other = cpu and cpu["training"][precision]
-            rows.append(
-                [
-                    size,
-                    f"training, {precision}",
-                    f"{other['tokens_per_second']:,.0f} tokens/s" if other else "",
-                    f"{one['tokens_per_second']:,.0f} tokens/s",
-                    f"{one['tokens_per_second'] / other['tokens_per_second']:.1f}" if other else "",
-                    "",
-                    "",
-                    f"{one['gpu_bytes'] / 1e9:.1f}",
-                    f"{one['said_bytes'] / 1e9:.1f}",
-                ]
-            )
+        for precision, each in one["training"].items():
+            memory = f"{each['gpu_bytes'] / 1e9:.2f}" if part != "cpu" else ""
+            pace, said = f"{each['tokens_per_second']:,.0f}", f"{each['said_bytes'] / 1e9:.2f}"
+            rows.append([*where, f"training, {precision}", "", pace, "", memory, said])
     return rows
-
-
-def words(options: argparse.Namespace, cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
-    before, threads = f"{cpu['perplexity']:.3f} and {gpu['perplexity']:.3f}", cpu["threads"]
-    return (
-        f"{torch.cuda.get_device_name()} and {threads} threads of the processor. One-shot ways on {options.samples} blocks of "
-        f"{WINDOW} tokens. Training: batches of {BATCH} texts of {LENGTH} tokens, {options.steps} steps on the GPU, "
-        f"{options.cpu_steps} on the CPU. The 1.7B model has that shape and untrained weights. Perplexity before: {before}."
-    )
 
 
 def work(what: str, file: Path, options: argparse.Namespace) -> None:
@@ -139,7 +125,16 @@ def work(what: str, file: Path, options: argparse.Namespace) -> None:
     windows = [held_out[start : start + WINDOW] for start in range(0, len(held_out) - WINDOW + 1, WINDOW)]
     model = larger(small) if what == "larger" else small
     steps = options.cpu_steps if what == "cpu" else options.steps
-    found: dict[str, Any] = {"threads": torch.get_num_threads(), "ways": {}, "training": {}}
+    threads = torch.get_num_threads()
+    device = f"{threads} threads of {machine()['processor']}" if what == "cpu" else torch.cuda.get_device_name()
+    found: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "samples": options.samples,
+        "steps": steps,
+        "ways": {},
+        "training": {},
+    }
     one_shot("wanda", {"samples": 8}, model, task)
     if what != "larger":
         found["perplexity"] = perplexity(model, windows)

@@ -185,7 +185,8 @@ def decoder_inputs(module: Any, labels: Sequence[int]) -> list[int]:
 def start_of(module: Any) -> int:
     """The token that the decoder begins with."""
     names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-    found = (getattr(config, name, None) for name in names for config in (module.generation_config, module.config))
+    configs = getattr(module, "generation_config", None), module.config  # a model without a head has the second alone
+    found = (getattr(config, name, None) for name in names for config in configs)
     return next((int(token) for token in found if isinstance(token, int)), 0)
 
 
