@@ -431,7 +431,7 @@ def test_ctrl_c_says_how_to_resume_and_resuming_works(places, work, monkeypatch)
 
     with monkeypatch.context() as stopping:
         stopping.setattr(DropLayers, "apply", stop)
-        result = call("run", "recipe.yaml", "-o", "out", "--threads", "1")
+        result = call("run", "recipe.yaml", "-o", "out", "--threads", "1", "--rounds", "3")
     assert result.exit_code == 130
     assert "the same command goes on where it stopped" in result.stderr
     assert "Traceback" not in result.output
@@ -682,9 +682,10 @@ def test_texts_that_take_a_while_to_write_are_shown_some_at_a_time():
 
 def test_measure_prints_json_alone_and_looks_up_the_run_s_data(places, work):
     write_recipe(places, "drop_layers: {keep: 1}")
-    ran = call("run", "recipe.yaml", "-o", "out", "--threads", "1")
+    ran = call("run", "recipe.yaml", "-o", "out", "--threads", "1", "--rounds", "4")
     assert ran.exit_code == 0, ran.output
     assert "01-drop_layers" in ran.stdout
+    assert json.loads(Path("out/run.json").read_text())["candidates"][0]["validation"]["speed"]["rounds"] == 4
     result = call("measure", "out/00-original", "out/model", "--threads", "1", "--rounds", "3", "--json")
     assert result.exit_code == 0, result.output
     first, second = json.loads(result.stdout)

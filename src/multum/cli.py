@@ -95,6 +95,7 @@ def run(
     model: opt.OtherModel = "",
     data: opt.OtherData = "",
     unlabelled: opt.OtherUnlabelled = "",
+    rounds: opt.Rounds = 30,
     threads: opt.Threads = None,
     trust_remote_code: opt.Trust = False,
     as_json: opt.Json = False,
@@ -108,11 +109,8 @@ def run(
     from ._run import run as run_recipe
     from .commands import progress, show_chain
 
-    result = run_recipe(written, output, threads=threads, trust_remote_code=trust_remote_code, progress=progress())
-    if as_json:
-        terminal.print_json(result)
-        return
-    show_chain(output, result)
+    result = run_recipe(written, output, threads=threads, rounds=rounds, trust_remote_code=trust_remote_code, progress=progress())
+    terminal.print_json(result) if as_json else show_chain(output, result)
 
 
 @app.command(
