@@ -23,9 +23,10 @@ from multum import terminal
 from multum.catalogue import describe
 from multum.catalogue import names as step_names
 from multum.cli import app
-from multum.commands import WRITTEN_AT_ONCE, answers, remark
+from multum.commands import remark
 from multum.core.step import find, names
 from multum.errors import BudgetNotMet, InputError, MultumError, of_the_system
+from multum.predicting import WRITTEN_AT_ONCE, answers
 from multum.steps.drop_layers import DropLayers
 
 TASK = ("--task", "text-classification")
@@ -618,6 +619,11 @@ def test_predict_from_the_command_line_and_from_files(places, work):
     assert [line.split("\t")[0] for line in lines] == [one["label"] for one in found[0]]
     assert lines[1].endswith("\ta dull story")
     assert "no further" not in call("predict", places[0], *texts).stderr
+    (work / "gaps.txt").write_text("\n" + "\n \n".join(texts) + "\n\n")
+    gaps = call("predict", places[0], "--input", "gaps.txt", "--json")
+    assert json.loads(gaps.stdout) == found[0]
+    assert "gaps.txt: 2 lines are empty and not answered" in gaps.stderr
+    assert "empty" not in call("predict", places[0], "--input", "texts.txt").stderr
     assert "1 of 2 inputs has 64 tokens or more" in call("predict", places[0], *texts[:1], "film " * 99).stderr
 
 

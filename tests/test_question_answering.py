@@ -248,10 +248,10 @@ def test_predict_from_the_command_line_and_a_file(trained: Any, tmp_path: Path) 
     asked = ["predict", str(folder / "after"), "--input", str(tmp_path / "in.jsonl"), "--columns", "context=passage"]
     run = CliRunner().invoke(cli.app, [*asked, "--json"])
     assert [one["answer"] for one in json.loads(run.stdout)] == [one["answer"] for one in told]
-    nested = [{"context": c, "qas": [{"question": q, "answers": []}]} for q, c in pairs]
+    nested = [{"context": c, "qas": [{"id": f"q{n}", "question": q, "answers": []}]} for n, (q, c) in enumerate(pairs)]
     (tmp_path / "in.json").write_text(json.dumps({"data": [{"paragraphs": nested}]}))
     again = CliRunner().invoke(cli.app, ["predict", str(folder / "after"), "--input", str(tmp_path / "in.json"), "--json"])
-    assert again.stdout == run.stdout
+    assert json.loads(again.stdout) == [{"id": f"q{n}", **one} for n, one in enumerate(json.loads(run.stdout))]
     run = CliRunner().invoke(cli.app, ["predict", str(folder / "after"), pairs[0][0], "--pair", pairs[0][1]])
     assert run.stdout == f"{told[0]['answer']}\t{told[0]['score']:.3f}\t{pairs[0][0]}\n"
     with pytest.raises(InputError, match="--pair"):

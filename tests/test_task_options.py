@@ -85,6 +85,25 @@ def test_a_step_that_brings_its_own_text_needs_no_data(place: Path, tmp_path: Pa
         open_without_data("text-classification")
 
 
+@pytest.mark.parametrize("step", ["quantize", "quantize_embeddings", "prune_weights", "drop_layers --keep 1"])
+def test_nor_does_one_that_looks_at_weights_alone(place: Path, tmp_path: Path, step: str) -> None:
+    name, *fields = step.split()
+    command = ["apply", name, str(place / "llama"), "--task", "text-generation", "-o", str(tmp_path / "out"), *fields]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    history = json.loads((tmp_path / "out" / "recipe.json").read_text(encoding="utf-8"))["steps"]
+    assert [entry["step"] for entry in history] == [name]
+
+
+@pytest.mark.parametrize("step", ["quantize --keep-share 0.1", "drop_layers --keep 1 --which importance", "wanda"])
+def test_and_with_fields_that_take_texts_it_does(place: Path, tmp_path: Path, step: str) -> None:
+    name, *fields = step.split()
+    command = ["apply", name, str(place / "llama"), "--task", "text-generation", "-o", str(tmp_path / "out"), *fields]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2
+    assert f"--data is missing: {name} works on the task's data" in " ".join(result.output.split())
+
+
 def test_any_other_step_says_that_it_needs_data(place: Path, tmp_path: Path) -> None:
     command = [
         "apply",

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import terminal
-from .commands import predictor_of
 from .core.writing import Decoding, TorchWriter, Writer, write
 from .errors import InputError
+from .predicting import predictor_of
 
 
 def writer_of(predictor: Any) -> Writer:

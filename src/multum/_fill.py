@@ -15,10 +15,10 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from . import terminal
-from .commands import predictor_of
 from .core.reading import softmax
 from .core.windows import specials, windows
 from .errors import InputError, few
+from .predicting import predictor_of
 
 BEST = 5
 """Words that are told of a place."""

@@ -132,14 +132,14 @@ def apply(
 ) -> None:
     """Apply one step to a model. The step's fields are options: --field value; 'multum steps STEP' lists them."""
     from . import recipe, units
-    from .commands import apply_and_show, fields_of, new_folder, together, without_data
+    from .commands import apply_and_show, fields_of, new_folder, together, with_data
     from .core.step import make
     from .targets import task_for
 
     parsed = together(
-        recipe.check_sources(model, task, data, unlabelled) + without_data(step, data),
+        recipe.check_sources(model, task, data, unlabelled),
         task=lambda: task_for(model, task),
-        step=lambda: make(step, fields_of(ctx.args, step, seed)),
+        step=lambda: with_data(make(step, fields_of(ctx.args, step, seed)), data),
         columns=lambda: units.pairs(columns, "--columns"),
         options=lambda: units.pairs(options, "--options"),
         output=lambda: new_folder(output),

@@ -46,8 +46,8 @@ def add_to(app: typer.Typer) -> None:
         token is hidden in its turn. Logarithms are natural.
         """
         from . import recipe, terminal
-        from .commands import inputs_of
         from .errors import InputError
+        from .predicting import inputs_of
 
         found = inputs_of(texts or [], [], source, columns)
         if any(isinstance(one, tuple) for one in found):

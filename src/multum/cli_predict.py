@@ -49,13 +49,15 @@ def add_to(app: typer.Typer) -> None:
         A language model continues the text, or answers it with --chat, and is shown writing; greedily, unless a temperature is
         given. 'multum score' tells how probable it finds a text. What translates or summarizes searches as the model's own
         generation settings say, greedily or by beams; nothing is drawn.
+
+        With --json answers have the ids of a file that has a column id.
         """
         from pathlib import Path
 
         from . import recipe
-        from .commands import inputs_of, predict_and_show
         from .core.reading import reader_of
         from .errors import InputError
+        from .predicting import inputs_of, predict_and_show
 
         place = Path(recipe.locate(folder))
         if not place.is_dir():

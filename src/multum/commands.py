@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import catalogue, terminal, units
+from . import catalogue, terminal
 from .core.folders import check_writable, read_json
 from .errors import BudgetNotMet, InputError
 from .progress import Progress
 
 RUN = "run.json"
-AT_ONCE, WRITTEN_AT_ONCE = 512, 64
-"""Inputs that `predict` answers before it shows the answers; fewer where the answers are texts that take a while."""
 
 
 def together(problems: Sequence[str], **calls: Callable[[], Any]) -> dict[str, Any]:
@@ -100,13 +98,15 @@ def apply_and_show(
     terminal.print_lines(line, *filter(None, [entry.get("summary")]))
 
 
-def without_data(step: str, data: str) -> list[str]:
-    """What is wrong with a step that is given no data."""
-    from .core.step import find, names
+def with_data(step: Any, data: str) -> Any:
+    """The step, which has the data that it works on.
 
-    if data or step not in names() or not find(step).needs_data:
-        return []
-    return [f"--data is missing: {step} works on the task's data"]
+    Raises:
+        InputError: it has not.
+    """
+    if step.needs_data and not data:
+        raise InputError(f"--data is missing: {step.name} works on the task's data")
+    return step
 
 
 def remark(metrics: Sequence[Mapping[str, Any]], notes: Sequence[str] = ()) -> None:
@@ -144,7 +144,7 @@ def show_run(folder: Path) -> None:
 def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
     """What the stages of a chain gave, and what to do with the last one."""
     from ._measure import DISTURBED, unsteady
-    from ._report_words import loads_in
+    from ._report_words import loads_in, sample_input
 
     for split in ("validation", "test"):
         measured = [candidate for candidate in result["candidates"] if candidate[split]]
@@ -156,7 +156,7 @@ def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
     said = (f"{one['name']}: {one['summary']}" for one in result["candidates"] if one.get("summary"))
     loads = loads_in(read_json(folder / "model" / "recipe.json")["loads_without_multum"])
     terminal.print_lines(*said, f"Model:  {folder / 'model'} ({loads})")
-    terminal.print_lines(f'Try it: {terminal.own_name()} predict {folder / "model"} "some text"')
+    terminal.print_lines(f"Try it: {terminal.own_name()} predict {folder / 'model'} {sample_input(result['task'])['shell']}")
 
 
 def fields_of(arguments: Sequence[str], step: str, seed: int | None) -> dict[str, Any]:
@@ -207,93 +207,3 @@ def new_folder(path: Path) -> Path:
         raise InputError(f"{path} exists already; choose a new folder for -o")
     check_writable(path)
     return path
-
-
-def inputs_of(
-    texts: Sequence[str],
-    pairs: Sequence[str],
-    source: Path | None,
-    columns: str,
-    names: tuple[str, str | None] = ("text", "text_pair"),
-) -> list[Any]:
-    """The inputs of `predict`, from the command line or a file, whose columns are called `names` unless `columns` says otherwise.
-
-    Raises:
-        InputError: neither or both, or not as many second texts as first ones.
-    """
-    from .texts import read
-
-    if bool(texts) == bool(source):
-        raise InputError("give either texts or --input FILE" + (", not both" if texts else ""))
-    if source:
-        return list(read(source, units.pairs(columns, "--columns"), names))
-    if blank := [
-        f"{what} {at}" for what, given in (("text", texts), ("--pair", pairs)) for at, one in enumerate(given, 1) if not one.strip()
-    ]:
-        raise InputError(f"{', '.join(blank)}: empty")
-    if not pairs:
-        return list(texts)
-    if len(pairs) != len(texts):
-        raise InputError(f"{len(texts)} texts and {len(pairs)} --pair; give one --pair for every text")
-    return list(zip(texts, pairs, strict=True))
-
-
-def predict_and_show(
-    folder: Path,
-    texts: Sequence[str],
-    pairs: Sequence[str],
-    source: Path | None,
-    columns: str,
-    threads: int | None,
-    as_json: bool,
-    runtime: str = "",
-) -> None:
-    """Answer inputs from the command line or a file, some at a time, a line for each or all as JSON."""
-    from .core.reading import reader_of
-
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
-    reader = reader_of(folder)
-    inputs = inputs_of(texts, pairs, source, columns, reader.columns)
-    predictor = predictor_of(folder, inputs, runtime, threads)
-    if count := _cut(predictor, inputs):
-        they = "inputs has" if count == 1 else "inputs have"
-        terminal.say(f"{count} of {len(inputs)} {they} {predictor.max_length} tokens or more: the model reads no further")
-    found = answers(predictor, inputs)
-    if as_json:
-        terminal.print_json_list(found)
-    else:
-        for one in found:
-            print(f"{reader.line(one)}\t{terminal.one_line(one['text'])}", flush=True)
-
-
-def predictor_of(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None, new: int | None = None) -> Any:
-    """What runs a folder: the form that it ships, the one asked for, or with `auto` the fastest to answer these inputs, or to
-    write `new` tokens behind each.
-    """
-    from . import _auto, runtimes
-    from .targets import targets_of
-
-    if _auto.check([folder], runtime) is not None:
-        return _auto.predictor(folder, inputs, runtime, threads, new)
-    if runtime.partition("-")[0] == "pytorch":  # whatever the folder ships
-        return runtimes.find("pytorch").open(folder, threads=threads)
-    return runtimes.open(targets_of([folder], runtime)[0] if runtime else folder, threads=threads)
-
-
-def _cut(predictor: Any, inputs: Sequence[Any]) -> int:
-    """How many inputs fill what the model reads, where it leaves the rest unread."""
-    if not predictor.reader.cuts:
-        return 0
-    parts = (predictor.lengths(inputs[start : start + AT_ONCE]) for start in range(0, len(inputs), AT_ONCE))
-    return sum(length >= predictor.max_length for lengths in parts for length in lengths)
-
-
-def answers(predictor: Any, inputs: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """What the model says of every input, as its task tells it; computed `AT_ONCE` inputs at a time."""
-    writes = hasattr(predictor.reader, "scored")
-    settings, size = ({"generation": predictor.generation}, WRITTEN_AT_ONCE) if writes else ({}, AT_ONCE)
-    for start in range(0, len(inputs), size):
-        some = inputs[start : start + size]
-        for answer in predictor.reader.answers(predictor.predict(some), some, predictor.labels):
-            yield answer | settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +35,8 @@ class _InWords:
         from . import terminal
 
         if isinstance(error, KeyboardInterrupt):
-            again = "; the same command goes on where it stopped." if self.ctx.invoked_subcommand in RESUMABLE else "."
+            resumable = self.ctx.invoked_subcommand in RESUMABLE or any(each.startswith("--checkpoints") for each in sys.argv)
+            again = "; the same command goes on where it stopped." if resumable else "."
             terminal.say(f"\n{STOPPED}{again}")
             raise typer.Exit(INTERRUPTED) from error
         if isinstance(error, MultumError):

@@ -110,7 +110,7 @@ class Reckoning(ABC):
         limit, others = self.run.values["time_limit_s"], (each for each in self._ahead(0) if not each[0].startswith("rung-"))
         first = self.run.elapsed() + sum(seconds for _, seconds in others)
         if limit is not None and first > limit:
-            self.run.note(f"the time limit of {limit:g} s leaves none for rungs: the original alone takes {first:.0f} s")
+            self.run.note(f"the time limit of {limit:g} s may leave none for rungs: the original alone takes about {first:.0f} s")
 
     def _time_for(self, name: str, stages: Stages) -> bool:
         """Whether these stages, and those after the walk, end within the time limit if they keep to the run's own pace."""

@@ -231,6 +231,7 @@ def _json(path: Path) -> pd.DataFrame:
                 "question": question["question"],
                 "context": paragraph["context"],
                 "answers": [] if question.get("is_impossible") else question["answers"],
+                **({"id": question["id"]} if "id" in question else {}),
             }
             for article in rows
             for paragraph in article["paragraphs"]

@@ -11,6 +11,7 @@ from typing import Any
 from . import runtimes, tasks, units
 from ._runtime_inputs import writes
 from .core.folders import digest, read_json, write_json
+from .core.reading import reader_of
 from .errors import InputError
 
 RUN = "run.json"
@@ -90,7 +91,7 @@ def open_for(folder: Path, *, data: str, task: str, columns: str, seed: int | No
     found = data_of(folder, data=data, columns=mapping, seed=seed)
     problems = [*check_sources("", name, found.source), *problems]
     if not name:
-        problems.append(f"{folder} does not say which task it is for; give --task, for example text-classification")
+        problems.append(f"{folder} does not say which task it is for; give --task, for example {_by_head(folder)}")
     if not found.source:
         problems.append(f"{folder} does not say which data it is for; give --data")
     if problems:
@@ -132,7 +133,15 @@ def task_for(model: str, task: str) -> str:
     if found := task or task_of(Path(model).expanduser()):
         return found
     why = "does not say what it was made for" if Path(model).expanduser().exists() else "is no folder here that would tell it"
-    raise InputError(f"--task is missing, for example text-classification: {model} {why}")
+    raise InputError(f"--task is missing, for example {_by_head(Path(model).expanduser())}: {model} {why}")
+
+
+def _by_head(folder: Path) -> str:
+    """A task that a model's head is for."""
+    try:
+        return str(reader_of(folder).task)
+    except InputError:
+        return "text-classification"
 
 
 def targets_of(folders: Sequence[Path], runtime: str) -> list[Path]:

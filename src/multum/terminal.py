@@ -127,7 +127,7 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
     """
     if not rows:
         return
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for number, name in enumerate(rows[0]):
         table.add_column(str(name), justify="left" if number == 0 else "right", no_wrap=number > 0)
     for row in rows[1:]:
@@ -135,6 +135,8 @@ def print_rows(rows: Sequence[Sequence[str]], title: str | None = None, *, marke
     console = out()
     if not console.is_terminal:
         console = Console(highlight=False, width=200)
+    if title:  # not the table's own, which is folded to its width
+        console.print(Text(title, style="bold"))
     console.print(table)
 
 
@@ -159,7 +161,7 @@ def metric_rows(names: Sequence[str], metrics: Sequence[Mapping[str, Any]]) -> l
     scale, digits, unit = (1, 3, "") if metric in UNSCALED else (100, 1, ", %")
     rows = [["", f"{metric}{unit} (95 %)", "runtime", "p50 ms", "threads", "speed-up", "texts/s", "MB", "parameters"]]
     writes = all("decode_tokens_per_s" in one["speed"] for one in metrics)
-    rows[0] += ["first token ms", "decode tokens/s", "speed-up"] if writes else []
+    rows[0] += ["first token ms", "decode tokens/s", "decode speed-up"] if writes else []
     for name, one in zip(names, metrics, strict=True):
         quality, speed, size = one["quality"], one["speed"], one["size"]
         value, low, high = (f"{scale * number:.{digits}f}" for number in (quality["value"], *quality["ci95"]))

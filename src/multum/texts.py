@@ -33,7 +33,26 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
     Raises:
         InputError: missing, empty, damaged or badly encoded file, no such column, or rows without a text.
     """
-    path, columns = Path(path), columns or {}
+    path = Path(path)
+    return _column(path, _rows(path), columns or {}, names)
+
+
+def ids_of(path: str | Path) -> list[Any]:
+    """What the column `id` says of every row that `read` gives; nothing where there is none. Errors are those of `read`."""
+    rows = _rows(Path(path))
+    return [row.get("id") for row in rows] if "id" in rows[0] else []
+
+
+def empty_lines(path: str | Path) -> list[int]:
+    """Numbers of the lines that `read` passes over in a file of one text a line, those at its end excepted."""
+    path = Path(path)
+    if path.suffix.lower() in (*SEPARATORS, ".jsonl", *AS_DATA) or not path.is_file():
+        return []
+    lines = path.read_bytes().rstrip().split(b"\n")
+    return [number for number, line in enumerate(lines, 1) if not line.strip()]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
     kind = path.suffix.lower()
     try:
         if kind in SEPARATORS:
@@ -56,7 +75,7 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
         raise InputError(f"{path} has no texts")
     if any("\0" in value for value in rows[0].values() if isinstance(value, str)):
         raise InputError(f"{path} is no text file")
-    return _column(path, rows, columns, names)
+    return rows
 
 
 def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], names: tuple[str, str | None]) -> list[Input]:
@@ -65,9 +84,10 @@ def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], 
     given = next((name for name in known if name in columns), None)
     text = columns[given] if given else next((name for name in known if name in rows[0]), first)
     pair = columns.get(second, second) if second else None
+    asked = given or first
     wanted = [text] if pair is None or (second not in columns and pair not in rows[0]) else [text, pair]
     problems = [
-        f"{path}: no column {name!r}; it has: {', '.join(map(str, rows[0]))}; name the right one with --columns {first}=COLUMN"
+        f"{path}: no column {name!r}; it has: {', '.join(map(str, rows[0]))}; name the right one with --columns {asked}=COLUMN"
         for name in wanted
         if name not in rows[0]
     ]

@@ -36,8 +36,6 @@ class Step(ABC):
 
     takes_packed: ClassVar[bool] = False
     """Whether the model may have packed weights already; other steps refuse it."""
-    needs_data: ClassVar[bool] = True
-    """Whether it works on the task's data; a step that brings its own text does not."""
 
     @abstractmethod
     def apply(self, model: Model, task: Task) -> Mapping[str, Any] | None:
@@ -50,6 +48,11 @@ class Step(ABC):
     def check(self) -> list[str]:
         """What is wrong with the fields, each in one sentence. Called at construction."""
         return []
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it works on the task's data; what looks at weights alone, or brings its own text, does not."""
+        return True
 
     def __post_init__(self) -> None:
         if problems := self.check():

@@ -152,7 +152,9 @@ def fit(
             ],
             callbacks=[AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(checkpoints))
+        if begun := last_checkpoint(checkpoints):
+            remark(f"goes on from {begun}")
+        result = trainer.train(resume_from_checkpoint=begun)
         _as_before_accelerate(module)
     training_loss = trainer.over_processes(result.training_loss)
     if not math.isfinite(training_loss):
@@ -199,7 +201,8 @@ def _tell_what_it_takes(
 
         with autocast(precision):
             found = estimate(model.module, rows, batch, examples=examples, at_once=at_once)
-        remark(f"{examples:,.0f} examples: {found.line()}")
+        passes = f" in {epochs:g} epochs" if steps is None and epochs != 1 else ""
+        remark(f"{examples:,.0f} examples{passes}: {found.line()}")
 
 
 def _as_before_accelerate(module: nn.Module) -> None:

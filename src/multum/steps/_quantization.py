@@ -171,7 +171,7 @@ def summary(before: Mapping[str, Linear], after: Mapping[str, Packed]) -> dict[s
     return {
         "weight_bytes": [floats, held],
         "bits_per_weight": round(8 * held / entries, 3) if entries else 0.0,
-        "summary": f"{floats / 1e6:.3g} MB of weights -> {held / 1e6:.3g} MB; {SPEED}",
+        "summary": f"{floats / 1e6:.3g} MB in {len(after)} matrices -> {held / 1e6:.3g} MB; {SPEED}",
     }
 
 

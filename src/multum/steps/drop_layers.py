@@ -128,6 +128,10 @@ class DropLayers(Step):
             problems.append(f"samples must be at least 1 (got {self.samples})")
         return problems
 
+    @property
+    def needs_data(self) -> bool:
+        return self.which in ("importance", "angular")
+
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         stack, begin = self._stack(model)
         blocks = len(stack.blocks)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -43,8 +43,6 @@ EXAMPLE = "--text books/ --steps 2000"
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Step):
     """Train a model on plain text to foretell tokens, or to fill in hidden ones."""
-
-    needs_data: ClassVar[bool] = False
 
     text: str
     """A .txt file, or a folder with .txt files in it and below; UTF-8."""
@@ -88,6 +86,10 @@ class Pretrain(Step):
     the new tokenizer that was kept beside it."""
     save_every: int = 500
     """Optimizer steps between two checkpoints."""
+
+    @property
+    def needs_data(self) -> bool:
+        return False
 
     def check(self) -> list[str]:
         problems = training_problems(1, self.learning_rate, self.batch_size, self.warmup)

@@ -46,6 +46,10 @@ class PruneWeights(Step):
             problems.append(f"scope must be 'global' or 'layer' (got {self.scope!r})")
         return problems
 
+    @property
+    def needs_data(self) -> bool:
+        return False
+
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         linears, skipped = block_linears(model, self.name)

@@ -115,6 +115,10 @@ class Quantize(Step):
         return problems
 
     @property
+    def needs_data(self) -> bool:
+        return self.keep_share > 0
+
+    @property
     def packing(self) -> Packing:
         """The grid that the fields ask for."""
         return Packing(self.bits, self.group, not self.symmetric)

@@ -46,6 +46,10 @@ class QuantizeEmbeddings(Step):
     def check(self) -> list[str]:
         return grid_problems(self.bits, self.group)
 
+    @property
+    def needs_data(self) -> bool:
+        return False
+
     @torch.no_grad()
     def apply(self, model: Model, task: Task) -> Mapping[str, Any]:
         module = model.module
