@@ -7,8 +7,8 @@ made, which may differ in rounding alone; then training it, in fp32 and under bf
 beforehand beside the memory that it took. The CPU takes fewer steps of training: only the pace is told. `larger` is the shape of
 SmolLM2-1.7B, untrained, on the GPU alone: what it costs in time and memory does not depend on what the weights are.
 
-Each part works in a process of its own, does everything once before it is timed, and is kept with the device it ran on: the table
-has every part that was ever run.
+Each part works in a process of its own, and is kept with the device it ran on: the table has every part that was ever run. Before
+anything is timed Wanda prunes once on few texts, and a step of each training is taken, so that libraries are loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,8 +50,8 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 PARTS = ("gpu", "cpu", "larger")
 SUMMARY = (
-    f"One-shot ways on blocks of {WINDOW} tokens, in bf16 where the device has it. Training: batches of {BATCH} texts of {LENGTH} "
-    "tokens. The 1.7B model has that shape and untrained weights."
+    f"One-shot ways on blocks of {WINDOW} tokens, which Wanda and SparseGPT read in bf16 where the device has it. Training: "
+    f"batches of {BATCH} texts of {LENGTH} tokens. The 1.7B model has that shape and untrained weights."
 )
 LARGER = {
     "hidden_size": 2048,
@@ -66,12 +65,16 @@ LARGER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=PARTS, choices=PARTS, metavar="PART", help=f"some of: {', '.join(PARTS)}")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}")
     parser.add_argument("--samples", type=int, default=32, help="blocks of text for calibration")
     parser.add_argument("--steps", type=int, default=30, help="of training that are timed on the GPU")
     parser.add_argument("--cpu-steps", type=int, default=3, help="and on the CPU")
     parser.add_argument("--work", type=Path, metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs/gpu"))
     options = parser.parse_args()
+    options.parts = options.parts or list(PARTS)
+    if wrong := [part for part in options.parts if part not in PARTS]:
+        parser.error(f"no part is named {', '.join(wrong)}")
     if options.work:
         work(options.parts[0], options.work, options)
         return
@@ -79,15 +82,19 @@ def main() -> None:
         raise SystemExit("there is no GPU that torch can use; `multum doctor` says what it finds, `gpu.py cpu` needs none")
     kept = RESULTS / "gpu.json"
     found = {part: one for part, one in (read_json(kept) if kept.exists() else {}).items() if part in PARTS}
-    with tempfile.TemporaryDirectory() as scratch:
-        for part in options.parts:
-            file = Path(scratch) / f"{part}.json"
-            hidden = {"CUDA_VISIBLE_DEVICES": ""} if part == "cpu" else {}
-            given = ["--samples", options.samples, "--steps", options.steps, "--cpu-steps", options.cpu_steps]
-            command = [sys.executable, __file__, part, "--work", file, *given]
+    options.output.mkdir(parents=True, exist_ok=True)
+    for part in options.parts:
+        file = options.output / f"{part}.json"
+        file.unlink(missing_ok=True)
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if part == "cpu" else {}
+        given = ["--samples", options.samples, "--steps", options.steps, "--cpu-steps", options.cpu_steps]
+        command = [sys.executable, __file__, part, "--work", file, *given]
+        try:
             subprocess.run([str(each) for each in command], check=True, env=os.environ | hidden)
-            found[part] = read_json(file)
-            publish("gpu", table(found), found, summary=SUMMARY)
+        finally:  # what was done by then is in the file
+            if file.exists():
+                found[part] = read_json(file)
+                publish("gpu", table(found), found, summary=SUMMARY)
 
 
 def table(found: dict[str, Any]) -> list[list[str]]:

@@ -622,7 +622,7 @@ def test_predict_from_the_command_line_and_from_files(places, work):
     (work / "gaps.txt").write_text("\n" + "\n \n".join(texts) + "\n\n")
     gaps = call("predict", places[0], "--input", "gaps.txt", "--json")
     assert json.loads(gaps.stdout) == found[0]
-    assert "gaps.txt: 2 lines are empty and not answered" in gaps.stderr
+    assert "gaps.txt: 2 lines are empty and passed over" in gaps.stderr
     assert "empty" not in call("predict", places[0], "--input", "texts.txt").stderr
     assert "1 of 2 inputs has 64 tokens or more" in call("predict", places[0], *texts[:1], "film " * 99).stderr
 

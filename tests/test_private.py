@@ -28,7 +28,9 @@ from multum.core.training import fit
 from multum.errors import InputError, MissingExtra
 from multum.evidence.privacy import attack, log_likelihood
 from multum.steps.distill import Distill
+from multum.steps.drop_layers import DropLayers
 from multum.steps.finetune import Finetune
+from multum.steps.prune_weights import PruneWeights
 
 DP = {"dp_epsilon": 1.0, "batch_size": 16, "epochs": 1, "learning_rate": 1e-3}
 
@@ -253,6 +255,17 @@ def test_a_model_or_teacher_that_has_seen_the_examples_without_noise_is_refused(
     seen.save(tmp_path)
     with pytest.raises(InputError, match="the teacher has looked at these examples without noise"):
         Distill(teacher=str(tmp_path), cache=str(tmp_path / "cache"), **DP)(tiny.model(), task())
+
+
+def test_what_looks_at_weights_alone_has_seen_no_examples() -> None:
+    cut = PruneWeights(sparsity=0.1)(DropLayers(keep=1)(tiny.model(), task()), task())
+    assert "privacy" in Finetune(**DP)(cut, task()).history[-1]["training"]
+    looked = DropLayers(keep=1, which="importance", samples=8)(tiny.model(), task())
+    with pytest.raises(InputError, match="without noise \\(drop_layers\\)"):
+        Finetune(**DP)(looked, task())
+    looked.history[-1] |= {"step": "gone", "data": None}
+    with pytest.raises(InputError, match="without noise \\(gone\\)"):
+        Finetune(**DP)(looked, task())
 
 
 def test_examples_that_are_several_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,28 +28,53 @@ def test_a_text_is_whole_whatever_signs_are_in_it(suffix: str, tmp_path: Path) -
         path.write_text("\n".join(lines), encoding="utf-8")
     else:
         table.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
-    assert read(path) == TEXTS
+    assert read(path).texts == TEXTS
+
+
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv", "in.tsv", "in.json", "in.parquet"])
+def test_ids_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    path, table = tmp_path / name, pd.DataFrame({"id": ["007", "b", "c"], "text": TEXTS})
+    if name.endswith("parquet"):
+        table.to_parquet(path)
+    elif "json" in name:
+        table.to_json(path, orient="records", lines=name.endswith("l"))
+    else:
+        table.to_csv(path, index=False, sep="\t" if name.endswith("tsv") else ",")
+    assert read(path).ids == ["007", "b", "c"]
+
+
+def test_rows_may_lack_an_id(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "id": 7}\n')
+    assert read(tmp_path / "in.jsonl") == (["a", "b"], [None, 7], [])
+    (tmp_path / "in.txt").write_text("a\nb\n")
+    assert read(tmp_path / "in.txt") == (["a", "b"], [], [])
+
+
+@pytest.mark.parametrize("gap", ["", " \t", "\u00a0\u3000", "\r"])
+def test_lines_that_are_passed_over_are_told(gap: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(f"\ufeff{gap}\na\n{gap}\n{gap}\nb\n{gap}\n".encode())
+    assert read(tmp_path / "in.txt") == (["a", "b"], [], [1, 3, 4])
 
 
 def test_a_field_may_be_a_book(tmp_path: Path) -> None:
     book = "word " * 50_000
     (tmp_path / "in.csv").write_text(f'question,context\nwho,"{book}"\n')
-    assert read(tmp_path / "in.csv", names=("question", "context")) == [("who", book)]
+    assert read(tmp_path / "in.csv", names=("question", "context")).texts == [("who", book)]
 
 
 def test_sentences_as_lists_of_words(tmp_path: Path) -> None:
     (tmp_path / "in.conll").write_text("a DT\nfilm NN\n\nmoving VB\n")
     pd.DataFrame({"tokens": [["a", "film"], ["moving"]]}).to_parquet(tmp_path / "in.parquet")
     for name in ("in.conll", "in.parquet"):
-        assert read(tmp_path / name, names=("tokens", None)) == [["a", "film"], ["moving"]]
+        assert read(tmp_path / name, names=("tokens", None)).texts == [["a", "film"], ["moving"]]
 
 
 def test_what_a_summary_is_made_of_is_a_document(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("document,summary\nlong,short\n")
-    assert read(tmp_path / "in.csv", names=("source", None)) == ["long"]
+    assert read(tmp_path / "in.csv", names=("source", None)).texts == ["long"]
     (tmp_path / "in.csv").write_text("source,document,text\na,b,c\n")
-    assert read(tmp_path / "in.csv", names=("source", None)) == ["a"]
-    assert read(tmp_path / "in.csv", {"text": "text"}, names=("source", None)) == ["c"]
+    assert read(tmp_path / "in.csv", names=("source", None)).texts == ["a"]
+    assert read(tmp_path / "in.csv", {"text": "text"}, names=("source", None)).texts == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -82,4 +107,4 @@ def test_damaged_files_are_refused(name: str, content: str, said: str, tmp_path:
 
 def test_quotes_that_are_closed_and_endings_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "IN.CSV").write_text('text,label\n"a ""good"" film,\nin two lines",x\n"odd" quotes,y\nit is 5" wide,z\n')
-    assert read(tmp_path / "IN.CSV") == ['a "good" film,\nin two lines', "odd quotes", 'it is 5" wide']
+    assert read(tmp_path / "IN.CSV").texts == ['a "good" film,\nin two lines', "odd quotes", 'it is 5" wide']

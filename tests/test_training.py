@@ -288,8 +288,9 @@ def test_a_second_training_of_a_module_is_under_autocast_too() -> None:
         return found.loss
 
     model.module.base_model.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled(training.accelerator())))
-    for precision in ("bf16", "bf16", "fp32"):
+    for precision in ("bf16", "bf16", "fp32", "bf16"):
         seen.clear()
+        model.module._is_accelerate_prepared = True  # as a Trainer leaves it
         fit(model, rows_of(model, 4), loss, **{**QUICK, "epochs": 1, "batch_size": 4, "precision": precision})
         assert seen == [precision == "bf16", False]
 

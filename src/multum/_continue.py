@@ -10,7 +10,8 @@ from typing import Any
 from . import terminal
 from .core.writing import Decoding, TorchWriter, Writer, write
 from .errors import InputError
-from .predicting import predictor_of
+from .predicting import predictor_of, with_ids
+from .texts import Inputs
 
 
 def writer_of(predictor: Any) -> Writer:
@@ -57,13 +58,14 @@ def continued(
 
 
 def continue_and_show(
-    folder: Path, prompts: Sequence[str], decoding: Decoding, chat: bool, runtime: str, threads: int | None, as_json: bool
+    folder: Path, inputs: Inputs, decoding: Decoding, chat: bool, runtime: str, threads: int | None, as_json: bool
 ) -> None:
     """One prompt's text as it is written; of several a line for each as soon as it is there; or all as JSON."""
+    prompts: Any = inputs.texts
     alone = len(prompts) == 1 and not as_json
     found = continued(folder, prompts, decoding, chat=chat, runtime=runtime, threads=threads, show=_show if alone else None)
     if as_json:
-        terminal.print_json_list(found)
+        terminal.print_json_list(with_ids(found, inputs.ids))
         return
     for one in found:
         if alone:

@@ -18,7 +18,8 @@ from . import terminal
 from .core.reading import softmax
 from .core.windows import specials, windows
 from .errors import InputError, few
-from .predicting import predictor_of
+from .predicting import predictor_of, with_ids
+from .texts import Inputs
 
 BEST = 5
 """Words that are told of a place."""
@@ -57,11 +58,12 @@ def filled(predictor: Any, texts: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield {"text": text, "masks": named}
 
 
-def fill_and_show(folder: Path, texts: Sequence[Any], runtime: str, threads: int | None, as_json: bool) -> None:
+def fill_and_show(folder: Path, inputs: Inputs, runtime: str, threads: int | None, as_json: bool) -> None:
     """A line for each text as soon as it is there, or all as JSON."""
+    texts: Any = inputs.texts
     found = filled(predictor_of(folder, texts, runtime, threads), texts)
     if as_json:
-        terminal.print_json_list(found)
+        terminal.print_json_list(with_ids(found, inputs.ids))
         return
     for one in found:
         places = (", ".join(f"{word['word']} {word['score']:.3f}" for word in place) for place in one["masks"])

@@ -194,8 +194,8 @@ class _Chain:
         self.progress.plan(plan)
         self.progress.say(
             f"Measured now, in {rounds} rounds each: {len(folders)} models on the {held:,} validation examples, the first and the "
-            f"last of them on the {read:,} test examples; about {duration(sum(seconds for _, seconds in plan))}; "
-            "fewer rounds take less"
+            f"last of them on the {read:,} test examples; about {duration(sum(seconds for _, seconds in plan))}"
+            + ("; --rounds 10 takes less" if rounds > 10 else "")
         )
 
     def _candidate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,7 +49,7 @@ def add_to(app: typer.Typer) -> None:
         from .errors import InputError
         from .predicting import inputs_of
 
-        found = inputs_of(texts or [], [], source, columns)
+        found: list[Any] = list(inputs_of(texts or [], [], source, columns).texts)
         if any(isinstance(one, tuple) for one in found):
             raise InputError(f"{source} has pairs of texts; score takes single ones: leave out the column text_pair")
         from ._score import score as score_texts

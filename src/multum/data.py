@@ -81,7 +81,7 @@ def open_task(
 
 
 def open_without_data(name: str, *, seed: int = 0, options: Mapping[str, Any] | None = None) -> Any:
-    """The task of this name for a step that brings its own text.
+    """The task of this name for a step that looks at weights alone or brings its own text.
 
     Raises:
         InputError: a task whose models take data to be loaded; wrong options.

@@ -18,7 +18,10 @@ Unlabelled = Annotated[
         "--unlabelled", metavar="FILE", help="Texts for a teacher to label: .txt, one a line, or csv, tsv, jsonl, parquet."
     ),
 ]
-StepData = Annotated[str, typer.Option("--data", metavar="D", help="As for shrink; not for steps that bring their own text.")]
+StepData = Annotated[
+    str,
+    typer.Option("--data", metavar="D", help="As for shrink; not for steps that look at weights alone."),
+]
 TaskOptions = Annotated[
     str, typer.Option("--options", metavar="A=B,...", help="Of the task: packed=false (language models), beams=4 (translation).")
 ]

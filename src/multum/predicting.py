@@ -8,6 +8,7 @@ from typing import Any
 
 from . import terminal, units
 from .errors import InputError
+from .texts import Inputs, read
 
 AT_ONCE, WRITTEN_AT_ONCE = 512, 64
 """Inputs that `predict` answers before it shows the answers; fewer where the answers are texts that take a while."""
@@ -19,30 +20,29 @@ def inputs_of(
     source: Path | None,
     columns: str,
     names: tuple[str, str | None] = ("text", "text_pair"),
-) -> list[Any]:
+) -> Inputs:
     """The inputs of `predict`, from the command line or a file, whose columns are called `names` unless `columns` says otherwise.
 
     Raises:
         InputError: neither or both, or not as many second texts as first ones.
     """
-    from .texts import empty_lines, read
-
     if bool(texts) == bool(source):
         raise InputError("give either texts or --input FILE" + (", not both" if texts else ""))
     if source:
-        if empty := empty_lines(source):
-            lines = f"line {empty[0]} is" if len(empty) == 1 else f"{len(empty)} lines are"
-            terminal.say(f"{source}: {lines} empty and not answered")
-        return list(read(source, units.pairs(columns, "--columns"), names))
+        found = read(source, units.pairs(columns, "--columns"), names)
+        if found.empty:
+            lines = f"line {found.empty[0]} is" if len(found.empty) == 1 else f"{len(found.empty)} lines are"
+            terminal.say(f"{source}: {lines} empty and passed over")
+        return found
     if blank := [
         f"{what} {at}" for what, given in (("text", texts), ("--pair", pairs)) for at, one in enumerate(given, 1) if not one.strip()
     ]:
         raise InputError(f"{', '.join(blank)}: empty")
     if not pairs:
-        return list(texts)
+        return Inputs(list(texts))
     if len(pairs) != len(texts):
         raise InputError(f"{len(texts)} texts and {len(pairs)} --pair; give one --pair for every text")
-    return list(zip(texts, pairs, strict=True))
+    return Inputs(list(zip(texts, pairs, strict=True)))
 
 
 def predict_and_show(
@@ -58,23 +58,26 @@ def predict_and_show(
     """Answer inputs from the command line or a file, some at a time, a line for each or all as JSON, with the file's ids if it has
     any."""
     from .core.reading import reader_of
-    from .texts import ids_of
 
     if not folder.is_dir():
         raise InputError(f"{folder} is not there; a model folder has config.json, an export runtime.json")
     reader = reader_of(folder)
-    inputs = inputs_of(texts, pairs, source, columns, reader.columns)
+    inputs, ids, _ = inputs_of(texts, pairs, source, columns, reader.columns)
     predictor = predictor_of(folder, inputs, runtime, threads)
     if count := _cut(predictor, inputs):
         they = "inputs has" if count == 1 else "inputs have"
         terminal.say(f"{count} of {len(inputs)} {they} {predictor.max_length} tokens or more: the model reads no further")
     found = answers(predictor, inputs)
     if as_json:
-        ids = ids_of(source) if source else []
-        terminal.print_json_list(({"id": name} | one for name, one in zip(ids, found, strict=True)) if ids else found)
+        terminal.print_json_list(with_ids(found, ids))
     else:
         for one in found:
             print(f"{reader.line(one)}\t{terminal.one_line(one['text'])}", flush=True)
+
+
+def with_ids(found: Iterator[dict[str, Any]], ids: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    """Answers with the ids of their inputs, where these have any."""
+    return ({"id": name} | one for name, one in zip(ids, found, strict=True)) if ids else found
 
 
 def predictor_of(folder: Path, inputs: Sequence[Any], runtime: str, threads: int | None, new: int | None = None) -> Any:

@@ -137,7 +137,7 @@ def task_for(model: str, task: str) -> str:
 
 
 def _by_head(folder: Path) -> str:
-    """A task that a model's head is for."""
+    """A task that a model's head is for; text classification where that cannot be told."""
     try:
         return str(reader_of(folder).task)
     except InputError:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ._quotes import SHOWN, check_quotes, lines_of
 from .errors import InputError, not_utf8
 
-TEXT, PAIR = "text", "text_pair"
+TEXT, PAIR, ID = "text", "text_pair", "id"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 AS_DATA = (".json", ".parquet", ".conll")
 """Files that are read as data is, which takes pandas: the nested form of SQuAD, for example."""
@@ -20,7 +20,17 @@ ALSO_CALLED = {"source": "document"}
 Input = str | tuple[str, str] | list[str]
 
 
-def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tuple[str, str | None] = (TEXT, PAIR)) -> list[Input]:
+class Inputs(NamedTuple):
+    """What is to be answered."""
+
+    texts: list[Input]
+    ids: Sequence[Any] = ()
+    """What the file's column `id` says of each; nothing where it has none."""
+    empty: Sequence[int] = ()
+    """Numbers of the lines that are passed over in a file of one text a line."""
+
+
+def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tuple[str, str | None] = (TEXT, PAIR)) -> Inputs:
     """Texts, pairs of texts where the file has a second text column, or sentences as lists of words, in the file's order.
 
     Args:
@@ -34,26 +44,14 @@ def read(path: str | Path, columns: Mapping[str, str] | None = None, names: tupl
         InputError: missing, empty, damaged or badly encoded file, no such column, or rows without a text.
     """
     path = Path(path)
-    return _column(path, _rows(path), columns or {}, names)
+    rows, empty = _rows(path)
+    ids = [row.get(ID) for row in rows] if any(ID in row for row in rows) else []
+    return Inputs(_column(path, rows, columns or {}, names), ids, empty)
 
 
-def ids_of(path: str | Path) -> list[Any]:
-    """What the column `id` says of every row that `read` gives; nothing where there is none. Errors are those of `read`."""
-    rows = _rows(Path(path))
-    return [row.get("id") for row in rows] if "id" in rows[0] else []
-
-
-def empty_lines(path: str | Path) -> list[int]:
-    """Numbers of the lines that `read` passes over in a file of one text a line, those at its end excepted."""
-    path = Path(path)
-    if path.suffix.lower() in (*SEPARATORS, ".jsonl", *AS_DATA) or not path.is_file():
-        return []
-    lines = path.read_bytes().rstrip().split(b"\n")
-    return [number for number, line in enumerate(lines, 1) if not line.strip()]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    kind = path.suffix.lower()
+def _rows(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a file, and the lines passed over among them."""
+    kind, empty = path.suffix.lower(), list[int]()
     try:
         if kind in SEPARATORS:
             rows = _separated(path, SEPARATORS[kind])
@@ -62,7 +60,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         elif kind in AS_DATA:
             rows = _of_data(path)
         else:
-            rows = [{TEXT: line} for _, line in _lines(path)]
+            lines = dict(_lines(path))
+            rows = [{TEXT: line} for line in lines.values()]
+            empty = [number for number in range(1, max(lines, default=0)) if number not in lines]
     except UnicodeDecodeError as error:
         raise (not_utf8(path) or error) from error
     except FileNotFoundError as error:
@@ -75,7 +75,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path} has no texts")
     if any("\0" in value for value in rows[0].values() if isinstance(value, str)):
         raise InputError(f"{path} is no text file")
-    return rows
+    return rows, empty
 
 
 def _column(path: Path, rows: list[dict[str, Any]], columns: Mapping[str, str], names: tuple[str, str | None]) -> list[Input]:

@@ -139,7 +139,8 @@ def reader_of(folder: Path) -> Any:
     if (folder / "runtime.json").is_file():  # an export keeps of the config what its reader asks for
         manifest = read_json(folder / "runtime.json")
         return reader_for((manifest.get("config") or {}) if isinstance(manifest, dict) else {}, str(folder))
-    return reader_for(read_json(folder / "config.json") if (folder / "config.json").is_file() else {}, str(folder))
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return reader_for(config if isinstance(config, dict) else {}, str(folder))
 
 
 def answers_for(theirs: str, task: str) -> bool:

@@ -96,6 +96,7 @@ def fit(
     if problems := _parts_problems(batch_size, accumulate):
         raise InputError(*problems)
     give_back()  # what an earlier fit has left
+    _as_before_accelerate(model.module)  # another Trainer may have left it
     module, data = model.module, rows if isinstance(rows, torch.utils.data.IterableDataset) else ListDataset(rows)
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -154,8 +155,14 @@ def fit(
         )
         if begun := last_checkpoint(checkpoints):
             remark(f"goes on from {begun}")
-        result = trainer.train(resume_from_checkpoint=begun)
-        _as_before_accelerate(module)
+        try:
+            result = trainer.train(resume_from_checkpoint=begun)
+        except KeyboardInterrupt:
+            if kept := last_checkpoint(checkpoints):
+                remark(f"{kept} is kept: the same command goes on from there")
+            raise
+        finally:
+            _as_before_accelerate(module)
     training_loss = trainer.over_processes(result.training_loss)
     if not math.isfinite(training_loss):
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
@@ -208,8 +215,9 @@ def _tell_what_it_takes(
 def _as_before_accelerate(module: nn.Module) -> None:
     """Take off what accelerate leaves: around `forward`, which a saved and loaded copy would not have, and its mark, because of
     which the next training would not be under autocast."""
-    for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-        module.__dict__.pop(name, None)
+    if module.__dict__.pop("_original_forward", None):
+        module.__dict__.pop("forward", None)
+    module.__dict__.pop("_is_accelerate_prepared", None)
 
 
 def accelerator() -> str:

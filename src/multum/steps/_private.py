@@ -8,16 +8,15 @@ The teacher's answers are kept on disk; that tells nothing of the examples to wh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from ..core.model import Model
 from ..core.private import Budget, budget_problems
+from ..core.step import from_history
 from ..core.task import Task
 from ..core.training import Precision
 from ..errors import InputError
-
-BLIND = ("pretrain", "prune_weights", "quantize_embeddings")
-"""Steps that do not look at the task's examples."""
 
 
 class Fields(Protocol):
@@ -99,7 +98,8 @@ def spent(entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _has_seen(entry: Mapping[str, Any], task: Task) -> bool:
     """Whether a step looked at these training examples; one that did not write down its data may have."""
-    if entry["step"] in BLIND:
-        return False
+    with suppress(InputError):  # a step or a field that there is no longer may have looked at anything
+        if not from_history(entry).needs_data:
+            return False
     theirs, ours = entry.get("data"), getattr(task, "fingerprints", {}).get("train")
     return theirs is None or ours is None or theirs == ours

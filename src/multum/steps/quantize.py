@@ -85,7 +85,7 @@ def hqq(weight: torch.Tensor, packing: Packing, *, p: float = P, beta: float = B
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Step):
-    """Round the weights of every linear layer of the blocks to integers of 8, 4 or 3 bits; takes no data."""
+    """Round the weights of every linear layer of the blocks to integers of 8, 4 or 3 bits; without data, but for keep_share."""
 
     bits: int = 8
     """Bits of a weight: 8, 4 or 3."""
