@@ -95,7 +95,7 @@ def test_asking_changes_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     remark("to nobody")
     assert test_training.same(plain.module, asked.module)
     (line,) = said
-    assert line.startswith("32 examples: about ")
+    assert line.startswith("32 examples in 2 epochs: about ")
     assert "GB of memory" in line
 
 
