@@ -18,6 +18,7 @@ from multum.core.corpus import Blocks, Corpus, Objective
 from multum.core.model import Model
 from multum.core.new_tokenizer import train_tokenizer
 from multum.core.packing import separator_of
+from multum.core.reporting import listening
 from multum.core.task import IGNORED
 from multum.core.training import fit
 from multum.errors import InputError
@@ -142,6 +143,7 @@ def test_resumed_it_comes_to_the_same_weights(family: str, books: Path, tmp_path
     model = tiny.language_model(family)
     whole = Pretrain(**options)(model, TASK)
     kept = Pretrain(checkpoints=str(tmp_path / "kept"), **options)
+    said: list[str] = []
     calls = 0
 
     def until_interrupted(_: torch.nn.Module) -> None:
@@ -152,12 +154,15 @@ def test_resumed_it_comes_to_the_same_weights(family: str, books: Path, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "fit", lambda *args, **kwargs: fit(*args, after_step=until_interrupted, **kwargs))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), listening(lambda share: None, said.append):
             kept(model, TASK)
-    resumed = kept(model, TASK)
+    with listening(lambda share: None, said.append):
+        resumed = kept(model, TASK)
     for name, value in whole.module.state_dict().items():
         assert torch.allclose(value, resumed.module.state_dict()[name], rtol=0, atol=1e-6), name
     assert calls == 5
+    place = str(tmp_path / "kept" / "checkpoint-3")
+    assert said == [f"{place} is kept: the same command goes on from there", f"goes on from {place}"]
 
 
 def test_resumed_it_takes_the_tokenizer_that_its_weights_know(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

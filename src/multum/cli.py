@@ -102,7 +102,6 @@ def run(
 ) -> None:
     """Apply a chain of steps written down in a recipe. The same command again resumes."""
     from . import recipe as recipes
-    from . import terminal
 
     changes = {"model": model, "data": data, "unlabelled": unlabelled}
     written = recipes.read(recipe, **{key: value for key, value in changes.items() if value})
@@ -110,7 +109,7 @@ def run(
     from .commands import progress, show_chain
 
     result = run_recipe(written, output, threads=threads, rounds=rounds, trust_remote_code=trust_remote_code, progress=progress())
-    terminal.print_json(result) if as_json else show_chain(output, result)
+    show_chain(output, result, as_json)
 
 
 @app.command(

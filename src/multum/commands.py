@@ -141,11 +141,14 @@ def show_run(folder: Path) -> None:
     )
 
 
-def show_chain(folder: Path, result: Mapping[str, Any]) -> None:
-    """What the stages of a chain gave, and what to do with the last one."""
+def show_chain(folder: Path, result: Mapping[str, Any], as_json: bool) -> None:
+    """What the stages of a chain gave, and what to do with the last one; or all of it as JSON."""
     from ._measure import DISTURBED, unsteady
     from ._report_words import loads_in, sample_input
 
+    if as_json:
+        terminal.print_json(result)
+        return
     for split in ("validation", "test"):
         measured = [candidate for candidate in result["candidates"] if candidate[split]]
         rows = terminal.metric_rows([one["name"] for one in measured], [one[split] for one in measured])

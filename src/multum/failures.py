@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import TracebackType
 from typing import Any
 
@@ -35,8 +34,7 @@ class _InWords:
         from . import terminal
 
         if isinstance(error, KeyboardInterrupt):
-            resumable = self.ctx.invoked_subcommand in RESUMABLE or any(each.startswith("--checkpoints") for each in sys.argv)
-            again = "; the same command goes on where it stopped." if resumable else "."
+            again = "; the same command goes on where it stopped." if self.ctx.invoked_subcommand in RESUMABLE else "."
             terminal.say(f"\n{STOPPED}{again}")
             raise typer.Exit(INTERRUPTED) from error
         if isinstance(error, MultumError):

@@ -153,14 +153,8 @@ def fit(
             ],
             callbacks=[AfterStep([zero_again, *([after_step] if after_step else [])])],
         )
-        if begun := last_checkpoint(checkpoints):
-            remark(f"goes on from {begun}")
         try:
-            result = trainer.train(resume_from_checkpoint=begun)
-        except KeyboardInterrupt:
-            if kept := last_checkpoint(checkpoints):
-                remark(f"{kept} is kept: the same command goes on from there")
-            raise
+            result = _trained(trainer, checkpoints)
         finally:
             _as_before_accelerate(module)
     training_loss = trainer.over_processes(result.training_loss)
@@ -168,6 +162,18 @@ def fit(
         raise MultumError("training diverged: the loss is no longer a number; try a lower learning rate")
     module.eval()
     return {"loss": round(training_loss, 4), "seconds": round(result.metrics["train_runtime"], 1)}
+
+
+def _trained(trainer: LossTrainer, checkpoints: Path | None) -> Any:
+    """What Trainer says after training, from the last checkpoint if there is one."""
+    if begun := last_checkpoint(checkpoints):
+        remark(f"goes on from {begun}")
+    try:
+        return trainer.train(resume_from_checkpoint=begun)
+    except KeyboardInterrupt:
+        if kept := last_checkpoint(checkpoints):
+            remark(f"{kept} is kept: the same command goes on from there")
+        raise
 
 
 def last_checkpoint(checkpoints: Path | None) -> str | None:
